@@ -1,0 +1,1 @@
+"""Shipped with rlx as rlx.configs."""

@@ -1,0 +1,43 @@
+"""The actor core: objects that live in processes of their own, called through handles.
+
+with actors.runtime("local") as rt:
+    counter = rt.spawn(Counter, 3, name="counter/0")
+    future = counter.add.call(2)            # .result(timeout_s) .exception() .done() .cancel(), and await
+    counter.set.send(5)                     # one way
+    outcomes = rt.group([counter]).add.call(2).result()     # a list of Ok(value) and Err(error)
+
+Every engine keeps the same promises: calls of one caller to one actor run in order, each at most once;
+arguments are not changed after the call; an exception arrives as itself with the remote traceback;
+`close()` leaves no process and no file descriptor behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlx.actors.future import Err, Future, GroupFuture, Ok
+from rlx.actors.interface import ActorHandle, ActorState, Group, Runtime
+from rlx.actors.monitor import EventThread
+from rlx.errors import ConfigError
+
+__all__ = ["ActorHandle", "ActorState", "Err", "Future", "Group", "GroupFuture", "Ok", "Runtime", "runtime"]
+
+
+def runtime(engine: str = "local", *, system_timeout_s: float = 30.0, **options: Any) -> Runtime:
+    """Return a running runtime; close it, or use it in a `with` block.
+
+    engine: "local" gives every actor a process; its option is `preload=("numpy", "torch")`, the modules that are
+    imported once and shared by all actors. "inline" runs actors in the caller's thread, for debugging; its option
+    `strict=True` pickles every message, which shows what would not survive the way to another process.
+    system_timeout_s bounds what the runtime itself waits for (a start, a kill, a close), never a method.
+    """
+    events = EventThread()
+    if engine == "inline":
+        from rlx.actors.engines.inline import InlineEngine
+
+        return Runtime(InlineEngine(**options), events, system_timeout_s)
+    if engine == "local":
+        from rlx.actors.engines.local import LocalEngine
+
+        return Runtime(LocalEngine(events, system_timeout_s, **options), events, system_timeout_s)
+    raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local' or 'inline'.")

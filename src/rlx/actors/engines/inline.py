@@ -1,0 +1,153 @@
+"""Actors in the caller's own thread: every call is run before it returns, so a debugger sees one stack.
+
+What needs a process is not here: a crash is the program's crash, a timeout cannot cut a method short, `threads` has
+nothing to act on. `strict` sends every message through pickle, so that what would break elsewhere breaks here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlx.actors.engines import pickling
+from rlx.actors.future import Answer, Err, Future, Ok, Outcome
+from rlx.actors.interface import ActorSpec, ActorState
+from rlx.errors import ActorDied
+
+
+class InlineEngine:
+    """Actors as plain objects of this process."""
+
+    capabilities: frozenset[str] = frozenset()
+
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
+        self._actors: list[InlineActor] = []
+
+    def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the arguments, pickled if strict."""
+        return pickling.dumps((args, kwargs), "arguments") if self._strict else (args, kwargs)
+
+    def spawn(self, spec: ActorSpec, exited: Callable[[Answer], None], failed: Callable[[Answer], None]) -> InlineActor:
+        """Make the actor now; what its __init__ raises is kept for `ready` and the calls."""
+        actor = InlineActor(spec, self._strict, self.pack(spec.args, spec.kwargs), exited, failed)
+        self._actors.append(actor)
+        return actor
+
+    def close(self, timeout_s: float) -> None:
+        """Let go of all actors."""
+        for actor in self._actors:
+            actor.end("was closed with its runtime")
+
+
+class InlineActor:
+    """One object and its lock."""
+
+    def __init__(
+        self,
+        spec: ActorSpec,
+        strict: bool,
+        message: Any,
+        exited: Callable[[Answer], None],
+        failed: Callable[[Answer], None],
+    ) -> None:
+        self._spec, self._strict = spec, strict
+        self._exited, self._failed = exited, failed
+        self._lock = threading.RLock()
+        self._running: str | None = None
+        self._death: BaseException | None = None
+        self.ready: Future[None] = Future(spec.name, "__init__")
+        outcome = self._run("__init__", spec.make, message, keep_result=True)
+        self._instance = outcome.value if isinstance(outcome, Ok) else None
+        self._init_error = outcome.error if isinstance(outcome, Err) else None
+        self.ready.settle(lambda: outcome if isinstance(outcome, Err) else Ok(None))
+        if self._init_error is not None:
+            self.end("is gone, because its __init__ raised")
+
+    def post(self, method: str, message: Any, future: Future[Any] | None) -> None:
+        """Run the method now."""
+        with self._lock:
+            if self._init_error is not None:
+                outcome = Err(self._init_error)
+            elif self._death is not None:
+                outcome = Err(ActorDied(f"{self._death} {method}() was not run."))
+            else:
+                instance = self._instance
+                outcome = self._run(method, lambda *a, **k: getattr(instance, method)(*a, **k), message)
+        if future is not None:
+            future.settle(lambda: outcome)
+        elif isinstance(outcome, Err):
+            self._failed(lambda: outcome)
+
+    def kill(self, timeout_s: float) -> None:
+        """Let go of the object; a method that runs in another thread runs on, to no effect."""
+        self.end("was ended by kill()")
+
+    def end(self, how: str) -> None:
+        """Be dead from now on."""
+        if self._death is None:
+            error = self._death = ActorDied(f"actor {self._spec.name} {how}.")
+            self._instance = None
+            self._exited(lambda: Err(error))
+
+    def state(self) -> ActorState:
+        """Return the state now."""
+        status = "failed" if self._init_error is not None else "dead" if self._death is not None else "alive"
+        error = self._init_error or self._death
+        running = self._running
+        return ActorState(
+            self._spec.name,
+            status,
+            os.getpid(),
+            int(running is not None),
+            running,
+            None if error is None else str(error),
+        )
+
+    def _run(self, method: str, function: Callable[..., Any], message: Any, keep_result: bool = False) -> Outcome[Any]:
+        where = f"{self._spec.name}.{method}()"
+        before, self._running = self._running, method
+        try:
+            args, kwargs = _received(message) if self._strict else message
+            with _environment(self._spec.env):
+                result = function(*args, **kwargs)
+            if self._strict and not keep_result:
+                result = _received(pickling.dumps(result, f"the result of {where}"))
+            outcome = Ok(result)
+        except SystemExit as exit:
+            self.end(f"ended with exit code {exit.code or 0} in {method}()")
+            return Err(ActorDied(f"actor {self._spec.name} ended with exit code {exit.code or 0} in {method}()."))
+        except Exception as error:
+            if self._strict:
+                return pickling.load_error(*pickling.dump_error(error, where))
+            error.add_note(f"raised in {where}")
+            return Err(error)
+        finally:
+            self._running = before
+        if self._death is not None:
+            return Err(ActorDied(f"{self._death} It was running {method}()."))
+        return outcome
+
+
+def _received(message: pickling.Message) -> Any:
+    """Return the object as a process at the other end would get it: sharing no memory with the sender's."""
+    body, buffers = message
+    return pickling.loads((body, [bytearray(buffer) for buffer in buffers]))
+
+
+@contextlib.contextmanager
+def _environment(env: dict[str, str]) -> Iterator[None]:
+    """Lend the actor its environment variables while its code runs."""
+    before = {key: os.environ.get(key) for key in env}
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

@@ -1,0 +1,182 @@
+"""Actors as processes of this machine: the driver's side. Linux only; no port is opened and nothing is named.
+
+A caller writes its frame itself, as far as the socket takes it; the reactor's thread writes the rest when there is
+room, reads all replies, and notices deaths. Neither ever blocks on a socket, so a full one cannot hold up anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlx.actors.engines import pickling
+from rlx.actors.engines.death import describe_exit
+from rlx.actors.engines.forkserver import MAX_MESSAGE
+from rlx.actors.engines.local_actor import LocalActor
+from rlx.actors.engines.reactor import Reactor
+from rlx.actors.future import Answer
+from rlx.actors.interface import ActorSpec
+from rlx.actors.monitor import EventThread
+from rlx.errors import ActorError, NotSupported
+
+CLOSE_GRACE_S = 2.0  # for idle actors to end by themselves
+BOOT = (
+    "import json, sys; path, *rest = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "from rlx.actors.engines.forkserver import main; main(*rest)"
+)
+
+
+class LocalEngine:
+    """A forkserver, the links to the actors it has forked, and the thread that reads them."""
+
+    capabilities: frozenset[str] = frozenset({"processes"})
+
+    def __init__(
+        self, events: EventThread, system_timeout_s: float, preload: Sequence[str] = ("numpy", "torch")
+    ) -> None:
+        if sys.platform != "linux":
+            raise NotSupported(f"engine 'local' needs Linux and this is {sys.platform}; use engine 'inline'.")
+        if isinstance(preload, str):
+            raise TypeError(f"preload={preload!r} is one string; give a sequence of module names.")
+        self.events, self._system_timeout_s = events, system_timeout_s
+        self._lock = threading.Lock()
+        self._actors: dict[int, LocalActor] = {}  # the living, by number
+        self._count = 0
+        self._lost: str | None = None  # why there is no forkserver any more
+        self.closing = False
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        with theirs:
+            boot = json.dumps([sys.path, theirs.fileno(), os.getpid(), list(preload)])
+            # One thread per BLAS pool: a pool made at import would be threads, and lost in every forked child.
+            env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", BOOT, boot],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal is not for it
+                pass_fds=[theirs.fileno()],
+            )
+        self.reactor = Reactor()
+        self.reactor.register(self._control.fileno(), self._on_control)
+
+    def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> pickling.Message:
+        """Return the arguments as a message; its buffers are views, so they may not change before the answer."""
+        return pickling.dumps((args, kwargs), "arguments")
+
+    def spawn(self, spec: ActorSpec, exited: Callable[[Answer], None], failed: Callable[[Answer], None]) -> LocalActor:
+        """Ask the forkserver for a process, and put its first frame into its socket."""
+        message = pickling.dumps((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        settings = {"env": os.environ | spec.env, "cwd": os.getcwd(), "path": sys.path, "threads": spec.threads}
+        with self._lock:
+            if self._lost is not None:
+                raise ActorError(f"actor {spec.name} cannot be started: {self._lost}; open a new runtime.")
+            self._count += 1
+            number = self._count
+            actor = self._actors[number] = LocalActor(self, number, spec.name, exited, failed)
+        try:
+            far_ends = actor.start(json.dumps(settings), message, self._system_timeout_s)
+            self._order(self._system_timeout_s, far_ends, do="spawn", actor=number, name=spec.name)
+        except BaseException:
+            actor.abandon()
+            raise
+        finally:
+            actor.close_far_ends()
+        return actor
+
+    def close(self, timeout_s: float) -> None:
+        """End the idle actors, then the forkserver, which kills the rest; give up after timeout_s."""
+        self.closing = True
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            actors = list(self._actors.values())
+        idle = [actor for actor in actors if actor.stop()]
+        grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
+        for actor in idle:
+            actor.gone.wait(max(0.0, grace - time.monotonic()))
+        self._control.shutdown(socket.SHUT_WR)
+        try:
+            self._server.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait(1.0)
+        for actor in actors:
+            actor.gone.wait(max(0.1, deadline - time.monotonic()))
+        self.reactor.close(max(0.1, deadline - time.monotonic()))
+        self._control.close()
+
+    def kill(self, number: int, timeout_s: float) -> None:
+        """Have the forkserver kill the actor: only a parent knows that the process id is still the actor's."""
+        with self._lock:
+            lost = self._lost
+        if lost is None:
+            self._order(timeout_s, (), do="kill", actor=number)
+
+    def forget(self, number: int) -> None:
+        """An actor has ended."""
+        with self._lock:
+            self._actors.pop(number, None)
+
+    def _order(self, timeout_s: float, descriptors: Sequence[int], **order: Any) -> None:
+        data, deadline = [json.dumps(order).encode()], time.monotonic() + timeout_s
+        while True:
+            try:
+                socket.send_fds(self._control, data, list(descriptors))
+                return
+            except BlockingIOError:
+                if not select.select([], [self._control], [], max(0.0, deadline - time.monotonic()))[1]:
+                    raise ActorError(
+                        f"the forkserver (process {self._server.pid}) has read nothing for {timeout_s:g} s; "
+                        f"it may be stopped or still importing; raise system_timeout_s, or open a new runtime."
+                    ) from None
+            except ConnectionError:
+                return  # the reactor sees the same, and tells everybody
+
+    def _on_control(self, _: int) -> None:
+        try:
+            data = self._control.recv(MAX_MESSAGE)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._lose_server()
+            return
+        event = json.loads(data)
+        if event["event"] == "broken":
+            with self._lock:
+                self._lost = event["text"]
+            return
+        with self._lock:
+            actor = self._actors.get(event["actor"])
+        if actor is not None and event["event"] == "started":
+            actor.on_started(event["pid"])
+        elif actor is not None:
+            actor.die(event["how"])
+
+    def _lose_server(self) -> None:
+        """The forkserver has ended, so the kernel has killed its actors; the rest of them is ours to kill."""
+        self.reactor.unregister(self._control.fileno())
+        try:
+            how = describe_exit(self._server.wait(1.0))
+        except subprocess.TimeoutExpired:
+            how = "closed its socket"
+        with self._lock:
+            if self._lost is None:
+                self._lost = f"the forkserver of this runtime (process {self._server.pid}) {how}"
+            actors, why = list(self._actors.values()), self._lost
+        for actor in actors:
+            if actor.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(actor.pid, signal.SIGKILL)
+            actor.die(f"was ended because {why}")

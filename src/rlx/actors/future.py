@@ -1,0 +1,224 @@
+"""Future: the answer to one call. GroupFuture: the answers of many. wait: until some have arrived."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from rlx.errors import ActorDied, CallTimeout
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ok(Generic[T]):
+    """The call returned `value`."""
+
+    value: T
+
+
+@dataclass(frozen=True)
+class Err:
+    """The call raised `error`, or the actor died, or the answer is late."""
+
+    error: BaseException
+
+
+Outcome = Ok[T] | Err
+Answer = Callable[[], Outcome[Any]]
+"""Makes an outcome when asked: unpickling runs user code, which has no place in the thread that reads replies."""
+
+# Guards the few instructions that change a future; one for all, because it is never held while anything runs.
+_lock = threading.Lock()
+
+
+class Future(Generic[T]):
+    """The answer to one call, now or later."""
+
+    __slots__ = ("_answer", "_callbacks", "_outcome", "actor", "method", "request_cancel")
+
+    def __init__(self, actor: str, method: str) -> None:
+        self.actor = actor
+        self.method = method
+        self.request_cancel: Callable[[], None] | None = None
+        self._callbacks: list[Callable[[], None]] = []
+        self._answer: Answer | None = None
+        self._outcome: Outcome[T] | None = None
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """Return what the method returned, or raise what it raised; CallTimeout if late, and then ask again."""
+        outcome = self.outcome(timeout_s)
+        if isinstance(outcome, Err):
+            raise outcome.error
+        return outcome.value
+
+    def exception(self, timeout_s: float | None = None) -> BaseException | None:
+        """Return what the method raised, None if it returned."""
+        outcome = self.outcome(timeout_s)
+        return outcome.error if isinstance(outcome, Err) else None
+
+    def outcome(self, timeout_s: float | None = None) -> Outcome[T]:
+        """Return Ok(value) or Err(error); CallTimeout is raised."""
+        if self._answer is None and not _wait([self], 1, timeout_s):
+            raise self._late(timeout_s)
+        answer = self._answer  # read before _outcome: where it is spent, the outcome is there
+        outcome = self._outcome
+        if outcome is None:
+            assert answer is not None
+            outcome = answer()
+            with _lock:  # two threads may have unpickled it: both get the first one's objects
+                if self._outcome is None:
+                    self._outcome, self._answer = outcome, _spent
+                outcome = self._outcome
+        return outcome
+
+    def done(self) -> bool:
+        """True once the answer is here."""
+        return self._answer is not None
+
+    def cancel(self) -> bool:
+        """Ask that the call is not run; False if it is too late to ask.
+
+        The future then ends in CallCancelled, or in its value if the actor had begun with it.
+        """
+        if self.done() or self.request_cancel is None:
+            return False
+        self.request_cancel()
+        return True
+
+    def __await__(self) -> Generator[Any, None, T]:
+        yield from _arrival(self)
+        return self.result()
+
+    def settle(self, answer: Answer) -> None:
+        """Give the answer (for engines); each future is settled once."""
+        with _lock:
+            self._answer = answer
+            callbacks, self._callbacks = self._callbacks, []
+        self.request_cancel = None
+        for callback in callbacks:
+            callback()
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the answer is here; it must be quick and must not raise (for engines)."""
+        with _lock:
+            if self._answer is None:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Undo `when_done`."""
+        with _lock:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+    def _late(self, timeout_s: float | None) -> CallTimeout:
+        return CallTimeout(
+            f"{self.actor}.{self.method}() has not answered within {timeout_s:g} s; the call goes on, "
+            f"so wait again with result(), or end the actor with kill()."
+        )
+
+    def __repr__(self) -> str:
+        return f"<Future {self.actor}.{self.method}() {'done' if self.done() else 'pending'}>"
+
+
+class GroupFuture(Generic[T]):
+    """The answers of a group's members, in the order of the members."""
+
+    def __init__(self, futures: Sequence[Future[T]]) -> None:
+        self.futures = list(futures)
+
+    def result(self, timeout_s: float | None = None) -> list[Outcome[T]]:
+        """Return one Ok or Err per member; who is late after `timeout_s` (for all together) is Err(CallTimeout)."""
+        _wait(self.futures, len(self.futures), timeout_s)
+        return [f.outcome() if f.done() else Err(f._late(timeout_s)) for f in self.futures]
+
+    def values(self, timeout_s: float | None = None) -> list[T]:
+        """Return what every member returned, or raise the first error, with a note of how many failed.
+
+        A death comes before other errors: those are often only what the dead member's peers noticed of it.
+        """
+        outcomes = self.result(timeout_s)
+        errors = [outcome.error for outcome in outcomes if isinstance(outcome, Err)]
+        if errors:
+            error = next((one for one in errors if isinstance(one, ActorDied)), errors[0])
+            if len(errors) > 1:
+                error.add_note(f"{len(errors)} of {len(outcomes)} members of the group failed")
+            raise error
+        return [outcome.value for outcome in outcomes if isinstance(outcome, Ok)]
+
+    def done(self) -> bool:
+        """True once every member has answered."""
+        return all(future.done() for future in self.futures)
+
+    def __await__(self) -> Generator[Any, None, list[Outcome[T]]]:
+        for future in self.futures:
+            yield from _arrival(future)
+        return self.result()
+
+
+def wait(
+    futures: Iterable[Future[T]], count: int = 1, timeout_s: float | None = None
+) -> tuple[list[Future[T]], list[Future[T]]]:
+    """Return (done, pending), both in the order given, once `count` are done or `timeout_s` has passed."""
+    futures = list(futures)
+    if not 0 <= count <= len(futures):
+        raise ValueError(f"count={count} of {len(futures)} futures can never be done; use 0 to {len(futures)}.")
+    _wait(futures, count, timeout_s)
+    done = [future.done() for future in futures]
+    return [f for f, d in zip(futures, done, strict=True) if d], [
+        f for f, d in zip(futures, done, strict=True) if not d
+    ]
+
+
+def _wait(futures: Sequence[Future[Any]], count: int, timeout_s: float | None) -> bool:
+    """True once `count` of the futures are done, False after `timeout_s`."""
+    late = [future for future in futures if not future.done()]
+    missing = count - (len(futures) - len(late))
+    if missing <= 0:
+        return True
+    # Each waiter has a gate of its own, so a KeyboardInterrupt here cannot spoil the future for anybody else.
+    gate = threading.Lock()
+    gate.acquire()
+
+    def arrive() -> None:
+        nonlocal missing
+        with _lock:
+            missing -= 1
+            enough = missing == 0
+        if enough:
+            gate.release()
+
+    for future in late:
+        future.when_done(arrive)
+    try:
+        return gate.acquire(timeout=-1 if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
+    finally:
+        for future in late:
+            future.forget(arrive)
+
+
+def _arrival(future: Future[Any]) -> Generator[Any, None, None]:
+    """Suspend the running asyncio task until the future is done."""
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    arrived = loop.create_future()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is left to wake
+            loop.call_soon_threadsafe(lambda: arrived.done() or arrived.set_result(None))
+
+    future.when_done(wake)
+    try:
+        yield from arrived
+    finally:
+        future.forget(wake)
+
+
+def _spent() -> Outcome[Any]:
+    raise AssertionError("an answer is made once")

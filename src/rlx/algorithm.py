@@ -1,0 +1,368 @@
+"""Algorithm: builds runners and learners, and runs iterations; a subclass writes one `training_step()` and a loss."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rlx import actors
+from rlx.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from rlx.config import AlgorithmConfig
+from rlx.errors import CheckpointError
+from rlx.inference import evaluation_metrics, policy_builder
+from rlx.learner.learner_group import LearnerGroup
+from rlx.metrics import Clock, EpisodeWindow, Metrics
+from rlx.nets.flat import FlatParameters
+from rlx.progress import progress_display
+from rlx.rollout.runner_group import RunnerGroup
+from rlx.rollout.spaces import space_to_state
+from rlx.run import Run
+from rlx.trajectory import Batch, Trajectory
+
+log = logging.getLogger("rlx")
+
+FREE_ON_RESUME = ("stop", "reporting", "checkpointing", "fault_tolerance", "evaluation")
+"""Sections that do not touch the training curve: a resumed run may change them."""
+
+
+class Algorithm(ABC):
+    """One training run: `train()` makes one iteration, `fit()` as many as `stop` allows.
+
+    Subclass with `class PPO(Algorithm, config=PPOConfig)` and write `training_step` and `loss`.
+    """
+
+    config_class: ClassVar[type[AlgorithmConfig]]
+
+    def __init_subclass__(cls, config: type[AlgorithmConfig] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            cls.config_class = config
+            config.algorithm_class = cls
+
+    def __init__(self, config: AlgorithmConfig, run_dir: str | Path | None = None) -> None:
+        self.config = config
+        self.settings = s = config.settings
+        self.training: Any = s.training
+        self.iteration = self.env_steps = self.episodes = 0
+        self.total_s = 0.0
+        self.best_return: float | None = None
+        self.best_iteration: int | None = None
+        self.window = EpisodeWindow(s.reporting.window_episodes)
+        self.stop_reason = ""
+        self.run: Run | None = None
+        self._run_dir = None if run_dir is None else Path(run_dir)
+        self._runtime: actors.Runtime | None = None
+        self._evaluation_policy: Any = None
+        self._weights_are_stale = True
+        self._saved_iteration: int | None = None
+        self._clock = Clock()
+        self._sample_metrics: Metrics = {}
+        build = policy_builder(s)
+        try:
+            self.runners = self._build_runners(build)
+            self._build_policy = functools.partial(build, *self.runners.policy_spaces())
+            self.learners = self._build_learners()
+        except BaseException:
+            self.close()
+            raise
+
+    # What a subclass writes -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def training_step(self) -> Metrics:
+        """Make one iteration, from experience to published weights; return the learner's stats."""
+
+    @staticmethod
+    @abstractmethod
+    def loss(policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: Any) -> tuple[Any, dict]:
+        """Return the scalar to minimise and stats to report, all sums weighted by `minibatch.weight`."""
+
+    # What training_step is made of ------------------------------------------------------------------------------
+
+    def sample(self) -> Trajectory:
+        """Collect one fragment from every env runner, [T, B]; count its steps and episodes."""
+        if self._weights_are_stale:
+            self.publish()
+        sample = self.runners.sample(self.settings.env_runners.rollout_fragment_length)
+        self._clock.add(
+            env_s=sample.env_s, inference_s=sample.inference_s, transfer_s=sample.transfer_s, wait_s=sample.wait_s
+        )
+        age = self.learners.version - sample.trajectory.weights_version[sample.trajectory.mask]
+        self._sample_metrics = {"age_mean": float(age.mean()), "age_max": int(age.max())}
+        self.env_steps += len(age)
+        self.episodes += len(sample.episodes)
+        self.window.add(sample.episodes)
+        return sample.trajectory
+
+    def update(self, batch: Batch, **options: Any) -> dict[str, float]:
+        """Run `Learner.update` on all learners with this iteration's seed; return its stats."""
+        started = time.perf_counter()
+        stats = self.learners.update(batch, seed=self.seed("update"), **options)
+        busy_s = stats.pop("busy_s")
+        self._clock.add(learn_s=busy_s, transfer_s=time.perf_counter() - started - busy_s)
+        stats.pop("gradient_steps")
+        return stats
+
+    def publish(self) -> None:
+        """Send the learners' weights to all env runners."""
+        with self._clock.measure("transfer_s"):
+            self.runners.publish(self.learners.version, self.learners.weights())
+        self._weights_are_stale = False
+
+    def seed(self, purpose: str) -> int:
+        """Return this iteration's seed for `purpose`; it depends on the run's seed and the iteration only."""
+        entropy = [self.settings.runtime.seed, self.iteration, *purpose.encode()]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    # What a user calls ------------------------------------------------------------------------------------------
+
+    def train(self) -> Metrics:
+        """Make one iteration and return its metrics (names and units: rlx.metrics.METRICS).
+
+        An interrupt or an error in the middle leaves the algorithm usable: the next call starts a clean fragment.
+        """
+        self._clock = Clock()
+        before = self.env_steps, self.episodes
+        try:
+            stats = self.training_step()
+        except BaseException:
+            self.env_steps, self.episodes = before
+            self._weights_are_stale = True
+            raise
+        self.iteration += 1
+        times = self._clock.summary()
+        self.total_s += float(times["time/iteration_s"] or 0)
+        return {
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+            "episodes": self.episodes,
+            "gradient_steps": self.learners.gradient_steps,
+            "weights_version": self.learners.version,
+            "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
+            **self.window.summary(),
+            **self._sample_metrics,
+            **{f"learner/{name}": value for name, value in stats.items()},
+            "time/total_s": self.total_s,
+            **times,
+        }
+
+    def fit(self) -> Metrics:
+        """Train until a limit of `stop` is reached; return the last iteration's metrics.
+
+        With a run folder, every iteration is logged and checkpoints are saved. Ctrl-C ends the run after the
+        current iteration, with a checkpoint; a second one at once.
+        """
+        self.settings.stop.require_limit()
+        self._open_run()
+        metrics: Metrics = {}
+        with _deferred_interrupt() as interrupted, progress_display(self.settings) as progress:
+            while not (reason := "interrupted" if interrupted() else self._reason_to_stop()):
+                metrics = self._iterate()
+                progress.update(metrics)
+        self.stop_reason = reason
+        self._save_to_run()
+        log.info("stopped after iteration %d: %s", self.iteration, reason)
+        return metrics
+
+    def evaluate(self, num_episodes: int | None = None, on_frame: Callable | None = None) -> Metrics:
+        """Run evaluation episodes on envs of their own, with a frozen copy of the normalizer; return the metrics.
+
+        Nothing that training depends on is touched.
+        """
+        if self._evaluation_policy is None:
+            self._evaluation_policy = self._build_policy()
+            self._evaluation_weights = FlatParameters(self._evaluation_policy)
+        self._evaluation_weights.load(self.learners.weights())
+        normalizer = self.runners.normalizer_state()
+        return evaluation_metrics(self.settings, self._evaluation_policy, normalizer, num_episodes, on_frame=on_frame)
+
+    def save(self, path: str | Path) -> Path:
+        """Save everything that exact resume needs as the folder `path`; return it."""
+        return save_checkpoint(Path(path), self.get_state())
+
+    def restore(self, path: str | Path) -> None:
+        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder."""
+        path = Path(path)
+        is_run = (path / "checkpoints").is_dir()
+        self.set_state(load_newest(path / "checkpoints")[1] if is_run else load_checkpoint(path))
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the whole state as a tree of plain values and numpy arrays."""
+        return {
+            "config": self.config.to_dict(),
+            "iteration": self.iteration,
+            "env_steps": self.env_steps,
+            "episodes": self.episodes,
+            "total_s": self.total_s,
+            "best_return": self.best_return,
+            "best_iteration": self.best_iteration,
+            "window": self.window.get_state(),
+            "spaces": [space_to_state(space) for space in self.runners.spaces()],
+            "learners": self.learners.get_state(),
+            "runners": self.runners.get_state(),
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from `get_state`; CheckpointError if it comes from another config."""
+        self._check_same_config(state)
+        for name in ("iteration", "env_steps", "episodes", "total_s", "best_return", "best_iteration"):
+            setattr(self, name, state[name])
+        self.window.set_state(state["window"])
+        self.learners.set_state(state["learners"])
+        self.runners.set_state(state["runners"])
+        self._weights_are_stale = True
+
+    def close(self) -> None:
+        """End every process and file of this algorithm; closing twice is fine."""
+        for name in ("runners", "learners"):
+            if part := getattr(self, name, None):
+                part.close()
+        if self._runtime is not None:
+            self._runtime.close()
+        if self.run is not None:
+            self.run.close()
+            self.run = None
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _build_runners(self, build: Callable) -> RunnerGroup:
+        s = self.settings
+        return RunnerGroup(
+            s.environment.chosen(),
+            build,
+            num_runners=s.env_runners.num_env_runners,
+            runtime=self._get_runtime,
+            num_envs=s.env_runners.num_envs_per_env_runner,
+            gamma=s.training.gamma,
+            seed=s.runtime.seed,
+            start_timeout_s=s.fault_tolerance.start_timeout_s,
+            sample_timeout_s=s.fault_tolerance.sample_timeout_s,
+            **s.environment.model_dump(exclude={"id"}),
+        )
+
+    def _build_learners(self) -> LearnerGroup:
+        s = self.settings
+        return LearnerGroup(
+            self._build_policy,
+            functools.partial(type(self).loss, training=self.training),
+            runtime=self._get_runtime,
+            start_timeout_s=s.fault_tolerance.start_timeout_s,
+            update_timeout_s=s.fault_tolerance.update_timeout_s,
+            adam_eps=s.training.adam_eps,
+            max_grad_norm=s.training.max_grad_norm,
+            **s.learners.model_dump(),
+        )
+
+    def _get_runtime(self) -> actors.Runtime:
+        """Return the actor runtime, started on first use: a run without actors starts none."""
+        if self._runtime is None:
+            self._runtime = actors.runtime(self.settings.runtime.engine)
+        return self._runtime
+
+    def _open_run(self) -> None:
+        if self._run_dir is None or self.run is not None:
+            return
+        s = self.settings
+        if self.iteration:
+            self.run = Run.open(self._run_dir, tensorboard=s.reporting.tensorboard)
+        else:
+            self.run = Run.create(
+                self._run_dir, self.config.to_yaml(), s.runtime.seed, tensorboard=s.reporting.tensorboard
+            )
+            self._save_to_run()  # a run killed before its first interval resumes from here
+
+    def _iterate(self) -> Metrics:
+        """Train, evaluate and checkpoint as their intervals say."""
+        metrics = self.train()
+        interval = self.settings.evaluation.interval
+        if interval and self.iteration % interval == 0:
+            started = time.perf_counter()
+            metrics |= self.evaluate()
+            metrics["time/evaluation_s"] = time.perf_counter() - started
+        if self.run is not None:
+            self.run.write_metrics(metrics)
+        self._track_best(metrics)
+        interval = self.settings.checkpointing.interval
+        if interval and self.iteration % interval == 0:
+            self._save_to_run()
+        return metrics
+
+    def _track_best(self, metrics: Metrics) -> None:
+        """Remember the checkpointed iteration with the highest return: of its evaluation, else of the window."""
+        c = self.settings.checkpointing
+        if not (c.keep_best and c.interval and self.iteration % c.interval == 0):
+            return
+        score = metrics.get("evaluation/episode_return_mean", metrics["episode_return_mean"])
+        if score is not None and (self.best_return is None or score > self.best_return):
+            self.best_return, self.best_iteration = score, self.iteration
+
+    def _save_to_run(self) -> None:
+        if self.run is not None and self._saved_iteration != self.iteration:
+            c = self.settings.checkpointing
+            self.run.save(self.iteration, self.get_state(), keep=c.keep, best_iteration=self.best_iteration)
+            self._saved_iteration = self.iteration
+
+    def _reason_to_stop(self) -> str:
+        """Return which limit of `stop` is reached, in words, or an empty string."""
+        stop = self.settings.stop
+        mean = self.window.summary()["episode_return_mean"] or 0.0
+        if stop.episode_return_mean is not None and self.window.is_full and mean >= stop.episode_return_mean:
+            return f"episode_return_mean {mean:.1f} reached {stop.episode_return_mean:g}"
+        for name, reached in (("iterations", self.iteration), ("env_steps", self.env_steps), ("time_s", self.total_s)):
+            limit = getattr(stop, name)
+            if limit is not None and reached >= limit:
+                return f"{name} {reached:g} reached {limit:g}"
+        return ""
+
+    def _check_same_config(self, state: Mapping[str, Any]) -> None:
+        saved = type(self.config).from_dict(state["config"])
+        changes = {
+            key: change for key, change in saved.diff(self.config).items() if key.split(".")[0] not in FREE_ON_RESUME
+        }
+        if changes:
+            listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
+            raise CheckpointError(
+                f"the checkpoint belongs to another config: {listed}. Only {', '.join(FREE_ON_RESUME)} may change "
+                "when a run goes on; put the old values back, or start a new run."
+            )
+
+    def __enter__(self) -> Algorithm:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed; the second Ctrl-C interrupts at once.
+
+    Signals reach only the main thread; elsewhere interrupts stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(signum: int, frame: Any) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        log.warning("stopping after this iteration; press Ctrl-C again to stop at once")
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,220 @@
+"""The command line: what can be typed, with its help; rlx.commands does it.
+
+Nothing heavy is imported here, so that `rlx --help` answers at once.
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import rlx
+from rlx import commands
+from rlx.errors import RlxError
+
+log = logging.getLogger("rlx")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    # Python's last collection walks all of torch for 0.3 s, and frees nothing that the end of the process does not.
+    atexit.register(gc.freeze)
+    options = _parser().parse_args(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that environment.id=my_module:MyEnv finds the user's file, as python -m would
+    try:
+        with _console_log(options.log_level):
+            return options.command(options) or 0
+    except RlxError as error:
+        return commands.report(error)
+    except KeyboardInterrupt:
+        print("rlx: interrupted", file=sys.stderr)
+        return commands.INTERRUPTED
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to what sys.stderr is at that moment: the live panel puts itself there, to keep lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        print(prefix + self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _console_log(level: int) -> Iterator[None]:
+    handler, before = _ConsoleHandler(level), log.level
+    log.addHandler(handler)
+    log.setLevel(min(level, logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlx",
+        description="Train, evaluate and compare reinforcement-learning policies.",
+        epilog="example:\n  rlx train ppo --set stop.env_steps=50000      # CartPole, under a minute on a laptop",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rlx {rlx.__version__}")
+    parser.set_defaults(log_level=logging.WARNING)
+    group = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(group)
+    _add_eval(group)
+    _add_plot(group)
+    _add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
+    _add_config(group)
+    return parser
+
+
+def _add_command(
+    group: Any, name: str, command: Any, description: str, example: str, **more: Any
+) -> argparse.ArgumentParser:
+    parser = group.add_parser(
+        name,
+        help=description[0].lower() + description.partition(".")[0][1:],
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=command, **more)
+    return parser
+
+
+def _add_train(group: Any) -> None:
+    parser = _add_command(
+        group,
+        "train",
+        commands.train,
+        "Train the algorithm described in CONFIG, into a run folder. Ctrl-C stops after the current iteration and\n"
+        "saves a checkpoint.",
+        "rlx train ppo --set environment.id=CartPole-v1 --set stop.env_steps=50000\n"
+        "  rlx train --resume runs/ppo-CartPole-v1-... --set stop.env_steps=100000",
+        log_level=logging.INFO,
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?", help="a YAML file, or the name of a shipped config (see `rlx list`)"
+    )
+    _add_set(parser)
+    folders = parser.add_mutually_exclusive_group()
+    folders.add_argument(
+        "--run-dir", metavar="DIR", type=Path, help="new run folder (default: runs/<algorithm>-<environment>-<time>)"
+    )
+    folders.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="go on with a run from its newest checkpoint; needs no CONFIG; --set may change stop, reporting, "
+        "checkpointing, fault_tolerance and evaluation",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the full config, and exit")
+
+
+def _add_eval(group: Any) -> None:
+    parser = _add_command(
+        group,
+        "eval",
+        commands.evaluate,
+        "Evaluate the policy of RUN on fresh episodes, with its observation statistics frozen.",
+        "rlx eval runs/ppo-CartPole-v1-... --episodes 20 --video cartpole.gif",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
+    parser.add_argument(
+        "--episodes", metavar="N", type=_positive, help="number of episodes (default: evaluation.num_episodes)"
+    )
+    parser.add_argument(
+        "--video", metavar="FILE", type=Path, help="record the first environment: .gif, or .mp4 with rlx[video]"
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="S",
+        type=int,
+        help="seed of the first episode, the next ones count up (default: evaluation.seed)",
+    )
+
+
+def _add_plot(group: Any) -> None:
+    parser = _add_command(
+        group,
+        "plot",
+        commands.plot,
+        "Plot a metric of one or more RUNs over env_steps: a line per config, a band over its seeds.",
+        "rlx plot runs/ppo-* -o curves.png",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="picture to write (default: curve.png in the first run)"
+    )
+    parser.add_argument("--metric", metavar="NAME", help="what to plot (default: episode_return_mean)")
+
+
+def _add_config(group: Any) -> None:
+    parser = group.add_parser("config", help="show, compare and describe configs", description="Look at configs.")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    show = _add_command(
+        actions,
+        "show",
+        commands.config_show,
+        "Show every setting of CONFIG.",
+        "rlx config show ppo --set training.lr=1e-3",
+    )
+    show.add_argument("config", metavar="CONFIG", help="a YAML file, the name of a shipped config, or a run folder")
+    _add_set(show)
+    show.add_argument("--comments", action="store_true", help="write each setting's meaning above it")
+    diff = _add_command(
+        actions,
+        "diff",
+        commands.config_diff,
+        "Compare two configs or runs.",
+        "rlx config diff ppo runs/ppo-CartPole-v1-...",
+    )
+    for name in ("first", "second"):
+        diff.add_argument(name, metavar=name.upper(), help="a YAML file, the name of a shipped config, or a run folder")
+    schema = _add_command(
+        actions,
+        "schema",
+        commands.config_schema,
+        "Print the JSON schema of an algorithm's YAML files, for editors.",
+        "rlx config schema ppo > ppo.schema.json",
+    )
+    schema.add_argument(
+        "algorithm", metavar="ALGORITHM", nargs="?", default="ppo", help="name, module or file (default: ppo)"
+    )
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="change one setting, such as training.lr=1e-4; the value is YAML; repeatable",
+    )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What the commands of `rlx` do: each calls the library with its parsed options, and prints what came of it.
+
+Nothing heavy is imported at the top; each command imports what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlx.errors import CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
+
+if TYPE_CHECKING:
+    from rlx.config import AlgorithmConfig
+    from rlx.metrics import Metrics
+
+log = logging.getLogger("rlx")
+
+BAD_INPUT = (ConfigError, CheckpointError, MissingExtra, NotSupported)
+INTERRUPTED = 130
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train a config, or go on with a run."""
+    from rlx.config import load_config
+
+    if options.resume is None and options.config is None:
+        raise ConfigError("rlx train needs a CONFIG (see `rlx list`), or --resume RUN to go on with a run.")
+    if options.resume is not None:
+        config = _config_of_resumed(options.resume, options.config, options.set)
+    else:
+        config = load_config(options.config, options.set)
+    config.settings.stop.require_limit()
+    config.validate()
+    if options.dry_run:
+        _page(config.to_yaml())
+        return 0
+    if options.resume is not None:
+        return _fit(config, options.resume, state=_rewind(options.resume, config))
+    return _fit(config, _new_run_folder(options.run_dir, config))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Play evaluation episodes with a trained policy."""
+    if not any((options.run / name).exists() for name in ("checkpoints", "state.json")):
+        fault = "is neither a run folder nor a checkpoint" if options.run.exists() else "does not exist"
+        raise CheckpointError(f"{options.run} {fault}; give the folder that `rlx train` printed after `run`.")
+    if options.video is None:
+        from rlx.inference import load_policy
+
+        metrics = load_policy(options.run).evaluate(options.episodes, seed=options.seed)
+    else:
+        from rlx import video
+
+        video.check_ending(options.video)
+        video.render_without_display()
+        from rlx.inference import load_policy
+
+        policy = load_policy(options.run)
+        fps = video.frames_per_second(policy.settings.environment.id)
+        with video.recording(options.video, fps) as add_frame:
+            metrics = policy.evaluate(options.episodes, seed=options.seed, on_frame=add_frame)
+    for name in ("episodes", "episode_return_mean", "episode_return_std", "episode_return_min", "episode_return_max"):
+        print(f"{name:<20} {metrics[f'evaluation/{name}']:>10.5g}")
+    print(f"{'episode_length_mean':<20} {metrics['evaluation/episode_length_mean']:>10.5g}")
+    if options.video is not None:
+        print(f"{'video':<20} {options.video}")
+
+
+def list_all(options: argparse.Namespace) -> None:
+    """Print what rlx ships."""
+    from rlx.config import list_algorithms, list_configs
+
+    parts = []
+    for title, entries in (("algorithms", list_algorithms()), ("configs (rlx train NAME)", list_configs())):
+        width = max((len(name) for name, _ in entries), default=0)
+        parts += [title, *(f"  {name:<{width}}  {meaning}" for name, meaning in entries)]
+    _page("\n".join(parts))
+
+
+def config_show(options: argparse.Namespace) -> None:
+    """Print every setting of a config."""
+    from rlx.config import load_config
+
+    _page(load_config(_config_path(options.config), options.set).to_yaml(comments=options.comments))
+
+
+def config_diff(options: argparse.Namespace) -> None:
+    """Print the settings in which two configs or runs differ."""
+    from rlx.config import load_config
+
+    first, second = (load_config(_config_path(one)) for one in (options.first, options.second))
+    changes = first.diff(second)
+    width = max(map(len, changes), default=0)
+    lines = [f"{key:<{width}}  {_yaml(old)} -> {_yaml(new)}" for key, (old, new) in changes.items()]
+    _page("\n".join(lines) or f"{options.first} and {options.second} set everything alike.")
+
+
+def config_schema(options: argparse.Namespace) -> None:
+    """Print the JSON schema of an algorithm's YAML files."""
+    import json
+
+    from rlx.config import AlgorithmConfig
+    from rlx.config_lookup import config_class
+
+    found = config_class(options.algorithm, Path(), AlgorithmConfig, f'there is no algorithm "{options.algorithm}"')
+    _page(json.dumps(found.json_schema(), indent=2))
+
+
+def plot(options: argparse.Namespace) -> None:
+    """Draw learning curves."""
+    from rlx.plotting import DEFAULT_METRIC, plot_runs
+
+    print(plot_runs(options.runs, options.output or options.runs[0] / "curve.png", options.metric or DEFAULT_METRIC))
+
+
+def report(error: RlxError) -> int:
+    """Print an error without its traceback; return the exit code."""
+    print(f"rlx: error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, BAD_INPUT) else 1
+
+
+def _fit(config: AlgorithmConfig, folder: Path, state: dict[str, Any] | None = None) -> int:
+    """Train until a limit, an error or Ctrl-C; say what came of it and what to do next."""
+    algorithm = None
+    try:
+        with config.build(folder) as algorithm:
+            if state is not None:
+                algorithm.set_state(state)
+            log.info("run folder: %s (Ctrl-C stops after the iteration, with a checkpoint)", folder)
+            metrics = algorithm.fit()
+    except RlxError as error:
+        code = report(error)
+        _print_how_to_go_on(folder, "the run can go on from its last checkpoint")
+        return code
+    except KeyboardInterrupt:
+        print("rlx: interrupted", file=sys.stderr)
+        _print_how_to_go_on(folder, "the run can go on from its last checkpoint")
+        return INTERRUPTED
+    if algorithm.stop_reason == "interrupted":
+        _print_how_to_go_on(folder, f"interrupted after iteration {algorithm.iteration}; to go on")
+        return INTERRUPTED
+    _print_outcome(config, folder, metrics, algorithm.stop_reason)
+    return 0
+
+
+def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reason: str) -> None:
+    print(f"stopped  {reason}" + ("" if metrics else " before this session began"))
+    if metrics.get("episode_return_mean") is not None:
+        print(
+            f"return   {metrics['episode_return_mean']:,.1f}, mean of the last "
+            f"{config.settings.reporting.window_episodes} episodes "
+            f"(min {metrics['episode_return_min']:,.1f}, max {metrics['episode_return_max']:,.1f}); "
+            f"length {metrics['episode_length_mean']:,.1f}"
+        )
+    elif metrics:
+        print("return   none: no episode has finished yet")
+    if metrics:
+        total_s = metrics["time/total_s"] or 0.0
+        print(
+            f"time     {total_s:,.1f} s for {metrics['env_steps']:,} env steps in {metrics['iteration']:,} iterations"
+        )
+    print(f"run      {folder}")
+    further = [word for change in _further_limits(config, metrics, reason) for word in ("--set", change)]
+    commands = [["rlx", "eval", str(folder)], ["rlx", "plot", str(folder)]]
+    for number, command in enumerate([*commands, ["rlx", "train", "--resume", str(folder), *further]]):
+        print(f"{'' if number else 'next':<8} {shlex.join(command)}")
+
+
+def _further_limits(config: AlgorithmConfig, metrics: Metrics, reason: str) -> list[str]:
+    """Return the --set values that let a run go on for twice as long."""
+    stop, name = config.settings.stop, reason.partition(" ")[0]
+    if name != "episode_return_mean":
+        return [f"stop.{name}={2 * getattr(stop, name)}"]
+    others = stop.iterations or stop.env_steps or stop.time_s
+    return ["stop.episode_return_mean=null"] + ([] if others else [f"stop.env_steps={2 * (metrics['env_steps'] or 0)}"])
+
+
+def _print_how_to_go_on(folder: Path, sentence: str) -> None:
+    from rlx.checkpoint import list_checkpoints
+
+    if list_checkpoints(folder / "checkpoints"):
+        print(f"rlx: {sentence}: {shlex.join(['rlx', 'train', '--resume', str(folder)])}", file=sys.stderr)
+
+
+def _new_run_folder(wanted: Path | None, config: AlgorithmConfig) -> Path:
+    from rlx.run import default_run_folder
+    from rlx.settings import spelled
+
+    folder = wanted or default_run_folder(config.settings.algorithm, spelled(config.settings.environment.id) or "env")
+    if (folder / "config.yaml").exists():  # Run.create refuses it too, but only once the processes have started
+        raise ConfigError(f"{folder} already holds a run; choose another --run-dir, or `rlx train --resume {folder}`.")
+    return folder
+
+
+def _config_of_resumed(folder: Path, config: str | None, changes: list[str]) -> AlgorithmConfig:
+    """Return the config to go on with; refused where it would bend the run's training curve."""
+    from rlx.algorithm import FREE_ON_RESUME
+    from rlx.config import load_config
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no config.yaml; give what `rlx train` printed.")
+    saved, wanted = load_config(file), load_config(config or file, changes)
+    differing = {key: pair for key, pair in saved.diff(wanted).items() if key.partition(".")[0] not in FREE_ON_RESUME}
+    if differing:
+        listed = ", ".join(f"{key} was {_yaml(old)} and would be {_yaml(new)}" for key, (old, new) in differing.items())
+        raise CheckpointError(
+            f"{folder} was trained with other settings: {listed}. Only {', '.join(FREE_ON_RESUME)} may change when a "
+            "run goes on; leave the rest as it was, or start a new run."
+        )
+    return wanted
+
+
+def _rewind(folder: Path, config: AlgorithmConfig) -> dict[str, Any]:
+    """Return the newest state of a run that nobody else holds, and note the limits that it goes on with."""
+    from rlx.run import Run
+
+    run = Run.open(folder)
+    try:
+        state = run.rewind()
+        (folder / "config.yaml").write_text(config.to_yaml())
+    finally:
+        run.close()
+    return state
+
+
+def _page(text: str) -> None:
+    """Print, and end quietly where the reader has gone, as `head` does."""
+    try:
+        print(text.rstrip("\n"), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _yaml(value: Any) -> str:
+    from rlx.config_document import flow
+
+    return flow(value)
+
+
+def _config_path(config_or_run: str) -> str:
+    """Return the YAML file of a run folder, or the argument itself."""
+    file = Path(config_or_run) / "config.yaml"
+    return str(file) if file.is_file() else config_or_run

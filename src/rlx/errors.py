@@ -1,0 +1,62 @@
+"""Every exception rlx raises on purpose.
+
+RlxError
+├── ConfigError        a setting is unknown, mistyped or impossible            (also a ValueError)
+├── EnvError           an environment breaks the gymnasium API or returns NaN
+├── CheckpointError    a checkpoint or run folder is missing, torn, foreign or from another config
+├── MissingExtra       an optional package is needed; the message says which   (also an ImportError)
+├── NotSupported       this engine cannot do that                              (also a NotImplementedError)
+└── ActorError         something about an actor
+    ├── ActorDied      its process ended: says which signal or exit code, and during which method
+    ├── RemoteError    its method raised an exception that could not be rebuilt here
+    ├── CallTimeout    no reply within the deadline; the call goes on           (also a TimeoutError)
+    └── CallCancelled  the call was cancelled before it ran
+
+A message is one sentence that says what is wrong, the value seen, what is allowed, and what to do.
+An exception raised inside an actor's method arrives as itself, with the remote traceback as a note;
+`RemoteError` stands in only where the original cannot be unpickled.
+"""
+
+
+class RlxError(Exception):
+    """Base of all errors that rlx raises on purpose."""
+
+
+class ConfigError(RlxError, ValueError):
+    """A setting is unknown, mistyped or impossible."""
+
+
+class EnvError(RlxError):
+    """An environment breaks the gymnasium API, or returns NaN."""
+
+
+class CheckpointError(RlxError):
+    """A checkpoint or run folder is missing, torn, foreign, or belongs to another config."""
+
+
+class MissingExtra(RlxError, ImportError):
+    """An optional package is not installed."""
+
+
+class NotSupported(RlxError, NotImplementedError):
+    """The chosen engine cannot do this."""
+
+
+class ActorError(RlxError):
+    """Something went wrong with an actor."""
+
+
+class ActorDied(ActorError):
+    """The actor's process ended before the call was answered."""
+
+
+class RemoteError(ActorError):
+    """The actor's method raised an exception that cannot be rebuilt here; the remote traceback is in the message."""
+
+
+class CallTimeout(ActorError, TimeoutError):
+    """No reply within the deadline. The call itself goes on in the actor."""
+
+
+class CallCancelled(ActorError):
+    """The call was cancelled before it ran."""

@@ -1,0 +1,121 @@
+"""A trained policy, ready to act: `rlx.load_policy(path).act(obs)`.
+
+Everything between an observation and an action comes from the checkpoint: the encoding of the observation, the
+frozen normaliser, the network, and the action's clipping towards the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlx.checkpoint import load_checkpoint, load_newest
+from rlx.errors import EnvError
+from rlx.metrics import Metrics
+from rlx.nets.acting import acting_for
+from rlx.nets.policy import Policy, build_policy
+from rlx.rollout.evaluation import evaluate
+from rlx.rollout.normalizers import Normalizer, ObsNormalizer
+from rlx.rollout.spaces import encode_obs, encoded_observation_space, env_action, space_from_state
+from rlx.settings import Settings
+
+
+class TrainedPolicy:
+    """A policy with its pre- and post-processing; made by `load_policy`."""
+
+    def __init__(self, settings: Settings, state: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self.observation_space, self.action_space = map(space_from_state, state["spaces"])
+        self.encoded_space = encoded_observation_space(self.observation_space)
+        self.policy = policy_builder(settings)(self.encoded_space, self.action_space)
+        weights = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
+        self.policy.load_state_dict(weights)
+        self.normalizer_state = state["runners"]["normalizer"]
+        self._acting = acting_for(self.policy)
+        moments = Normalizer.from_state(self.normalizer_state).obs
+        self._normalize = ObsNormalizer(moments, settings.environment.obs_clip)
+        self._env_action = env_action(self.action_space)
+
+    def act(self, obs: Any, *, deterministic: bool = True, rng: np.random.Generator | None = None) -> Any:
+        """Return the action for one observation of the environment's space, or actions for a batch [N, ...] of them.
+
+        deterministic=False samples, with `rng` (a fresh one each call if none is given).
+        """
+        raw = np.asarray(obs)
+        shape = self.observation_space.shape or ()
+        single = raw.shape == shape
+        if not single and raw.shape[1:] != shape:
+            raise EnvError(f"an observation of shape {raw.shape} was given; allowed are {shape} or (N, *{shape}).")
+        raw_N = raw[None] if single else raw
+        encoded = np.empty((len(raw_N), *self.encoded_space.shape), self.encoded_space.dtype)
+        obs_N = self._normalize(encode_obs(self.observation_space, raw_N, encoded), encoded)
+        if deterministic:
+            action_N = self._acting.best(obs_N)
+        else:
+            self._acting.start(1, len(obs_N), rng or np.random.default_rng())
+            action_N = self._acting.act(0, obs_N)
+        actions = self._env_action(action_N)
+        return actions[0] if single else actions
+
+    def evaluate(
+        self, num_episodes: int | None = None, seed: int | None = None, on_frame: Callable | None = None
+    ) -> Metrics:
+        """Return the evaluation/* metrics over episodes on fresh environments."""
+        return evaluation_metrics(
+            self.settings, self.policy, self.normalizer_state, num_episodes, seed=seed, on_frame=on_frame
+        )
+
+
+def load_policy(path: str | Path) -> TrainedPolicy:
+    """Return the policy of a checkpoint folder, or of a run folder's newest checkpoint."""
+    path = Path(path)
+    state = load_newest(path / "checkpoints")[1] if (path / "checkpoints").is_dir() else load_checkpoint(path)
+    # Without the algorithm's own section no module of its has to be imported: loading executes no code.
+    settings = Settings.model_validate({name: value for name, value in state["config"].items() if name != "training"})
+    return TrainedPolicy(settings, state)
+
+
+def policy_builder(settings: Settings) -> Callable[..., Policy]:
+    """Return the function (encoded observation space, action space) -> Policy with freshly initialised weights."""
+    return functools.partial(build_policy, **settings.model.model_dump(), seed=settings.runtime.seed)
+
+
+def evaluation_metrics(
+    settings: Settings,
+    policy: Policy,
+    normalizer_state: dict[str, Any] | None,
+    num_episodes: int | None = None,
+    *,
+    seed: int | None = None,
+    on_frame: Callable | None = None,
+) -> Metrics:
+    """Return the evaluation/* metrics of `policy` on environments of its own, with a frozen normaliser."""
+    e, environment = settings.evaluation, settings.environment
+    if seed is None:
+        seed = settings.runtime.seed + 1_000_000 if e.seed is None else e.seed
+    result = evaluate(
+        environment.chosen(),
+        policy,
+        normalizer_state=normalizer_state,
+        obs_clip=environment.obs_clip,
+        kwargs=environment.kwargs,
+        num_episodes=num_episodes or e.num_episodes,
+        num_envs=e.num_envs,
+        deterministic=e.deterministic,
+        seed=seed,
+        on_frame=on_frame,
+    )
+    returns = np.asarray(result.returns)
+    return {
+        "evaluation/episode_return_mean": float(returns.mean()),
+        "evaluation/episode_return_std": float(returns.std()),
+        "evaluation/episode_return_min": float(returns.min()),
+        "evaluation/episode_return_max": float(returns.max()),
+        "evaluation/episode_length_mean": float(np.mean(result.lengths)),
+        "evaluation/episodes": len(returns),
+    }

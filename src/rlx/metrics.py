@@ -1,0 +1,179 @@
+"""Metrics: their frozen names, the window over episodes, the clock of an iteration, and the writers.
+
+Every metric's x axis is `env_steps` unless said otherwise. Names do not change between releases; a new one is
+added here or it cannot be written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlx.errors import MissingExtra
+
+Metrics = dict[str, float | int | None]
+
+METRICS: dict[str, str] = {
+    "iteration": "Number of finished training iterations.",
+    "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
+    "episodes": "Episodes finished during training so far.",
+    "gradient_steps": "Optimizer steps so far.",
+    "weights_version": "Number of updates whose weights were published to the env runners.",
+    "env_steps_per_s": "Environment steps of this iteration over its wall time.",
+    "episode_return_mean": "Mean undiscounted, unscaled return of the last reporting.window_episodes episodes; "
+    "null until one has finished.",
+    "episode_return_min": "Smallest return in the same window; null until an episode has finished.",
+    "episode_return_max": "Largest return in the same window; null until an episode has finished.",
+    "episode_length_mean": "Mean length in steps over the same window; null until an episode has finished.",
+    "age_mean": "Mean age of this iteration's samples: updates between the weights that acted and those that learn.",
+    "age_max": "Largest age of this iteration's samples, in updates.",
+    "learner/loss": "Total loss, mean over this iteration's gradient steps.",
+    "learner/policy_loss": "Policy part of the loss.",
+    "learner/value_loss": "Mean squared error of the value function, before its coefficient.",
+    "learner/entropy": "Mean entropy of the policy, in nats.",
+    "learner/kl": "Estimated KL(old || new) in nats (k3), mean over the gradient steps.",
+    "learner/clip_fraction": "Share of samples whose ratio left the clip range.",
+    "learner/explained_variance": "1 - var(return - value) / var(return) before the update; 1 is a perfect critic.",
+    "learner/grad_norm": "Global gradient norm before clipping, mean over the gradient steps.",
+    "learner/lr": "Learning rate of this iteration.",
+    "learner/clip_range": "Clip range of this iteration.",
+    "learner/stopped_early": "1 if the KL limit ended this iteration's update early, else 0.",
+    "evaluation/episode_return_mean": "Mean return of the evaluation episodes; only in iterations that evaluate.",
+    "evaluation/episode_return_std": "Standard deviation of the evaluation returns.",
+    "evaluation/episode_return_min": "Smallest evaluation return.",
+    "evaluation/episode_return_max": "Largest evaluation return.",
+    "evaluation/episode_length_mean": "Mean length of the evaluation episodes, in steps.",
+    "evaluation/episodes": "Number of evaluation episodes.",
+    "time/total_s": "Wall time of all training iterations so far, in seconds, earlier sessions of the run included.",
+    "time/iteration_s": "Wall time of this iteration, in seconds; the next six add up to it.",
+    "time/env_s": "Stepping environments (of the slowest env runner).",
+    "time/inference_s": "Choosing actions and values during the rollout (of the slowest env runner).",
+    "time/learn_s": "Computing gradients and stepping the optimizer.",
+    "time/transfer_s": "Moving trajectories, batches and weights between processes.",
+    "time/wait_s": "Waiting for env runners that were slower than the others' mean.",
+    "time/other_s": "The rest: advantages, statistics, bookkeeping.",
+    "time/evaluation_s": "Evaluation after this iteration, not part of time/iteration_s.",
+}
+
+
+class EpisodeWindow:
+    """Returns and lengths of the last `size` episodes."""
+
+    def __init__(self, size: int) -> None:
+        self.returns: deque[float] = deque(maxlen=size)
+        self.lengths: deque[int] = deque(maxlen=size)
+
+    def add(self, episodes: list[tuple[float, int]]) -> None:
+        """Append finished episodes as (return, length), oldest first."""
+        for return_, length in episodes:
+            self.returns.append(float(return_))
+            self.lengths.append(int(length))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window holds as many episodes as it can."""
+        return len(self.returns) == self.returns.maxlen
+
+    def summary(self) -> Metrics:
+        """Return the episode metrics of the window."""
+        count = len(self.returns)
+        return {
+            "episode_return_mean": sum(self.returns) / count if count else None,
+            "episode_return_min": min(self.returns) if count else None,
+            "episode_return_max": max(self.returns) if count else None,
+            "episode_length_mean": sum(self.lengths) / count if count else None,
+        }
+
+    def get_state(self) -> dict[str, list[float]]:
+        """Return the window's contents."""
+        return {"returns": list(self.returns), "lengths": list(self.lengths)}
+
+    def set_state(self, state: Mapping[str, list[float]]) -> None:
+        """Continue from `get_state`."""
+        self.returns.clear()
+        self.lengths.clear()
+        self.add([(return_, int(length)) for return_, length in zip(state["returns"], state["lengths"], strict=True)])
+
+
+class Clock:
+    """Adds up where the seconds of one iteration went."""
+
+    PARTS = ("env_s", "inference_s", "learn_s", "transfer_s", "wait_s")
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = dict.fromkeys(self.PARTS, 0.0)
+
+    def add(self, **seconds: float) -> None:
+        """Add seconds to parts, e.g. `add(env_s=0.2)`."""
+        for part, value in seconds.items():
+            self.seconds[part] += value
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the wall time of the block to `part`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
+
+    def summary(self) -> Metrics:
+        """Return the time metrics of the iteration that began with this clock."""
+        total = time.perf_counter() - self.started
+        parts = {f"time/{part}": seconds for part, seconds in self.seconds.items()}
+        return {"time/iteration_s": total, **parts, "time/other_s": max(0.0, total - sum(self.seconds.values()))}
+
+
+class JsonlWriter:
+    """Appends one JSON object a line to a file; every line reaches the file as one write."""
+
+    def __init__(self, file: Path) -> None:
+        self.stream = open(file, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+
+    def write(self, metrics: Metrics) -> None:
+        """Append one iteration's metrics."""
+        self.stream.write(json.dumps(metrics) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.stream.close()
+
+
+class TensorBoardWriter:
+    """Writes the same metrics as TensorBoard scalars over env_steps."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtra(
+                "reporting.tensorboard needs the tensorboard package: pip install 'rlx[tensorboard]'."
+            ) from error
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, metrics: Metrics) -> None:
+        """Write every metric that has a value."""
+        for name, value in metrics.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, metrics["env_steps"])
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.writer.close()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics.jsonl; a last line torn by a crash is left out."""
+    rows = []
+    lines = file.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise
+    return rows

@@ -1,0 +1,1 @@
+"""Networks: encoders, action distributions, the policy that joins them, and how it acts."""

@@ -1,0 +1,34 @@
+"""One contiguous buffer under all parameters of a module."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class FlatParameters:
+    """Moves a module's parameters into one float32 buffer and leaves views of it in their place.
+
+    One buffer means one tensor to publish, one optimizer update and one norm, whatever the module looks like;
+    and numpy code that holds views of it sees every update without a copy.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+        self.parameters = list(module.parameters())
+        self.data = torch.cat([p.detach().reshape(-1).to(device, torch.float32) for p in self.parameters])
+        for parameter, view in zip(self.parameters, self.views(self.data), strict=True):
+            parameter.data = view
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Return one view of `flat` per parameter, in its shape."""
+        pieces = flat.split([p.numel() for p in self.parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+    def numpy(self) -> np.ndarray:
+        """Return the buffer as float32 [n]: a view on the CPU, a copy from elsewhere."""
+        return self.data.cpu().numpy()
+
+    def load(self, weights: np.ndarray) -> None:
+        """Copy `weights` float32 [n] into the buffer."""
+        self.data.copy_(torch.from_numpy(np.array(weights)))  # a copy: torch warns of arrays that are read-only

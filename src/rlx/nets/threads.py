@@ -1,0 +1,20 @@
+"""How many CPU threads the arithmetic of this process uses."""
+
+import functools
+
+import torch
+from threadpoolctl import ThreadpoolController
+
+
+def limit_threads(count: int) -> None:
+    """Let torch and numpy's BLAS use `count` threads in this process.
+
+    On small nets a second thread gains nothing, and beside env runners its busy waiting costs up to ten times.
+    """
+    torch.set_num_threads(count)
+    _blas().limit(limits=count, user_api="blas")
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()  # looks through every loaded library, once

@@ -1,0 +1,1 @@
+"""Collecting experience: environments, runners that step them, groups of runners, and evaluation."""

@@ -1,0 +1,338 @@
+"""EnvRunner: steps B environments with a policy and returns what happened as a Trajectory.
+
+`sample(T)` reads top-down as the life of a fragment: collect, check, evaluate, account. Only `_collect` runs
+per step; everything that can be done on whole [T, B] arrays waits until after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NoReturn
+
+import numpy as np
+from gymnasium import spaces
+
+from rlx.errors import EnvError
+from rlx.nets.acting import acting_for
+from rlx.nets.flat import FlatParameters
+from rlx.nets.policy import Policy
+from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
+from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
+from rlx.rollout.vector import Envs, EnvSource, make_envs
+from rlx.trajectory import Trajectory
+
+BuildPolicy = Callable[[spaces.Box, Space], Policy]
+
+# Separates the runner's noise from other generators that are seeded with the same run seed.
+ACTING_STREAM = 1
+
+
+@dataclass
+class Sample:
+    """What one call of `sample` returns."""
+
+    trajectory: Trajectory
+    episodes: list[tuple[float, int]]
+    """Sum of unscaled rewards and number of transitions of each episode that ended, in order of their end."""
+    obs_moments: RunningMoments | None
+    """Moments of the fragment's raw observations; None unless they are normalised."""
+    return_moments: RunningMoments | None
+    """Moments of the fragment's discounted returns; None unless rewards are normalised."""
+    env_s: float
+    """Seconds inside the environments."""
+    inference_s: float
+    """Seconds inside the policy."""
+    busy_s: float
+    """Seconds inside `sample`."""
+    wait_s: float = 0.0
+    """Seconds the caller waited for runners in other processes."""
+    transfer_s: float = 0.0
+    """The part of `wait_s` during which the slowest runner was not busy."""
+
+    @property
+    def env_steps(self) -> int:
+        """Number of transitions."""
+        return int(self.trajectory.mask.sum())
+
+
+class EnvRunner:
+    """Owns `num_envs` environments and a copy of the policy.
+
+    env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
+    runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
+    scaled by. Images and Discrete observations are never normalised.
+    """
+
+    def __init__(
+        self,
+        env: EnvSource,
+        num_envs: int,
+        build_policy: BuildPolicy,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        vectorization: str = "auto",
+        seed: int = 0,
+        first_env_index: int = 0,
+        gamma: float = 0.99,
+        normalize_obs: bool = False,
+        normalize_reward: bool = False,
+        obs_clip: float = 10.0,
+    ) -> None:
+        self._envs: Envs = make_envs(
+            *(env, num_envs), kwargs=kwargs, vectorization=vectorization, seed=seed, first_env_index=first_env_index
+        )
+        self._obs_space = encoded_observation_space(self._envs.observation_space)
+        policy = build_policy(self._obs_space, self._envs.action_space)
+        self._parameters = FlatParameters(policy)
+        self._acting = acting_for(policy)  # after FlatParameters: it may hold views of them
+        is_float_box = isinstance(self._envs.observation_space, spaces.Box) and self._obs_space.dtype == np.float32
+        self._normalizer = ObsNormalizer(RunningMoments(), obs_clip) if normalize_obs and is_float_box else None
+        self._discounted = DiscountedReturn(num_envs, gamma) if normalize_reward else None
+        self._seed, self._first = seed, first_env_index
+        self._version: int | None = None
+        self._fragment = 0
+        self._intact = False
+        self._forget(np.ones(num_envs, bool))
+
+    def spaces(self) -> tuple[Space, Space]:
+        """Return the observation and action space of one environment; `encoded_observation_space` is the policy's."""
+        return self._envs.observation_space, self._envs.action_space
+
+    def set_weights(self, version: int, weights: np.ndarray, normalizer_state: State | None = None) -> None:
+        """Act with `weights` (flat float32) and these statistics from the next sample on."""
+        self._parameters.load(weights)
+        self._version = version
+        if self._normalizer is not None:
+            moments = Normalizer.from_state(normalizer_state).obs or RunningMoments()
+            self._normalizer = ObsNormalizer(moments, self._normalizer.clip)
+
+    def sample(self, num_steps: int) -> Sample:
+        """Return the next `num_steps` steps of every environment."""
+        started = perf_counter()
+        if self._version is None:
+            raise RuntimeError("sample() before set_weights(): the runner does not know which weights to act with")
+        if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
+            self._restart()
+        self._intact = False
+        fragment = self._collect(num_steps)
+        self._check_finite(fragment)
+        inference_started = perf_counter()
+        logp_T_B, value_T_B = self._acting.finish(fragment.obs, fragment.action)
+        next_value_T_B = self._next_values(fragment, value_T_B)
+        fragment.inference_s += perf_counter() - inference_started
+
+        done_T_B = fragment.terminated | fragment.truncated
+        mask_T_B = self._mask(done_T_B)
+        fragment.reward[~mask_T_B] = 0.0
+        episodes = self._ended_episodes(fragment.reward, done_T_B, mask_T_B)
+        obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
+        self._envs.record(fragment.action, done_T_B)
+        trajectory = Trajectory(
+            obs=fragment.obs,
+            action=fragment.action,
+            logp=logp_T_B,
+            value=value_T_B,
+            next_value=next_value_T_B,
+            reward=fragment.reward.astype(np.float32),
+            terminated=fragment.terminated,
+            truncated=fragment.truncated,
+            mask=mask_T_B,
+            weights_version=np.full(mask_T_B.shape, self._version, np.int64),
+        )
+        self._intact = True
+        timings = (fragment.env_s, fragment.inference_s, perf_counter() - started)
+        return Sample(trajectory, episodes, obs_moments, return_moments, *timings)
+
+    def get_state(self) -> State:
+        """Return all that `set_state` needs to go on exactly, as plain values and arrays; the weights stand apart."""
+        if not self._intact:
+            self._restart()
+        return {
+            "fragment": self._fragment,
+            "envs": self._envs.get_state(),
+            "return": self._return_B.copy(),
+            "length": self._length_B.copy(),
+            "discounted_return": None if self._discounted is None else self._discounted.return_B.copy(),
+            "ended": self._ended_B.copy(),
+        }
+
+    def set_state(self, state: State) -> None:
+        """Continue where `get_state` was called."""
+        restored_B = self._envs.set_state(state["envs"])
+        self._fragment = int(state["fragment"])
+        self._return_B, self._length_B = state["return"].copy(), state["length"].copy()
+        self._ended_B = state["ended"].copy()
+        if self._discounted is not None and state["discounted_return"] is not None:
+            self._discounted.return_B = state["discounted_return"].copy()
+        self._forget(~restored_B)
+        self._intact = True
+
+    def close(self) -> None:
+        """Release the environments."""
+        self._envs.close()
+
+    def _restart(self) -> None:
+        self._envs.reset()
+        self._forget(np.ones(self._envs.num_envs, bool))
+        self._intact = True
+
+    def _forget(self, new_B: np.ndarray) -> None:
+        """Empty the accounts of the environments that begin a new episode."""
+        if new_B.all():
+            self._return_B = np.zeros(len(new_B))
+            self._length_B = np.zeros(len(new_B), np.int64)
+            self._ended_B = np.zeros(len(new_B), bool)
+        self._return_B[new_B], self._length_B[new_B], self._ended_B[new_B] = 0.0, 0, False
+        if self._discounted is not None:
+            self._discounted.return_B[new_B] = 0.0
+
+    def _collect(self, num_steps: int) -> _Fragment:
+        envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
+        fragment = _Fragment.empty(num_steps, envs, self._obs_space, normalizer is not None)
+        started = clock()
+        noise = np.random.default_rng([self._seed, ACTING_STREAM, self._first, self._fragment])
+        self._fragment += 1
+        acting.start(num_steps, envs.num_envs, noise)
+        inference_s, env_s = clock() - started, 0.0
+        raw_B = envs.obs_B
+        for t in range(num_steps):
+            obs_B = encode_obs(envs.observation_space, raw_B, fragment.raw[t])
+            if normalizer is not None:
+                obs_B = normalizer(obs_B, out=fragment.obs[t])
+            acting_started = clock()
+            action_B = acting.act(t, obs_B)
+            stepping_started = clock()
+            fragment.action[t] = action_B
+            try:
+                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = envs.step(action_B)
+            except Exception as error:
+                error.add_note(f"at step {t} of fragment {self._fragment - 1} ({num_steps} steps)")
+                raise
+            env_s += clock() - stepping_started
+            inference_s += stepping_started - acting_started
+            fragment.terminated[t], fragment.truncated[t] = terminated_B, truncated_B
+            for index, obs in final_obs.items():
+                if truncated_B[index] and not terminated_B[index]:
+                    fragment.cuts.append((t, index, obs))
+        fragment.env_s, fragment.inference_s = env_s, inference_s
+        return fragment
+
+    def _see(self, raw_N: np.ndarray) -> np.ndarray:
+        """Return raw observations [N, ...] as the policy sees them."""
+        obs_N = np.empty((len(raw_N), *self._obs_space.shape), self._obs_space.dtype)
+        encode_obs(self._envs.observation_space, raw_N, obs_N)
+        return obs_N if self._normalizer is None else self._normalizer(obs_N)
+
+    def _next_values(self, fragment: _Fragment, value_T_B: np.ndarray) -> np.ndarray:
+        """Return V of the observations that followed, before any reset; 0 where terminated."""
+        finals = [obs for _, _, obs in fragment.cuts]
+        last_B = self._envs.obs_B
+        tail_N = self._acting.value(self._see(np.concatenate([last_B, np.stack(finals)]) if finals else last_B))
+        next_value_T_B = np.concatenate([value_T_B[1:], tail_N[None, : len(last_B)]])
+        for (t, index, _), value in zip(fragment.cuts, tail_N[len(last_B) :], strict=True):
+            next_value_T_B[t, index] = value
+        next_value_T_B[fragment.terminated] = 0.0
+        return next_value_T_B
+
+    def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
+        """Return False where the row only resets: after an ended episode, also across the fragment's border."""
+        if not self._envs.resets_on_next_step:
+            return np.ones(done_T_B.shape, bool)
+        mask_T_B = ~np.concatenate([self._ended_B[None], done_T_B[:-1]])
+        self._ended_B = done_T_B[-1].copy()
+        return mask_T_B
+
+    def _ended_episodes(
+        self, reward_T_B: np.ndarray, done_T_B: np.ndarray, mask_T_B: np.ndarray
+    ) -> list[tuple[float, int]]:
+        """Return (return, length) of the episodes that ended; running ones are carried over."""
+        episodes = []
+        first_B = [0] * self._envs.num_envs
+        for t, index in np.argwhere(done_T_B).tolist():
+            rows = slice(first_B[index], t + 1)
+            total = self._return_B[index] + reward_T_B[rows, index].sum()
+            episodes.append((float(total), int(self._length_B[index] + mask_T_B[rows, index].sum())))
+            self._return_B[index], self._length_B[index], first_B[index] = 0.0, 0, t + 1
+        for index, first in enumerate(first_B):
+            self._return_B[index] += reward_T_B[first:, index].sum()
+            self._length_B[index] += mask_T_B[first:, index].sum()
+        return episodes
+
+    def _moments(
+        self, fragment: _Fragment, done_T_B: np.ndarray, mask_T_B: np.ndarray
+    ) -> tuple[RunningMoments | None, RunningMoments | None]:
+        """Return the moments of observations and discounted returns; None for what is not normalised."""
+        obs_moments = None
+        if self._normalizer is not None:
+            obs_moments = RunningMoments()
+            obs_moments.update(fragment.raw[mask_T_B])
+        if self._discounted is None:
+            return obs_moments, None
+        return obs_moments, self._discounted.moments(fragment.reward, done_T_B, mask_T_B)
+
+    def _check_finite(self, fragment: _Fragment) -> None:
+        """Raise EnvError if an observation or a reward of the fragment is NaN or infinite."""
+        end = len(fragment.reward)
+        # Field, first step of the array, and which action came before: observation t follows action t - 1.
+        fields = (
+            ("reward", fragment.reward, 0, 0),
+            ("observation", fragment.raw, 0, -1),
+            ("observation", self._envs.obs_B[None], end, -1),
+        )
+        for name, values, first, shift in fields:
+            if not np.isfinite(values).all():
+                t, index = (int(i) for i in np.argwhere(~np.isfinite(values))[0][:2])
+                self._raise_not_finite(
+                    name, values[t, index], first + t, index, fragment.action[: first + t + shift + 1]
+                )
+        for t, index, obs in fragment.cuts:
+            if not np.isfinite(obs).all():
+                self._raise_not_finite("final observation", obs, t, index, fragment.action[: t + 1])
+
+    def _raise_not_finite(self, name: str, value: Any, t: int, index: int, actions_T_B: np.ndarray) -> NoReturn:
+        blame = "clip or repair it in the environment or a wrapper."
+        if len(actions_T_B) and not np.isfinite(actions_T_B[-1, index]).all():
+            blame = (
+                f"the action before it was {actions_T_B[-1, index]}: the policy has diverged; lower the learning rate."
+            )
+        raise EnvError(
+            f"{self._envs.name}, environment {self._first + index}: {name} {value} at step {t} of fragment "
+            f"{self._fragment - 1}; it must be finite: {blame}"
+        )
+
+
+@dataclass
+class _Fragment:
+    """The arrays [T, B, ...] that a fragment is collected into."""
+
+    raw: np.ndarray
+    obs: np.ndarray
+    """What the policy saw; the same array as `raw` when nothing is normalised."""
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    cuts: list[tuple[int, int, Any]] = field(default_factory=list)
+    """(t, index, raw final observation) of truncated episodes whose obs[t + 1] is of the next episode already."""
+    env_s: float = 0.0
+    inference_s: float = 0.0
+
+    @classmethod
+    def empty(cls, num_steps: int, envs: Envs, obs_space: spaces.Box, is_normalized: bool) -> _Fragment:
+        """Return new arrays: a trajectory's arrays are never written to again."""
+        shape = (num_steps, envs.num_envs)
+        raw = np.empty((*shape, *obs_space.shape), obs_space.dtype)
+        if isinstance(envs.action_space, spaces.Discrete):
+            action = np.empty(shape, np.int64)
+        else:
+            action = np.empty((*shape, int(np.prod(envs.action_space.shape or ()))), np.float32)
+        return cls(
+            raw=raw,
+            obs=np.empty_like(raw) if is_normalized else raw,
+            action=action,
+            reward=np.empty(shape),
+            terminated=np.empty(shape, bool),
+            truncated=np.empty(shape, bool),
+        )

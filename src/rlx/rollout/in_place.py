@@ -1,0 +1,220 @@
+"""Scalar gymnasium environments stepped in a loop in this process.
+
+Every episode is reset with a seed made of (run seed, global index of the environment, episode number), so the
+state of an environment is its episode number and the actions since: no environment has to be pickled.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NoReturn, SupportsFloat
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.spaces import check_spaces, env_action
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]
+Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[int, Any]]
+"""obs_B (raw, after any reset), reward_B, terminated_B, truncated_B, and by index the final obs of ended episodes."""
+
+NO_FINALS: dict[int, Any] = {}
+RAISED = object()
+
+
+def episode_seed(seed: int, env_index: int, episode: int) -> int:
+    """Return the 31-bit seed of one episode: some environments take no larger one."""
+    return int(np.random.SeedSequence([seed, env_index, episode]).generate_state(1)[0] >> 1)
+
+
+class InPlaceEnvs:
+    """B scalar environments that reset themselves in the step that ends an episode; arrays returned are reused."""
+
+    resets_on_next_step = False
+
+    def __init__(self, envs: list[gymnasium.Env[Any, Any]], name: str, seed: int, first_env_index: int) -> None:
+        self.name = name
+        self.num_envs = len(envs)
+        self.observation_space = envs[0].observation_space
+        self.action_space = envs[0].action_space
+        check_spaces(self.observation_space, self.action_space, name)
+        shape, dtype = self.observation_space.shape, self.observation_space.dtype
+        assert shape is not None and dtype is not None
+        self.obs_B = np.zeros((self.num_envs, *shape), dtype)
+        self.envs = envs
+        self.env_action = env_action(self.action_space)
+        self._seed, self._first = seed, first_env_index
+        self._steps = [env.step for env in envs]
+        self._box_shape = shape if isinstance(self.observation_space, spaces.Box) else None
+        self._unchecked = set(range(self.num_envs))
+        self._reward_B = np.zeros(self.num_envs)
+        self._terminated_B = np.zeros(self.num_envs, bool)
+        self._truncated_B = np.zeros(self.num_envs, bool)
+        self._episode = [-1] * self.num_envs
+        self._actions: list[list[np.ndarray]] = [[] for _ in envs]
+
+    def reset(self) -> np.ndarray:
+        """Return the first observations of a new episode in every environment."""
+        for index in range(self.num_envs):
+            self._begin_episode(index)
+            self._actions[index] = []
+        return self.obs_B
+
+    def step(self, action_B: np.ndarray) -> Step:
+        """Return what followed the policy's actions."""
+        reward_B, terminated_B, truncated_B = self._reward_B, self._terminated_B, self._truncated_B
+        final_obs = NO_FINALS
+        for index, action in enumerate(self.env_action(action_B)):
+            reward, terminated, truncated = self.step_one(index, action)
+            reward_B[index], terminated_B[index], truncated_B[index] = reward, terminated, truncated
+            if terminated or truncated:
+                final_obs = {**final_obs, index: self.obs_B[index].copy()}
+                self._begin_episode(index)
+        return self.obs_B, reward_B, terminated_B, truncated_B, final_obs
+
+    def step_one(self, index: int, action: Any) -> tuple[float, bool, bool]:
+        """Return reward, terminated and truncated of one environment's step; its observation goes to obs_B."""
+        returned: Any = RAISED
+        try:
+            returned = self._steps[index](action)
+            obs, reward, terminated, truncated, _ = returned
+            if index in self._unchecked:
+                self._check_step(index, returned)
+            elif self._box_shape is not None and obs.shape != self._box_shape:
+                raise ValueError("shape")  # would broadcast in silence
+            self.obs_B[index] = obs
+            return float(reward), terminated, truncated
+        except Exception as error:
+            self._explain(error, index, "step", returned, f"with action {action!r}")
+
+    def reset_one(self, index: int, seed: int) -> None:
+        """Begin an episode with `seed` in one environment; its observation goes to obs_B."""
+        returned: Any = RAISED
+        try:
+            returned = self.envs[index].reset(seed=seed)
+            if not isinstance(returned, tuple):  # a bare array of two numbers would unpack
+                raise TypeError("not a tuple")
+            obs, _ = returned
+            self._check_obs(index, "reset", obs)
+            self.obs_B[index] = obs
+        except Exception as error:
+            self._explain(error, index, "reset", returned, f"with seed {seed}")
+
+    def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
+        """Remember a fragment's actions, as far as their episodes still run, for `get_state`."""
+        for index, actions in enumerate(self._actions):
+            (ends,) = done_T_B[:, index].nonzero()
+            if len(ends):
+                actions.clear()
+            actions.append(action_T_B[ends[-1] + 1 if len(ends) else 0 :, index].copy())
+
+    def get_state(self) -> State:
+        """Return episode numbers, the running episodes' actions (joined) and observations."""
+        lengths = [sum(map(len, actions)) for actions in self._actions]
+        chunks = [chunk for actions in self._actions for chunk in actions]
+        joined = np.concatenate(chunks) if chunks else np.zeros(0)
+        return {
+            "kind": "in_place",
+            "episode": list(self._episode),
+            "length": lengths,
+            "action": joined,
+            "obs": self.obs_B.copy(),
+        }
+
+    def set_state(self, state: State) -> np.ndarray:
+        """Return a bool [B]: True where the running episode was restored, False where a new one had to begin."""
+        if state["kind"] != "in_place" or len(state["episode"]) != self.num_envs:
+            raise CheckpointError(
+                f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has "
+                f"{self.num_envs} in_place; resume with the num_envs and vectorization of the saved run."
+            )
+        restored_B = np.ones(self.num_envs, bool)
+        ends = np.cumsum(state["length"])
+        for index, end in enumerate(ends):
+            actions = state["action"][end - state["length"][index] : end]
+            self._episode[index] = int(state["episode"][index]) - 1
+            self._begin_episode(index)
+            self._actions[index] = [actions.copy()] if len(actions) else []
+            if not (self._replay(index, actions) and np.array_equal(self.obs_B[index], state["obs"][index])):
+                restored_B[index] = False
+                self._begin_episode(index)
+                self._actions[index] = []
+        if not restored_B.all():
+            log.warning(
+                "%s is not deterministic (replaying a seeded episode gave other observations): %d of %d environments "
+                "begin a new episode, so this resume is not exact.",
+                *(self.name, int((~restored_B).sum()), self.num_envs),
+            )
+        return restored_B
+
+    def close(self) -> None:
+        """Close every environment."""
+        for env in self.envs:
+            env.close()
+
+    def _begin_episode(self, index: int) -> None:
+        self._episode[index] += 1
+        self.reset_one(index, episode_seed(self._seed, self._first + index, self._episode[index]))
+
+    def _replay(self, index: int, actions: np.ndarray) -> bool:
+        for action in self.env_action(actions) if len(actions) else ():
+            _, terminated, truncated = self.step_one(index, action)
+            if terminated or truncated:
+                return False  # the saved episode went on here
+        return True
+
+    def _check_step(self, index: int, returned: tuple[Any, ...]) -> None:
+        obs, reward, terminated, truncated, _ = returned
+        self._check_obs(index, "step", obs)
+        if not isinstance(reward, SupportsFloat):
+            raise EnvError(
+                f"{self.name}, environment {index}: step() returned the reward {reward!r}; gymnasium asks for a number."
+            )
+        for name, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, (bool, np.bool_)):
+                raise EnvError(
+                    f"{self.name}, environment {index}: step() returned {name} {flag!r}; gymnasium asks for a bool."
+                )
+        self._unchecked.discard(index)
+
+    def _check_obs(self, index: int, method: str, obs: Any) -> None:
+        space = self.observation_space
+        if isinstance(space, spaces.Discrete):
+            good = isinstance(obs, (int, np.integer)) or (isinstance(obs, np.ndarray) and obs.shape == ())
+            good = good and space.start <= obs < space.start + space.n
+        else:
+            good = isinstance(obs, np.ndarray) and obs.shape == space.shape
+            # "same_kind" lets float64 pass for float32, as many environments return it.
+            good = good and np.can_cast(obs.dtype, self.obs_B.dtype, "same_kind")
+        if not good:
+            raise EnvError(
+                f"{self.name}, environment {index}: {method}() returned the observation {describe(obs)}; "
+                f"its observation_space is {space}."
+            )
+
+    def _explain(self, error: Exception, index: int, method: str, returned: Any, how: str) -> NoReturn:
+        """Raise EnvError where the return value breaks the API, else `error` with a note that says where."""
+        if returned is RAISED:
+            error.add_note(f"in {method}() {how} of environment {index} of {self.name}")
+            raise error
+        if isinstance(error, EnvError):
+            raise error
+        asked = {"step": "(obs, reward, terminated, truncated, info)", "reset": "(obs, info)"}[method]
+        raise EnvError(
+            f"{self.name}, environment {index}: {method}() returned {describe(returned)}; gymnasium asks for {asked} "
+            f"with observations of {self.observation_space}."
+        ) from error
+
+
+def describe(value: Any) -> str:
+    """Return a short text of a value that an environment returned."""
+    if isinstance(value, np.ndarray):
+        return f"array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}: ({', '.join(map(describe, value))})"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

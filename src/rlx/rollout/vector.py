@@ -1,0 +1,298 @@
+"""One way to step many environments: `make_envs` returns scalar ones in a loop, or an adapter over a VectorEnv."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.env_state import CannotCapture, capture, restore
+from rlx.rollout.in_place import NO_FINALS, InPlaceEnvs, State, Step, describe, episode_seed
+from rlx.rollout.spaces import Space, check_spaces, env_action
+
+log = logging.getLogger(__name__)
+
+AnyVectorEnv = VectorEnv[Any, Any, Any]
+EnvSource = str | type | Callable[..., Any] | AnyVectorEnv
+"""A gymnasium id, "package.module:Name", an Env or VectorEnv class, a factory of either, or a VectorEnv."""
+
+
+class Envs(Protocol):
+    """B environments that restart by themselves. Arrays they return are good until the next step."""
+
+    name: str
+    num_envs: int
+    observation_space: Space
+    action_space: Space
+    obs_B: np.ndarray
+    """Current raw observations."""
+    resets_on_next_step: bool
+    """True if the step after an episode's end only resets (its row is no transition, and its obs is the final one)."""
+
+    def reset(self) -> np.ndarray:
+        """Return the first observations of a new episode in every environment."""
+        ...
+
+    def step(self, action_B: np.ndarray) -> Step:
+        """Return what followed the policy's actions."""
+        ...
+
+    def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
+        """Remember what `get_state` needs of a finished fragment."""
+
+    def get_state(self) -> State:
+        """Return the state between two fragments as plain values and arrays."""
+        ...
+
+    def set_state(self, state: State) -> np.ndarray:
+        """Return a bool [B]: True where the running episode was restored, False where a new one had to begin."""
+        ...
+
+    def close(self) -> None:
+        """Release the environments."""
+
+
+def make_envs(
+    env: EnvSource,
+    num_envs: int,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    vectorization: str = "auto",
+    seed: int = 0,
+    first_env_index: int = 0,
+) -> Envs:
+    """Return `num_envs` environments made from `env`.
+
+    vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
+    a loop, "auto" prefers the native one where it exists and can be made.
+    """
+    source, name = resolve(env)
+    options = dict(kwargs or {})
+    native: AnyVectorEnv | None = None
+    if isinstance(source, VectorEnv):
+        native = source
+    elif isinstance(source, str):
+        native = _native(source, num_envs, options, vectorization)
+    elif "num_envs" in _parameters(source):
+        native = source(num_envs=num_envs, **options)
+        if not isinstance(native, VectorEnv):
+            raise EnvError(f"{name} takes num_envs but made a {type(native).__name__}, not a gymnasium VectorEnv.")
+    if native is not None:
+        return VectorEnvAdapter(native, name, num_envs, seed, first_env_index)
+    scalars = [make_scalar(source, options, name)]
+    if isinstance(scalars[0], VectorEnv):
+        return VectorEnvAdapter(scalars[0], name, num_envs, seed, first_env_index)
+    scalars += [make_scalar(source, options, name) for _ in range(num_envs - 1)]
+    if len(set(map(id, scalars))) < num_envs:
+        raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
+    return InPlaceEnvs(scalars, name, seed, first_env_index)
+
+
+def resolve(env: EnvSource) -> tuple[Any, str]:
+    """Return what `env` stands for (a gymnasium id, a callable or a VectorEnv) and a name for messages."""
+    if not isinstance(env, str):
+        if not callable(env) and not isinstance(env, VectorEnv):
+            raise EnvError(
+                f"{env!r} cannot be used as an environment: give a gymnasium id, 'package.module:Name', a class, "
+                "a function that makes one, or a gymnasium VectorEnv."
+            )
+        return env, getattr(env, "__qualname__", None) or repr(env)
+    module, colon, attribute = env.rpartition(":")
+    if not colon:
+        return env, env
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        raise EnvError(f"{env}: cannot import {error.name!r}; check the spelling or install the package.") from error
+    # gymnasium has the same notation, "module:Id-v0": the module registers the id when it is imported.
+    return (env, env) if found is None else resolve(found)
+
+
+def make_scalar(source: Any, kwargs: Mapping[str, Any], name: str) -> Any:
+    """Return one environment from a resolved `source`."""
+    if not isinstance(source, str):
+        made = source(**kwargs)
+    else:
+        try:
+            made = gymnasium.make(source, disable_env_checker=True, **kwargs)
+        except (gymnasium.error.Error, ImportError) as error:
+            raise EnvError(f"{name} cannot be made: {error}") from error
+    if not isinstance(made, (gymnasium.Env, VectorEnv)):
+        raise EnvError(f"{name} made a {type(made).__name__}, not a gymnasium.Env or VectorEnv.")
+    return made
+
+
+def _native(env_id: str, num_envs: int, kwargs: dict[str, Any], vectorization: str) -> AnyVectorEnv | None:
+    """Return the vector environment registered for the id, or None where scalar ones should serve."""
+    spec = gymnasium.registry.get(env_id.rpartition(":")[2])
+    if vectorization == "in_place" or (vectorization == "auto" and (spec is None or spec.vector_entry_point is None)):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about autoreset_mode: the adapter checks it, and says what to do
+            return gymnasium.make_vec(env_id, num_envs, "vector_entry_point", **kwargs)
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        if vectorization == "native":
+            raise EnvError(f"{env_id} has no native vector environment here ({error}); use in_place.") from error
+        log.warning("%s: its vector environment cannot be made (%s); stepping scalar ones in place.", env_id, error)
+        return None
+
+
+def _parameters(source: Any) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(source).parameters
+    except ValueError:  # a callable written in C
+        return {}
+
+
+class VectorEnvAdapter:
+    """Any gymnasium VectorEnv, in whichever autoreset mode its metadata states."""
+
+    def __init__(self, env: AnyVectorEnv, name: str, num_envs: int, seed: int, first_env_index: int) -> None:
+        if env.num_envs != num_envs:
+            raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
+        mode = env.metadata.get("autoreset_mode")
+        if not isinstance(mode, AutoresetMode):
+            raise EnvError(
+                f"{name} states autoreset_mode {mode!r}; set metadata['autoreset_mode'] of the VectorEnv to "
+                "gymnasium.vector.AutoresetMode.NEXT_STEP, SAME_STEP or DISABLED, whichever it does."
+            )
+        self.name = name
+        self.num_envs = num_envs
+        self.observation_space = env.single_observation_space
+        self.action_space = env.single_action_space
+        check_spaces(self.observation_space, self.action_space, name)
+        self.env = env
+        self.env_action = env_action(self.action_space)
+        self.resets_on_next_step = mode is AutoresetMode.NEXT_STEP
+        self.obs_B = np.zeros((num_envs, *(self.observation_space.shape or ())), self.observation_space.dtype)
+        self._mode = mode
+        self._seed, self._first, self._resets = seed, first_env_index, 0
+        self._checked = False
+
+    def reset(self) -> np.ndarray:
+        """Return the first observations of a new episode in every environment."""
+        return self._reset(episode_seed(self._seed, self._first, self._resets))
+
+    def _reset(self, seed: int | None, reset_mask: np.ndarray | None = None) -> np.ndarray:
+        """Return the observations after a reset with `seed`, of all environments or those in `reset_mask` [B]."""
+        self._resets += reset_mask is None
+        options = None if reset_mask is None else {"reset_mask": reset_mask}
+        returned = self._call("reset", seed=seed, options=options)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise EnvError(f"{self.name}: reset() returned {describe(returned)}; gymnasium asks for (obs, info).")
+        obs_B = np.asarray(returned[0])
+        self._check_shape("reset", "observations", obs_B, self.obs_B.shape)
+        self.obs_B = obs_B
+        return obs_B
+
+    def step(self, action_B: np.ndarray) -> Step:
+        """Return what followed the policy's actions."""
+        returned = self._call("step", self.env_action(action_B))
+        if not self._checked:
+            self._check_step(returned)
+        obs_B, reward_B, terminated_B, truncated_B, info = returned
+        obs_B, final_obs = np.asarray(obs_B), NO_FINALS
+        if not self.resets_on_next_step:
+            done_B = np.logical_or(terminated_B, truncated_B)
+            if done_B.any():
+                obs_B, final_obs = self._restart(obs_B, done_B, info)
+        self.obs_B = obs_B
+        return obs_B, reward_B, terminated_B, truncated_B, final_obs
+
+    def _restart(
+        self, obs_B: np.ndarray, done_B: np.ndarray, info: dict[str, Any]
+    ) -> tuple[np.ndarray, dict[int, Any]]:
+        """Return the observations after the reset of ended episodes, and their final ones."""
+        (ended,) = done_B.nonzero()
+        if self._mode is AutoresetMode.SAME_STEP:
+            if "final_obs" not in info:
+                raise EnvError(
+                    f"{self.name} resets in the same step but its info has no 'final_obs', only {sorted(info)}; "
+                    "put the last observation of the ended episode there."
+                )
+            return obs_B, {int(i): np.array(info["final_obs"][i]) for i in ended}
+        final_obs = {int(i): np.array(obs_B[i]) for i in ended}
+        kept_B = obs_B.copy()
+        kept_B[ended] = self._reset(None, done_B.copy())[ended]
+        return kept_B, final_obs
+
+    def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
+        """Nothing: the state is in the environment's attributes."""
+
+    def get_state(self) -> State:
+        """Return the environment's plain attributes, or why it has none that can be saved."""
+        state: State = {
+            "kind": "vector",
+            "resets": self._resets,
+            "obs": self.obs_B.copy(),
+            "env": None,
+            "obstacle": None,
+        }
+        try:
+            state["env"] = capture(self.env)
+        except CannotCapture as obstacle:
+            state["obstacle"] = str(obstacle)
+        return state
+
+    def set_state(self, state: State) -> np.ndarray:
+        """Return a bool [B]: all True if the environment was restored, all False if it had to be reset."""
+        if state["kind"] != "vector" or len(state["obs"]) != self.num_envs:
+            raise CheckpointError(
+                f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has "
+                f"{self.num_envs} of kind vector; resume with the num_envs and vectorization of the saved run."
+            )
+        self._resets = int(state["resets"])
+        obstacle = state["obstacle"]
+        self.reset()
+        if state["env"] is not None:
+            try:
+                restore(self.env, state["env"])
+                self._resets = int(state["resets"])
+                self.obs_B = state["obs"].copy()
+                return np.ones(self.num_envs, bool)
+            except CannotCapture as reason:
+                obstacle = reason
+        log.warning(
+            "%s cannot be saved (%s): its %d environments begin new episodes, so this resume is not exact. "
+            "vectorization=in_place can be resumed exactly.",
+            *(self.name, obstacle, self.num_envs),
+        )
+        return np.zeros(self.num_envs, bool)
+
+    def close(self) -> None:
+        """Close the vector environment."""
+        self.env.close()
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return getattr(self.env, method)(*args, **kwargs)
+        except Exception as error:
+            error.add_note(f"in {method}() of the vector environment {self.name}, called with {args or kwargs}")
+            raise
+
+    def _check_step(self, returned: Any) -> None:
+        if not (isinstance(returned, tuple) and len(returned) == 5):
+            raise EnvError(
+                f"{self.name}: step() returned {describe(returned)}; gymnasium asks for (obs, reward, terminated, "
+                "truncated, info)."
+            )
+        shapes = (self.obs_B.shape, (self.num_envs,), (self.num_envs,), (self.num_envs,))
+        names = ("observations", "rewards", "terminated", "truncated")
+        for name, value, shape in zip(names, returned, shapes, strict=False):
+            self._check_shape("step", name, np.asarray(value), shape)
+            if np.asarray(value).dtype.kind not in "biuf":
+                raise EnvError(f"{self.name}: step() returned {name} {describe(value)}; gymnasium asks for numbers.")
+        self._checked = True
+
+    def _check_shape(self, method: str, name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+        if value.shape != shape:
+            raise EnvError(f"{self.name}: {method}() returned {name} of shape {value.shape}; its spaces say {shape}.")

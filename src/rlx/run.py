@@ -1,0 +1,144 @@
+"""A run is a folder: what was run, what came of it, and what it needs to go on.
+
+config.yaml      every setting
+manifest.json    versions, seed, command, start time
+metrics.jsonl    one line an iteration
+checkpoints/     iter_000010/ ...
+logs/driver.log  what the driver logged
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlx.checkpoint import checkpoint_name, load_newest, prune, save_checkpoint
+from rlx.errors import CheckpointError, ConfigError
+from rlx.metrics import JsonlWriter, Metrics, TensorBoardWriter, read_metrics
+
+log = logging.getLogger("rlx")
+
+RECORDED_PACKAGES = ("rlx", "torch", "gymnasium", "numpy", "cloudpickle", "pydantic", "mujoco", "ale-py")
+
+
+class Run:
+    """An open run folder. One process at a time may hold it."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoints.mkdir(exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True)
+        self._lock = _lock(folder / "lock")
+        self._log_handler = logging.FileHandler(folder / "logs" / "driver.log")
+        self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._log_handler)
+        self._tensorboard = tensorboard
+        self._writers: list[JsonlWriter | TensorBoardWriter] = []
+
+    @classmethod
+    def create(cls, folder: Path, config_yaml: str, seed: int, *, tensorboard: bool = False) -> Run:
+        """Make the folder of a new run; a folder that already holds one is refused."""
+        if (folder / "config.yaml").exists():
+            raise ConfigError(
+                f"{folder} already holds a run; go on with `rlx train --resume {folder}` or choose another --run-dir."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        run = cls(folder, tensorboard=tensorboard)
+        (folder / "manifest.json").write_text(json.dumps(_manifest(seed), indent=2) + "\n")
+        (folder / "config.yaml").write_text(config_yaml)
+        return run
+
+    @classmethod
+    def open(cls, folder: Path, *, tensorboard: bool = False) -> Run:
+        """Open the folder of an existing run, to go on with it."""
+        if not (folder / "config.yaml").exists():
+            raise CheckpointError(f"{folder} is no run folder: it has no config.yaml.")
+        return cls(folder, tensorboard=tensorboard)
+
+    def write_metrics(self, metrics: Metrics) -> None:
+        """Append one iteration's metrics to metrics.jsonl, and to TensorBoard if that is on."""
+        if not self._writers:
+            self._writers.append(JsonlWriter(self.folder / "metrics.jsonl"))
+            if self._tensorboard:
+                self._writers.append(TensorBoardWriter(self.folder / "tensorboard"))
+        for writer in self._writers:
+            writer.write(metrics)
+
+    def save(self, iteration: int, state: dict[str, Any], *, keep: int, best_iteration: int | None) -> Path:
+        """Save a checkpoint; keep the newest `keep` and the best one."""
+        folder = save_checkpoint(self.checkpoints / checkpoint_name(iteration), state)
+        prune(self.checkpoints, keep, set() if best_iteration is None else {checkpoint_name(best_iteration)})
+        return folder
+
+    def rewind(self) -> dict[str, Any]:
+        """Return the newest state that loads; metric rows after it are dropped, for they will come again."""
+        path, state = load_newest(self.checkpoints)
+        file = self.folder / "metrics.jsonl"
+        if file.exists():
+            rows = [row for row in read_metrics(file) if row["iteration"] <= state["iteration"]]
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, file)
+        log.info("resuming %s from %s", self.folder, path.name)
+        return state
+
+    def close(self) -> None:
+        """Close every file of the run and release it."""
+        for writer in self._writers:
+            writer.close()
+        log.removeHandler(self._log_handler)
+        self._log_handler.close()
+        os.close(self._lock)
+
+
+def default_run_folder(algorithm: str, env: str) -> Path:
+    """Return runs/<algorithm>-<env>-<time>, a path that does not exist yet."""
+    stem = f"{Path(algorithm).stem}-{env}-{datetime.now():%Y%m%d-%H%M%S}".replace("/", "-").replace(":", "-")
+    folder, number = Path("runs") / stem, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stem}-{number}"
+    return folder
+
+
+def _lock(file: Path) -> int:
+    """Return a descriptor that holds the folder until it is closed or the process ends, however it ends."""
+    import fcntl
+
+    descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 32).decode() or "unknown"
+        os.close(descriptor)
+        raise CheckpointError(
+            f"{file.parent} is in use by process {owner}; wait for it to end, or end it, before resuming."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def _manifest(seed: int) -> dict[str, Any]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": sys.argv,
+        "seed": seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+    }

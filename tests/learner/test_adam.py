@@ -1,0 +1,48 @@
+"""Adam on one buffer is torch's Adam."""
+
+import pytest
+import torch
+
+from rlx.learner.adam import FlatAdam
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-5])
+def test_fifty_steps_equal_torch_s_adam_while_the_learning_rate_changes(epsilon):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(100, generator=generator)
+    parameter = torch.nn.Parameter(start.clone())
+    oracle = torch.optim.Adam([parameter], lr=1.0, eps=epsilon, betas=(0.8, 0.95))
+    adam = FlatAdam(start.clone(), epsilon, beta1=0.8, beta2=0.95)
+    for step in range(50):
+        lr = 0.01 / (1 + step)
+        gradient = torch.randn(100, generator=generator) * 10 ** (-step % 4)
+        oracle.param_groups[0]["lr"], parameter.grad = lr, gradient.clone()
+        oracle.step()
+        adam.step(gradient, lr)
+    moved = parameter.detach() - start
+    assert moved.abs().min() > 0
+    torch.testing.assert_close(adam.data, parameter.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_first_step_by_hand_is_the_learning_rate_against_the_gradient_s_sign():
+    """m / (1 - beta1) = g and sqrt(v / (1 - beta2)) = |g|, so the step is lr g / (|g| + eps)."""
+    adam = FlatAdam(torch.tensor([1.0, 1.0, 1.0]), epsilon=1e-5)
+    adam.step(torch.tensor([4.0, -0.001, 0.0]), lr=0.1)
+    assert adam.data.tolist() == pytest.approx([1 - 0.1, 1 + 0.1 * 0.001 / (0.001 + 1e-5), 1.0])
+
+
+def test_adam_continues_bit_for_bit_from_its_state():
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, 20, generator=generator)
+    straight, first = (FlatAdam(torch.zeros(20), 1e-5) for _ in range(2))
+    for gradient in gradients:
+        straight.step(gradient, 0.01)
+    for gradient in gradients[:3]:
+        first.step(gradient, 0.01)
+    resumed = FlatAdam(first.data.clone(), 1e-5)
+    state = first.get_state()
+    first.step(gradients[0], 0.01)  # the state is a copy
+    resumed.set_state(state)
+    for gradient in gradients[3:]:
+        resumed.step(gradient, 0.01)
+    assert torch.equal(resumed.data, straight.data)

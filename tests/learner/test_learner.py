@@ -1,0 +1,247 @@
+"""One learner: its steps are those of a plain torch loop, and every sample counts as it should."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rlx.checkpoint import load_checkpoint, save_checkpoint
+from rlx.learner.gradient import compiled_gradient, eager_gradient, numpy_gradient
+from rlx.learner.learner import Learner
+from rlx.nets.flat import FlatParameters
+from rlx.trajectory import Batch
+
+
+def plain_torch_update(policy, loss, batch, optimizer, *, epochs, minibatch_size, coefficients, seed, max_grad_norm):
+    """Return the gradient norms of the update that Learner.update should make, written the usual way."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = []
+    for _ in range(epochs):
+        for rows in torch.randperm(len(batch), generator=generator).split(minibatch_size):
+            minibatch = batch.take(rows)
+            weight = minibatch.mask / minibatch.mask.sum()
+            total, _ = loss(policy, Batch(**minibatch.tensors, weight=weight), coefficients)
+            optimizer.zero_grad()
+            total.backward()
+            norms.append(nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm or math.inf).item())
+            optimizer.step()
+    return norms
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize(("activation", "max_grad_norm"), [("tanh", 0.05), ("tanh", None), ("gelu", 0.05)])
+def test_an_update_makes_the_steps_of_a_plain_torch_loop(problem, continuous, activation, max_grad_norm):
+    """Nets with tanh are differentiated in numpy, those with gelu by autograd."""
+    build = partial(problem.build_continuous if continuous else problem.build, activation=activation)
+    learner, reference = Learner(build, problem.loss, max_grad_norm=max_grad_norm), build()
+    optimizer = torch.optim.Adam(reference.parameters(), lr=3e-3, eps=1e-5)
+    for seed in (5, 6):
+        batch = problem.batch(seed=seed, continuous=continuous)
+        stats = learner.update(batch, **problem.update, seed=seed)
+        norms = plain_torch_update(
+            reference, problem.loss, batch, optimizer, epochs=3, minibatch_size=8,
+            coefficients={"clip_range": 0.2}, seed=seed, max_grad_norm=max_grad_norm,
+        )  # fmt: skip
+        assert stats["gradient_steps"] == len(norms) == 9
+        assert stats["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    assert max_grad_norm is None or min(norms) > max_grad_norm, "clipping took place"
+    expected = nn.utils.parameters_to_vector(reference.parameters()).detach().numpy()
+    np.testing.assert_allclose(learner.weights(), expected, rtol=0, atol=2e-6)
+
+
+def test_every_sample_is_used_once_an_epoch_and_the_last_smaller_minibatch_too(problem):
+    """10 samples in minibatches of 4: 4, 4, 2 in each of 3 epochs, in another order every time."""
+    seen = []
+
+    def loss(policy, minibatch, coefficients):
+        seen.append(minibatch.number.tolist())
+        return problem.loss(policy, minibatch, coefficients)
+
+    batch = Batch(**problem.batch(10).tensors, number=torch.arange(10))
+    Learner(problem.build, loss).update(batch, **problem.update | {"minibatch_size": 4}, seed=0)
+    assert [len(numbers) for numbers in seen] == [4, 4, 2] * 3
+    epochs = [seen[start] + seen[start + 1] + seen[start + 2] for start in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(10))
+
+
+def test_masked_rows_have_no_influence_on_weights_or_stats(problem):
+    clean, dirty = problem.batch(), problem.batch()
+    for name in ("obs", "logp", "advantage", "return_"):
+        dirty.tensors[name][~dirty.mask] = 7.0
+    assert 0 < clean.mask.sum() < len(clean)
+    learners = [Learner(problem.build, problem.loss) for _ in range(2)]
+    stats = [
+        learner.update(batch, **problem.update, seed=0) for learner, batch in zip(learners, (clean, dirty), strict=True)
+    ]
+    assert np.array_equal(learners[0].weights(), learners[1].weights())
+    for measured in stats:
+        measured.pop("busy_s")
+    assert stats[0] == stats[1]
+
+
+def test_a_minibatch_without_a_counted_sample_gives_no_nan(problem):
+    batch = problem.batch(9)
+    batch.mask[:] = False
+    learner = Learner(problem.build, problem.loss)
+    before = learner.weights()
+    stats = learner.update(batch, **problem.update, seed=0)
+    assert np.array_equal(learner.weights(), before) and stats["loss"] == stats["grad_norm"] == 0
+
+
+def test_stats_are_means_over_the_gradient_steps(problem):
+    recorded = []
+
+    def loss(policy, minibatch, coefficients):
+        total, stats = problem.loss(policy, minibatch, coefficients)
+        recorded.append((total.item(), stats["value_loss"].item()))
+        return total, stats
+
+    stats = Learner(problem.build, loss).update(problem.batch(), **problem.update, seed=0)
+    assert stats["loss"] == pytest.approx(np.mean([total for total, _ in recorded]), rel=1e-5)
+    assert stats["value_loss"] == pytest.approx(np.mean([value for _, value in recorded]), rel=1e-5)
+    assert stats["stopped_early"] == 0 and stats["busy_s"] > 0
+
+
+@pytest.mark.parametrize(("kl", "target_kl", "steps"), [(0.5, 0.4, 2), (0.5, 0.6, 9), (0.5, None, 9)])
+def test_the_kl_limit_ends_the_update_before_the_step_that_passed_it(problem, kl, target_kl, steps):
+    """The third minibatch reports `kl`."""
+    calls, at_third = 0, np.empty(0)
+
+    def loss(policy, minibatch, coefficients):
+        nonlocal calls, at_third
+        calls += 1
+        total, stats = problem.loss(policy, minibatch, coefficients)
+        if calls == 3:
+            at_third = learner.weights()
+        return total, stats | {"kl": torch.tensor(kl if calls == 3 else 0.0)}
+
+    learner = Learner(problem.build, loss)
+    stats = learner.update(problem.batch(), **problem.update | {"target_kl": target_kl}, seed=0)
+    assert stats["gradient_steps"] == steps and stats["stopped_early"] == (steps == 2)
+    assert np.array_equal(learner.weights(), at_third) is (steps == 2)
+    assert calls == (3 if steps == 2 else 9)
+
+
+def test_the_kl_of_an_update_counts_each_minibatch_once(problem):
+    """With a limit or without, the mean is the same."""
+    with_limit, without = (
+        Learner(problem.build, problem.loss).update(problem.batch(), **problem.update | {"target_kl": limit}, seed=0)
+        for limit in (100.0, None)
+    )
+    assert with_limit["kl"] == without["kl"] != 0
+
+
+def test_an_update_that_stops_before_its_first_step_changes_nothing(problem):
+    learner = Learner(problem.build, problem.loss)
+    before = learner.weights()
+    stats = learner.update(problem.batch(), **problem.update | {"target_kl": -100.0}, seed=0)
+    assert stats["gradient_steps"] == 0 and stats["stopped_early"] == 1
+    assert np.array_equal(learner.weights(), before) and learner.adam.steps == 0
+
+
+def test_the_seed_fixes_an_update_whatever_torch_drew_before(problem):
+    weights = []
+    for seed in (1, 1, 2):
+        learner = Learner(problem.build, problem.loss)
+        torch.rand(len(weights))
+        learner.update(problem.batch(), **problem.update, seed=seed)
+        weights.append(learner.weights())
+    assert np.array_equal(weights[0], weights[1]) and not np.array_equal(weights[0], weights[2])
+
+
+def test_a_learner_continues_bit_for_bit_from_a_checkpoint(problem, tmp_path):
+    straight, first = (Learner(problem.build, problem.loss) for _ in range(2))
+    for learner, seeds in ((straight, (1, 2, 3)), (first, (1,))):
+        for seed in seeds:
+            learner.update(problem.batch(seed=seed), **problem.update, seed=seed)
+    state = load_checkpoint(save_checkpoint(tmp_path / "learner", first.get_state()))
+    first.update(problem.batch(), **problem.update, seed=9)  # the saved state is a copy
+
+    resumed = Learner(lambda: problem.build(seed=77), problem.loss)
+    resumed.set_state(state)
+    for seed in (2, 3):
+        resumed.update(problem.batch(seed=seed), **problem.update, seed=seed)
+    assert np.array_equal(resumed.weights(), straight.weights())
+
+
+def test_the_caller_s_batch_and_the_weights_returned_are_left_alone(problem):
+    learner, batch = Learner(problem.build, problem.loss), problem.batch()
+    before = {name: tensor.clone() for name, tensor in batch.tensors.items()}
+    weights = learner.weights()
+    start = weights.copy()
+    learner.update(batch, **problem.update, seed=0)
+    assert list(batch.tensors) == list(before)
+    assert all(torch.equal(batch.tensors[name], before[name]) for name in before)
+    assert np.array_equal(weights, start)
+
+
+def with_weight(batch: Batch) -> Batch:
+    return Batch(**batch.tensors, weight=batch.mask / batch.mask.sum())
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("options", [{}, {"share_encoder": True}, {"hidden": ()}, {"hidden": (8,)}])
+def test_the_numpy_gradient_is_autograd_s(problem, continuous, activation, options):
+    build = problem.build_continuous if continuous else problem.build
+    policy = build(activation=activation, **options)
+    flat = FlatParameters(policy)
+    flat.data += 0.3 * torch.randn(len(flat.data), generator=torch.Generator().manual_seed(3))
+    in_numpy = numpy_gradient(policy, flat, problem.loss)
+    assert in_numpy is not None
+    for seed in (0, 1):  # the second call must not see the first one's
+        minibatch = with_weight(problem.batch(seed=seed, continuous=continuous))
+        expected, expected_stats = eager_gradient(policy, flat, problem.loss)(minibatch, {"clip_range": 0.2})
+        gradient, stats = in_numpy(minibatch, {"clip_range": 0.2})
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        for name in ("loss", "kl", "value_loss"):
+            torch.testing.assert_close(stats[name], expected_stats[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda policy, minibatch: policy.evaluate(-minibatch.obs, minibatch.action)[2].square().sum(),
+        lambda policy, minibatch: sum(parameter.square().sum() for parameter in policy.parameters()),
+        lambda policy, minibatch: policy(minibatch.obs)[0].square().sum(),
+    ],
+    ids=["evaluate twice", "parameters", "forward"],
+)
+def test_a_loss_that_wants_more_of_the_policy_is_differentiated_by_autograd(problem, extra):
+    def loss(policy, minibatch, coefficients):
+        total, stats = problem.loss(policy, minibatch, coefficients)
+        return total + extra(policy, minibatch), stats
+
+    policy = problem.build()
+    flat, minibatch = FlatParameters(policy), with_weight(problem.batch())
+    in_numpy = numpy_gradient(policy, flat, loss)
+    assert in_numpy is not None
+    gradient, stats = in_numpy(minibatch, {"clip_range": 0.2})
+    expected, expected_stats = eager_gradient(policy, flat, loss)(minibatch, {"clip_range": 0.2})
+    assert torch.equal(gradient, expected) and torch.equal(stats["loss"], expected_stats["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("continuous", [False, True])
+def test_the_compiled_gradient_is_the_eager_one_and_follows_the_coefficients(problem, continuous):
+    policy = (problem.build_continuous if continuous else problem.build)()
+    flat, minibatch = FlatParameters(policy), with_weight(problem.batch(continuous=continuous))
+    eager, compiled = (make(policy, flat, problem.loss) for make in (eager_gradient, compiled_gradient))
+    for clip_range in (0.2, 0.01):
+        expected, expected_stats = eager(minibatch, {"clip_range": clip_range})
+        gradient, stats = compiled(minibatch, {"clip_range": clip_range})
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stats, expected_stats, rtol=1e-4, atol=1e-6)
+        flat.data += 0.1 * gradient
+
+
+@pytest.mark.slow
+def test_a_compiled_learner_makes_the_steps_of_an_eager_one(problem):
+    eager, compiled = (Learner(problem.build, problem.loss, compile=compile) for compile in (False, True))
+    for learner in (eager, compiled):
+        learner.update(problem.batch(), **problem.update, seed=0)
+    np.testing.assert_allclose(compiled.weights(), eager.weights(), rtol=0, atol=1e-5)

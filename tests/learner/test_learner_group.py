@@ -1,0 +1,97 @@
+"""Several learners are one learner: the same steps, weights and stats, up to rounding."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from rlx import actors
+from rlx.learner.learner import Learner
+from rlx.learner.learner_group import GPU_WORTH_PARAMETERS, LearnerGroup, choose_device
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    with actors.runtime("local") as rt:
+        yield rt
+
+
+def assert_same_stats(stats, expected) -> None:
+    for name in stats.keys() - {"busy_s"}:
+        assert stats[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_learners_in_processes_of_their_own_equal_one(problem, runtime, tmp_path, world_size):
+    """21 samples in minibatches of 8, 8, 5: shares differ in size; some rows are masked; the KL is watched."""
+    update = problem.update | {"target_kl": 50.0}
+    ranks = [  # each starts from weights of its own: joining must give it rank 0's
+        runtime.spawn(Learner, partial(problem.build, seed=1 + rank), problem.loss, env={"GLOO_SOCKET_IFNAME": "lo"})
+        for rank in range(world_size)
+    ]
+    joins = [actor.join.call(rank, world_size, str(tmp_path / "store"), 60.0) for rank, actor in enumerate(ranks)]
+    for join in joins:
+        join.result(60.0)
+    one, group = Learner(problem.build, problem.loss), runtime.group(ranks)
+    for seed in (1, 2):
+        expected = one.update(problem.batch(seed=seed), **update, seed=seed)
+        for stats in group.update.call(problem.batch(seed=seed), **update, seed=seed).values(60.0):
+            assert_same_stats(stats, expected)
+    for weights in group.weights.call().values(10.0):
+        np.testing.assert_allclose(weights, one.weights(), rtol=0, atol=1e-6)
+    for actor in ranks:
+        runtime.kill(actor)
+
+
+def test_a_group_in_the_driver_is_a_learner_and_counts(problem):
+    group, learner = LearnerGroup(problem.build, problem.loss, device="cpu"), Learner(problem.build, problem.loss)
+    assert (group.version, group.gradient_steps) == (0, 0)
+    for seed in (1, 2):
+        group.update(problem.batch(seed=seed), **problem.update, seed=seed)
+        learner.update(problem.batch(seed=seed), **problem.update, seed=seed)
+    assert np.array_equal(group.weights(), learner.weights())
+    assert (group.version, group.gradient_steps) == (2, 18)
+    group.close()
+
+
+def test_a_group_of_two_actors_equals_one_learner_and_passes_its_state_on(problem, runtime):
+    """The state of two learners goes on in one, and the other way round."""
+    alone = LearnerGroup(problem.build, problem.loss, device="cpu")
+    two = LearnerGroup(problem.build, problem.loss, device="cpu", num_learners=2, runtime=lambda: runtime)
+    for group in (alone, two):
+        stats = [group.update(problem.batch(seed=seed), **problem.update, seed=seed) for seed in (1, 2)]
+    np.testing.assert_allclose(two.weights(), alone.weights(), rtol=0, atol=1e-6)
+    assert (two.version, two.gradient_steps) == (alone.version, alone.gradient_steps) == (2, 18)
+    assert stats[-1]["gradient_steps"] == 9
+
+    state = two.get_state()
+    from_two = LearnerGroup(lambda: problem.build(seed=99), problem.loss, device="cpu")
+    from_two.set_state(state)
+    two.update(problem.batch(seed=3), **problem.update, seed=3)
+    two.set_state(state)
+    for group in (two, from_two):
+        group.update(problem.batch(seed=4), **problem.update, seed=4)
+    np.testing.assert_allclose(two.weights(), from_two.weights(), rtol=0, atol=1e-6)
+    assert two.version == from_two.version == 3
+    two.close()
+
+
+def test_an_error_in_the_loss_of_an_actor_arrives_as_itself(problem, runtime):
+    def loss(policy, minibatch, coefficients):
+        raise ZeroDivisionError("in the loss")
+
+    group = LearnerGroup(problem.build, loss, device="cpu", num_learners=1, runtime=lambda: runtime)
+    with pytest.raises(ZeroDivisionError, match="in the loss"):
+        group.update(problem.batch(), **problem.update, seed=0)
+    group.close()
+
+
+def test_the_device_is_chosen_with_a_reason(problem, monkeypatch):
+    assert choose_device("cuda:1", problem.build) == ("cuda:1", "as set by learners.device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", problem.build) == ("cpu", "no CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto", problem.build)[0] == "cpu"
+    large = torch.nn.Linear(GPU_WORTH_PARAMETERS, 1)
+    assert choose_device("auto", lambda: large)[0] == "cuda"

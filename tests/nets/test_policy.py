@@ -1,0 +1,128 @@
+"""How a policy starts, which shapes it takes, and which it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from rlx.errors import ConfigError
+from rlx.nets.encoders import CNN_FEATURES, ImageEncoder, build_encoder
+from rlx.nets.policy import Policy, build_policy
+
+VECTOR = spaces.Box(-1, 1, (6,), np.float32)
+DISCRETE = spaces.Discrete(3)
+
+
+def image_space(*shape: int) -> spaces.Box:
+    return spaces.Box(0, 255, shape, np.uint8)
+
+
+def image_encoder(*shape: int) -> ImageEncoder:
+    height, width, channels = shape
+    return ImageEncoder((height, width, channels), torch.Generator().manual_seed(0))
+
+
+def assert_orthogonal(weight: torch.Tensor, gain: float) -> None:
+    """The shorter side's vectors are orthogonal and all have length `gain`."""
+    matrix = weight.detach().flatten(1)
+    matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    torch.testing.assert_close(matrix @ matrix.T, gain**2 * torch.eye(len(matrix)), atol=1e-5, rtol=0)
+
+
+def layers_of(module: nn.Module | None) -> list[nn.Linear | nn.Conv2d]:
+    assert module is not None
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
+@pytest.mark.parametrize("space", [VECTOR, image_space(9, 9, 2)])
+def test_weights_start_orthogonal_with_the_reference_gains_and_biases_at_zero(space):
+    policy = build_policy(space, DISCRETE, hidden=(8, 5))
+    hidden = layers_of(policy.encoder) + layers_of(policy.value_encoder)
+    assert len(hidden) == (4 if space is VECTOR else 6)
+    for layer in hidden:
+        assert_orthogonal(layer.weight, math.sqrt(2))
+    assert_orthogonal(policy.action_head.weight, 0.01)
+    assert_orthogonal(policy.value_head.weight, 1.0)
+    for layer in [*hidden, policy.action_head, policy.value_head]:
+        assert layer.bias is not None and not layer.bias.any()
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    first, again, other = (build_policy(VECTOR, DISCRETE, seed=seed) for seed in (1, 1, 2))
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    assert not torch.equal(first.action_head.weight, other.action_head.weight)
+
+
+def test_building_a_policy_neither_reads_nor_moves_torch_s_global_generator():
+    torch.manual_seed(3)
+    expected_next = torch.rand(4)
+    torch.manual_seed(3)
+    policy = build_policy(VECTOR, DISCRETE, seed=5)
+    assert torch.equal(torch.rand(4), expected_next)
+    assert torch.equal(policy.value_head.weight, build_policy(VECTOR, DISCRETE, seed=5).value_head.weight)
+
+
+def test_the_value_net_is_separate_unless_the_encoder_is_shared():
+    separate, shared = build_policy(VECTOR, DISCRETE), build_policy(VECTOR, DISCRETE, share_encoder=True)
+    for policy, actor_moves_value in ((separate, False), (shared, True)):
+        _, value = policy(torch.ones(2, 6))
+        gradient = torch.autograd.grad(value.sum(), layers_of(policy.encoder)[0].weight, allow_unused=True)[0]
+        assert (gradient is not None) is actor_moves_value
+    assert not torch.equal(layers_of(separate.encoder)[0].weight, layers_of(separate.value_encoder)[0].weight)
+
+
+def test_a_policy_evaluates_actions_with_gradients_to_every_parameter():
+    policy = build_policy(VECTOR, spaces.Box(-1, 1, (2, 2), np.float32), log_std_init=-0.5)
+    logp, entropy, value = policy.evaluate(torch.ones(5, 6), torch.ones(5, 4))
+    assert logp.shape == entropy.shape == value.shape == (5,)
+    gradients = torch.autograd.grad((logp + entropy + value).sum(), list(policy.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert policy.get_parameter("distribution.log_std").tolist() == [-0.5] * 4
+
+
+def test_no_hidden_layers_give_a_linear_policy():
+    policy = build_policy(VECTOR, DISCRETE, hidden=())
+    head, value = policy(torch.ones(2, 6))
+    torch.testing.assert_close(head, torch.ones(2, 6) @ policy.action_head.weight.T)
+    assert value.shape == (2,)
+
+
+def test_an_observation_of_two_axes_is_flattened_and_pixels_are_scaled():
+    encoder, features = build_encoder((2, 3), "auto", (4,), "tanh", torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (5, 2, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    assert features == 4
+    torch.testing.assert_close(encoder(pixels), encoder(pixels.float() / 255))
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 4), (36, 36, 1), (35, 50, 3), (7, 7, 3), (5, 5, 1)])
+def test_an_image_encoder_gives_512_features_for_images_large_and_small(shape):
+    assert image_encoder(*shape)(torch.zeros(2, *shape, dtype=torch.uint8)).shape == (2, CNN_FEATURES)
+
+
+def test_an_image_encoder_takes_channels_last_and_channels_first():
+    pixels = torch.randint(0, 256, (2, 12, 10, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    last = ImageEncoder((12, 10, 3), torch.Generator().manual_seed(0))
+    first = ImageEncoder((3, 12, 10), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(last(pixels), first(pixels.permute(0, 3, 1, 2)))
+
+
+def test_uint8_pixels_are_scaled_to_one_and_float_ones_are_left_alone():
+    encoder, pixels = image_encoder(9, 9, 3), torch.full((1, 9, 9, 3), 255, dtype=torch.uint8)
+    torch.testing.assert_close(encoder(pixels), encoder(torch.ones(1, 9, 9, 3)))
+
+
+def test_shapes_that_no_encoder_takes_are_refused_with_the_cure():
+    with pytest.raises(ConfigError, match=r"shape \(4, 4, 3\) is too small .* model.encoder=mlp"):
+        build_policy(image_space(4, 4, 3), DISCRETE)
+    with pytest.raises(ConfigError, match=r"3 axes, not \(6,\).* model.encoder=mlp"):
+        build_policy(VECTOR, DISCRETE, encoder="cnn")
+
+
+def test_the_cure_works():
+    policy = build_policy(image_space(4, 4, 3), DISCRETE, encoder="mlp", hidden=(8,))
+    assert isinstance(policy, Policy)
+    assert policy(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))[0].shape == (2, 3)
