@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import rlx
 from rlx.cli import main
@@ -213,10 +213,7 @@ def test_eval_records_an_episode_as_a_gif(finished_run, capsys):
     length = float(capsys.readouterr().out.split("episode_length_mean")[1].split()[0])
     with Image.open("films/cartpole.gif") as film:
         assert film.size == (600, 400)
-        durations = []
-        for frame in range(film.n_frames):
-            film.seek(frame)
-            durations.append(film.info["duration"])
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
     # A frame per step and the first one, 50 in a second; equal neighbours are stored as one that lasts longer.
     assert sum(durations) == 20 * (length + 1)
 

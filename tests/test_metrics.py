@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rlx.algorithms.ppo import PPOConfig
+from rlx.config import load_config
 from rlx.metrics import METRICS, Clock, EpisodeWindow, JsonlWriter, TensorBoardWriter, read_metrics
 
 
@@ -17,11 +17,18 @@ def test_the_names_of_the_window_and_the_clock_are_in_the_schema():
     assert {*EpisodeWindow(3).summary(), *Clock().summary()} <= METRICS.keys()
 
 
-def test_every_metric_of_a_ppo_iteration_is_in_the_schema_and_the_other_way_round():
+SMALL_PPO = """
+algorithm: ppo
+environment: {id: CartPole-v1}
+env_runners: {num_env_runners: 0, num_envs_per_env_runner: 2, rollout_fragment_length: 16}
+training: {minibatch_size: 16, epochs: 1}
+"""
+
+
+def test_every_metric_of_a_ppo_iteration_is_in_the_schema_and_the_other_way_round(tmp_path):
     """time/evaluation_s is measured by `fit`, around the evaluation."""
-    config = PPOConfig().environment("CartPole-v1").training(minibatch_size=16, epochs=1)
-    config = config.env_runners(num_env_runners=0, num_envs_per_env_runner=2, rollout_fragment_length=16)
-    algorithm = config.build()
+    (tmp_path / "small.yaml").write_text(SMALL_PPO)
+    algorithm = load_config(tmp_path / "small.yaml").build()
     try:
         metrics = algorithm.train() | algorithm.evaluate(1)
     finally:

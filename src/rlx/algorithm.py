@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from rlx import actors
 from rlx.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from rlx.config import AlgorithmConfig
-from rlx.errors import CheckpointError
+from rlx.errors import RlxError
 from rlx.inference import evaluation_metrics, policy_builder
 from rlx.learner.learner_group import LearnerGroup
 from rlx.metrics import Clock, EpisodeWindow, Metrics
@@ -26,13 +27,10 @@ from rlx.nets.flat import FlatParameters
 from rlx.progress import progress_display
 from rlx.rollout.runner_group import RunnerGroup
 from rlx.rollout.spaces import space_to_state
-from rlx.run import Run
+from rlx.run import Run, check_resumable
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
-
-FREE_ON_RESUME = ("stop", "reporting", "checkpointing", "fault_tolerance", "evaluation")
-"""Sections that do not touch the training curve: a resumed run may change them."""
 
 
 class Algorithm(ABC):
@@ -64,6 +62,7 @@ class Algorithm(ABC):
         self._runtime: actors.Runtime | None = None
         self._evaluation_policy: Any = None
         self._weights_are_stale = True
+        self._restored = False
         self._saved_iteration: int | None = None
         self._clock = Clock()
         self._sample_metrics: Metrics = {}
@@ -111,6 +110,12 @@ class Algorithm(ABC):
         busy_s = stats.pop("busy_s")
         self._clock.add(learn_s=busy_s, transfer_s=time.perf_counter() - started - busy_s)
         stats.pop("gradient_steps")
+        for name, value in stats.items():
+            if not math.isfinite(value):
+                raise RlxError(
+                    f"learner/{name} became {value} in iteration {self.iteration + 1}; checkpoints are untouched. "
+                    "Lower training.lr, or look for extreme rewards and observations (environment.normalize_reward)."
+                )
         return stats
 
     def publish(self) -> None:
@@ -214,13 +219,13 @@ class Algorithm(ABC):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`; CheckpointError if it comes from another config."""
-        self._check_same_config(state)
+        check_resumable(type(self.config).from_dict(state["config"]), self.config, "the checkpoint")
         for name in ("iteration", "env_steps", "episodes", "total_s", "best_return", "best_iteration"):
             setattr(self, name, state[name])
         self.window.set_state(state["window"])
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
-        self._weights_are_stale = True
+        self._weights_are_stale = self._restored = True
 
     def close(self) -> None:
         """End every process and file of this algorithm; closing twice is fine."""
@@ -273,7 +278,7 @@ class Algorithm(ABC):
         if self._run_dir is None or self.run is not None:
             return
         s = self.settings
-        if self.iteration:
+        if self._restored and (self._run_dir / "config.yaml").exists():
             self.run = Run.open(self._run_dir, tensorboard=s.reporting.tensorboard)
         else:
             self.run = Run.create(
@@ -323,18 +328,6 @@ class Algorithm(ABC):
             if limit is not None and reached >= limit:
                 return f"{name} {reached:g} reached {limit:g}"
         return ""
-
-    def _check_same_config(self, state: Mapping[str, Any]) -> None:
-        saved = type(self.config).from_dict(state["config"])
-        changes = {
-            key: change for key, change in saved.diff(self.config).items() if key.split(".")[0] not in FREE_ON_RESUME
-        }
-        if changes:
-            listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changes.items())
-            raise CheckpointError(
-                f"the checkpoint belongs to another config: {listed}. Only {', '.join(FREE_ON_RESUME)} may change "
-                "when a run goes on; put the old values back, or start a new run."
-            )
 
     def __enter__(self) -> Algorithm:
         return self

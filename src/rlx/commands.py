@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from rlx.errors import CheckpointError, ConfigError, MissingExtra, NotSupported,
 if TYPE_CHECKING:
     from rlx.config import AlgorithmConfig
     from rlx.metrics import Metrics
+    from rlx.video import AddFrame
 
 log = logging.getLogger("rlx")
 
@@ -50,24 +52,18 @@ def evaluate(options: argparse.Namespace) -> None:
     if not any((options.run / name).exists() for name in ("checkpoints", "state.json")):
         fault = "is neither a run folder nor a checkpoint" if options.run.exists() else "does not exist"
         raise CheckpointError(f"{options.run} {fault}; give the folder that `rlx train` printed after `run`.")
-    if options.video is None:
-        from rlx.inference import load_policy
-
-        metrics = load_policy(options.run).evaluate(options.episodes, seed=options.seed)
-    else:
+    if options.video is not None:
         from rlx import video
 
         video.check_ending(options.video)
         video.render_without_display()
-        from rlx.inference import load_policy
+    from rlx.inference import load_policy
 
-        policy = load_policy(options.run)
-        fps = video.frames_per_second(policy.settings.environment.id)
-        with video.recording(options.video, fps) as add_frame:
-            metrics = policy.evaluate(options.episodes, seed=options.seed, on_frame=add_frame)
-    for name in ("episodes", "episode_return_mean", "episode_return_std", "episode_return_min", "episode_return_max"):
-        print(f"{name:<20} {metrics[f'evaluation/{name}']:>10.5g}")
-    print(f"{'episode_length_mean':<20} {metrics['evaluation/episode_length_mean']:>10.5g}")
+    policy = load_policy(options.run)
+    with _recording(options.video, policy.settings.environment.id) as add_frame:
+        metrics = policy.evaluate(options.episodes, seed=options.seed, on_frame=add_frame)
+    for name, value in metrics.items():
+        print(f"{name.removeprefix('evaluation/'):<20} {value:>10.5g}")
     if options.video is not None:
         print(f"{'video':<20} {options.video}")
 
@@ -123,6 +119,14 @@ def report(error: RlxError) -> int:
     """Print an error without its traceback; return the exit code."""
     print(f"rlx: error: {error}", file=sys.stderr)
     return 2 if isinstance(error, BAD_INPUT) else 1
+
+
+def _recording(file: Path | None, env: Any) -> AbstractContextManager[AddFrame | None]:
+    if file is None:
+        return nullcontext()
+    from rlx.video import frames_per_second, recording
+
+    return recording(file, frames_per_second(env))
 
 
 def _fit(config: AlgorithmConfig, folder: Path, state: dict[str, Any] | None = None) -> int:
@@ -200,20 +204,14 @@ def _new_run_folder(wanted: Path | None, config: AlgorithmConfig) -> Path:
 
 def _config_of_resumed(folder: Path, config: str | None, changes: list[str]) -> AlgorithmConfig:
     """Return the config to go on with; refused where it would bend the run's training curve."""
-    from rlx.algorithm import FREE_ON_RESUME
     from rlx.config import load_config
+    from rlx.run import check_resumable
 
     file = folder / "config.yaml"
     if not file.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no config.yaml; give what `rlx train` printed.")
     saved, wanted = load_config(file), load_config(config or file, changes)
-    differing = {key: pair for key, pair in saved.diff(wanted).items() if key.partition(".")[0] not in FREE_ON_RESUME}
-    if differing:
-        listed = ", ".join(f"{key} was {_yaml(old)} and would be {_yaml(new)}" for key, (old, new) in differing.items())
-        raise CheckpointError(
-            f"{folder} was trained with other settings: {listed}. Only {', '.join(FREE_ON_RESUME)} may change when a "
-            "run goes on; leave the rest as it was, or start a new run."
-        )
+    check_resumable(saved, wanted, str(folder))
     return wanted
 
 

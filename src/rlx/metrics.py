@@ -1,7 +1,7 @@
 """Metrics: their frozen names, the window over episodes, the clock of an iteration, and the writers.
 
-Every metric's x axis is `env_steps` unless said otherwise. Names do not change between releases; a new one is
-added here or it cannot be written.
+Every metric's x axis is `env_steps` unless said otherwise. Names do not change between releases; an algorithm of
+your own may add learner/ stats to them.
 """
 
 from __future__ import annotations

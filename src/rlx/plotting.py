@@ -13,12 +13,13 @@ import numpy as np
 from rlx.config_lookup import did_you_mean
 from rlx.errors import CheckpointError, ConfigError
 from rlx.metrics import METRICS, read_metrics
+from rlx.settings import FREE_ON_RESUME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DEFAULT_METRIC = "episode_return_mean"
-NOT_PART_OF_A_CURVE = ("runtime", "stop", "reporting", "checkpointing", "fault_tolerance", "evaluation")
+NOT_PART_OF_A_CURVE = ("runtime", *FREE_ON_RESUME)
 """Sections in which two runs may differ and still be repetitions of one config."""
 MAX_POINTS = 1000
 

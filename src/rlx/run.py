@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from rlx.checkpoint import checkpoint_name, load_newest, prune, save_checkpoint
+from rlx.config import AlgorithmConfig
+from rlx.config_document import flow
 from rlx.errors import CheckpointError, ConfigError
 from rlx.metrics import JsonlWriter, Metrics, TensorBoardWriter, read_metrics
+from rlx.settings import FREE_ON_RESUME
 
 log = logging.getLogger("rlx")
 
@@ -99,9 +102,21 @@ class Run:
         os.close(self._lock)
 
 
+def check_resumable(saved: AlgorithmConfig, wanted: AlgorithmConfig, subject: str) -> None:
+    """Raise CheckpointError where going on with `wanted` would bend the training curve that `saved` began."""
+    changes = {key: pair for key, pair in saved.diff(wanted).items() if key.partition(".")[0] not in FREE_ON_RESUME}
+    if changes:
+        listed = ", ".join(f"{key} was {flow(old)} and would be {flow(new)}" for key, (old, new) in changes.items())
+        raise CheckpointError(
+            f"{subject} was trained with other settings: {listed}. Only {', '.join(FREE_ON_RESUME)} may change when a "
+            "run goes on; leave the rest as it was, or start a new run."
+        )
+
+
 def default_run_folder(algorithm: str, env: str) -> Path:
     """Return runs/<algorithm>-<env>-<time>, a path that does not exist yet."""
-    stem = f"{Path(algorithm).stem}-{env}-{datetime.now():%Y%m%d-%H%M%S}".replace("/", "-").replace(":", "-")
+    algorithm = algorithm.removesuffix(".py").rpartition("/")[2]
+    stem = f"{algorithm}-{env}-{datetime.now():%Y%m%d-%H%M%S}".replace("/", "-").replace(":", "-")
     folder, number = Path("runs") / stem, 1
     while folder.exists():
         number += 1

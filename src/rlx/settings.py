@@ -325,6 +325,10 @@ class StopSection(Section):
             raise ConfigError(f"stop sets no limit, so the run would never end; set at least one of {names}.")
 
 
+FREE_ON_RESUME = ("stop", "reporting", "checkpointing", "fault_tolerance", "evaluation")
+"""Sections that do not touch the training curve: a run that goes on may change them."""
+
+
 class Settings(Section):
     """The whole tree; what a run is, in one frozen value."""
 

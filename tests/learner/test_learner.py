@@ -231,11 +231,14 @@ def test_the_compiled_gradient_is_the_eager_one_and_follows_the_coefficients(pro
     policy = (problem.build_continuous if continuous else problem.build)()
     flat, minibatch = FlatParameters(policy), with_weight(problem.batch(continuous=continuous))
     eager, compiled = (make(policy, flat, problem.loss) for make in (eager_gradient, compiled_gradient))
+    in_numpy = numpy_gradient(policy, flat, problem.loss, compile=True)
+    assert in_numpy is not None
     for clip_range in (0.2, 0.01):
         expected, expected_stats = eager(minibatch, {"clip_range": clip_range})
-        gradient, stats = compiled(minibatch, {"clip_range": clip_range})
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(stats, expected_stats, rtol=1e-4, atol=1e-6)
+        for gradient_function in (compiled, in_numpy):
+            gradient, stats = gradient_function(minibatch, {"clip_range": clip_range})
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stats, expected_stats, rtol=1e-4, atol=1e-6)
         flat.data += 0.1 * gradient
 
 

@@ -84,9 +84,10 @@ class Future(Generic[T]):
 
         The future then ends in CallCancelled, or in its value if the actor had begun with it.
         """
-        if self.done() or self.request_cancel is None:
+        request = self.request_cancel
+        if self.done() or request is None:
             return False
-        self.request_cancel()
+        request()
         return True
 
     def __await__(self) -> Generator[Any, None, T]:

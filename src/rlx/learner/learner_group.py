@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlx.actors import ActorHandle, Runtime
+from rlx.actors import ActorHandle, GroupFuture, Runtime
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
 from rlx.nets.threads import limit_threads
@@ -67,10 +67,11 @@ class LearnerGroup:
                 )
                 for name in names
             ]
-            store = str(Path(self._store.name) / "store")
-            joins = [a.join.call(rank, num_learners, store, start_timeout_s) for rank, a in enumerate(self._actors)]
-            for join in joins:
-                join.result(start_timeout_s)
+            try:
+                self._meet(start_timeout_s)
+            except BaseException:
+                self.close()
+                raise
 
     def update(self, batch: Batch, **options: Any) -> dict[str, float]:
         """Run `Learner.update` on every learner; return the stats, which are global means."""
@@ -99,6 +100,12 @@ class LearnerGroup:
         if self._actors:
             self._actors = []
             self._store.cleanup()
+
+    def _meet(self, timeout_s: float) -> None:
+        store = str(Path(self._store.name) / "store")
+        size = len(self._actors)
+        joins = [actor.join.call(rank, size, store, timeout_s) for rank, actor in enumerate(self._actors)]
+        GroupFuture(joins).values(timeout_s)
 
     def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         if self._local is not None:

@@ -41,7 +41,7 @@ def mlp(inputs: int, hidden: Sequence[int], activation: str, generator: torch.Ge
 class ImageEncoder(nn.Module):
     """Convolutions over an image [N, H, W, C] or [N, C, H, W], then one linear layer of 512 features.
 
-    uint8 pixels are scaled to [0, 1]. The axis with the fewest entries is taken to be the channels.
+    uint8 pixels are scaled to [0, 1]. The channels are the last axis if it is shorter than the first, else the first.
     """
 
     def __init__(self, shape: tuple[int, int, int], generator: torch.Generator) -> None:

@@ -57,7 +57,7 @@ class LocalEngine:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
         with theirs:
-            boot = json.dumps([sys.path, theirs.fileno(), os.getpid(), list(preload)])
+            boot = json.dumps([[*map(str, sys.path)], theirs.fileno(), os.getpid(), list(preload)])
             # One thread per BLAS pool: a pool made at import would be threads, and lost in every forked child.
             env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             self._server = subprocess.Popen(
@@ -77,7 +77,12 @@ class LocalEngine:
     def spawn(self, spec: ActorSpec, exited: Callable[[Answer], None], failed: Callable[[Answer], None]) -> LocalActor:
         """Ask the forkserver for a process, and put its first frame into its socket."""
         message = pickling.dumps((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
-        settings = {"env": os.environ | spec.env, "cwd": os.getcwd(), "path": sys.path, "threads": spec.threads}
+        settings = {
+            "env": os.environ | spec.env,
+            "cwd": os.getcwd(),
+            "path": [*map(str, sys.path)],
+            "threads": spec.threads,
+        }
         with self._lock:
             if self._lost is not None:
                 raise ActorError(f"actor {spec.name} cannot be started: {self._lost}; open a new runtime.")

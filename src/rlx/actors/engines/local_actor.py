@@ -224,7 +224,7 @@ class LocalActor:
                 self._fail_all(partial(pickling.load_error, text, message))
         elif kind == wire.SEND_FAILED:
             self._failed(partial(pickling.load_error, text, message))
-        elif future := self._pending.pop(call_id, None):
+        elif future := self._pop(call_id):
             if kind == wire.REPLY:
                 what = f"the result of {self._name}.{future.method}()"
                 future.settle(partial(pickling.load_outcome, message, what))
@@ -233,6 +233,10 @@ class LocalActor:
             else:
                 cancelled = f"{self._name}.{future.method}() was cancelled before it ran."
                 future.settle(lambda: Err(CallCancelled(cancelled)))
+
+    def _pop(self, call_id: int) -> Future[Any] | None:
+        with self._lock:  # `state` may be looking
+            return self._pending.pop(call_id, None)
 
     def _fail_all(self, end: Callable[[], Err]) -> None:
         """From now on every call gets `end`, unless an earlier end holds already. Holds the lock."""

@@ -90,7 +90,7 @@ class FrameReader:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._window = memoryview(bytearray(WINDOW_BYTES))
+        self._window = _allocate(WINDOW_BYTES)
         self._filled = 0
         self._partial: _Partial | None = None
 
