@@ -62,7 +62,7 @@ class Algorithm(ABC):
         self._runtime: actors.Runtime | None = None
         self._evaluation_policy: Any = None
         self._weights_are_stale = True
-        self._restored = False
+        self._restored = self._advised = False
         self._saved_iteration: int | None = None
         self._clock = Clock()
         self._sample_metrics: Metrics = {}
@@ -101,6 +101,9 @@ class Algorithm(ABC):
         self.env_steps += len(age)
         self.episodes += len(sample.episodes)
         self.window.add(sample.episodes)
+        if not self._advised and (advice := self.runners.advice()):
+            log.warning(advice)
+            self._advised = True
         return sample.trajectory
 
     def update(self, batch: Batch, **options: Any) -> dict[str, float]:
@@ -176,7 +179,6 @@ class Algorithm(ABC):
                 progress.update(metrics)
         self.stop_reason = reason
         self._save_to_run()
-        log.info("stopped after iteration %d: %s", self.iteration, reason)
         return metrics
 
     def evaluate(self, num_episodes: int | None = None, on_frame: Callable | None = None) -> Metrics:

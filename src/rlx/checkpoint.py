@@ -99,7 +99,9 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
         except CheckpointError as error:
             log.warning("passing over a checkpoint: %s", error)
             problems.append(str(error))
-    raise CheckpointError("\n".join(problems) or f"{folder} holds no checkpoint yet; start the run afresh.")
+    raise CheckpointError(
+        "\n".join(problems) or f"{folder} holds no checkpoint yet; delete the run folder and start afresh."
+    )
 
 
 def prune(folder: Path, keep: int, also: set[str]) -> None:
@@ -152,6 +154,8 @@ def _read_content(file: Path) -> dict[str, Any]:
         document = json.loads(file.read_bytes())
         if document["format"] == FORMAT and _sha256(_to_json(document["content"])) != document["sha256"]:
             raise ValueError("its checksum is not the one saved")
+    except UnicodeDecodeError:  # its text would quote the whole file
+        raise CheckpointError(f"{file} is torn or foreign (not text); use an older checkpoint.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is torn or foreign ({error!r}); use an older checkpoint.") from None
     if document["format"] != FORMAT:

@@ -146,6 +146,9 @@ def _fit(config: AlgorithmConfig, folder: Path, state: dict[str, Any] | None = N
         print("rlx: interrupted", file=sys.stderr)
         _print_how_to_go_on(folder, "the run can go on from its last checkpoint")
         return INTERRUPTED
+    except Exception:  # a bug, most often of the environment: its traceback is what helps
+        _print_how_to_go_on(folder, "the run can go on from its last checkpoint")
+        raise
     if algorithm.stop_reason == "interrupted":
         _print_how_to_go_on(folder, f"interrupted after iteration {algorithm.iteration}; to go on")
         return INTERRUPTED
@@ -193,12 +196,11 @@ def _print_how_to_go_on(folder: Path, sentence: str) -> None:
 
 
 def _new_run_folder(wanted: Path | None, config: AlgorithmConfig) -> Path:
-    from rlx.run import default_run_folder
+    from rlx.run import check_new_run, default_run_folder
     from rlx.settings import spelled
 
     folder = wanted or default_run_folder(config.settings.algorithm, spelled(config.settings.environment.id) or "env")
-    if (folder / "config.yaml").exists():  # Run.create refuses it too, but only once the processes have started
-        raise ConfigError(f"{folder} already holds a run; choose another --run-dir, or `rlx train --resume {folder}`.")
+    check_new_run(folder)  # Run.create checks it too, but only once the processes have started
     return folder
 
 
@@ -222,7 +224,7 @@ def _rewind(folder: Path, config: AlgorithmConfig) -> dict[str, Any]:
     run = Run.open(folder)
     try:
         state = run.rewind()
-        (folder / "config.yaml").write_text(config.to_yaml())
+        run.write_config(config.to_yaml())
     finally:
         run.close()
     return state

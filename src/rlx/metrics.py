@@ -6,7 +6,9 @@ your own may add learner/ stats to them.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlx.errors import MissingExtra
+from rlx.errors import CheckpointError, MissingExtra
 
 Metrics = dict[str, float | int | None]
 
@@ -51,11 +53,11 @@ METRICS: dict[str, str] = {
     "evaluation/episodes": "Number of evaluation episodes.",
     "time/total_s": "Wall time of all training iterations so far, in seconds, earlier sessions of the run included.",
     "time/iteration_s": "Wall time of this iteration, in seconds; the next six add up to it.",
-    "time/env_s": "Stepping environments (of the slowest env runner).",
-    "time/inference_s": "Choosing actions and values during the rollout (of the slowest env runner).",
+    "time/env_s": "Stepping environments; the mean of the env runners.",
+    "time/inference_s": "Choosing actions and values during the rollout; the mean of the env runners.",
     "time/learn_s": "Computing gradients and stepping the optimizer.",
     "time/transfer_s": "Moving trajectories, batches and weights between processes.",
-    "time/wait_s": "Waiting for env runners that were slower than the others' mean.",
+    "time/wait_s": "Waiting for the slowest env runner beyond the mean of all.",
     "time/other_s": "The rest: advantages, statistics, bookkeeping.",
     "time/evaluation_s": "Evaluation after this iteration, not part of time/iteration_s.",
 }
@@ -132,11 +134,14 @@ class JsonlWriter:
     """Appends one JSON object a line to a file; every line reaches the file as one write."""
 
     def __init__(self, file: Path) -> None:
-        self.stream = open(file, "a", buffering=1)  # noqa: SIM115 - lives as long as the run
+        # Without a buffer: on a full disk it would keep the line and fail once more in close().
+        self.stream = open(file, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
 
     def write(self, metrics: Metrics) -> None:
         """Append one iteration's metrics."""
-        self.stream.write(json.dumps(metrics) + "\n")
+        line = json.dumps(metrics).encode() + b"\n"
+        if self.stream.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.stream.name)
 
     def close(self) -> None:
         """Close the file."""
@@ -169,11 +174,13 @@ class TensorBoardWriter:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics.jsonl; a last line torn by a crash is left out."""
     rows = []
-    lines = file.read_text().splitlines()
+    lines = file.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise
+                raise CheckpointError(
+                    f"{file}:{number} is no JSON; delete that line, or move the file away to go on without its history."
+                ) from None
     return rows

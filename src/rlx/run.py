@@ -14,6 +14,8 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -49,14 +51,16 @@ class Run:
     @classmethod
     def create(cls, folder: Path, config_yaml: str, seed: int, *, tensorboard: bool = False) -> Run:
         """Make the folder of a new run; a folder that already holds one is refused."""
-        if (folder / "config.yaml").exists():
-            raise ConfigError(
-                f"{folder} already holds a run; go on with `rlx train --resume {folder}` or choose another --run-dir."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        run = cls(folder, tensorboard=tensorboard)
-        (folder / "manifest.json").write_text(json.dumps(_manifest(seed), indent=2) + "\n")
-        (folder / "config.yaml").write_text(config_yaml)
+        check_new_run(folder)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            run = cls(folder, tensorboard=tensorboard)
+        try:
+            _replace_text(folder / "manifest.json", json.dumps(_manifest(seed), indent=2) + "\n")
+            run.write_config(config_yaml)
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
@@ -64,16 +68,22 @@ class Run:
         """Open the folder of an existing run, to go on with it."""
         if not (folder / "config.yaml").exists():
             raise CheckpointError(f"{folder} is no run folder: it has no config.yaml.")
-        return cls(folder, tensorboard=tensorboard)
+        with _writing(folder):
+            return cls(folder, tensorboard=tensorboard)
+
+    def write_config(self, config_yaml: str) -> None:
+        """Write config.yaml: every setting, with the limits that the run goes on with."""
+        _replace_text(self.folder / "config.yaml", config_yaml)
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Append one iteration's metrics to metrics.jsonl, and to TensorBoard if that is on."""
-        if not self._writers:
-            self._writers.append(JsonlWriter(self.folder / "metrics.jsonl"))
-            if self._tensorboard:
-                self._writers.append(TensorBoardWriter(self.folder / "tensorboard"))
-        for writer in self._writers:
-            writer.write(metrics)
+        with _writing(self.folder):
+            if not self._writers:
+                self._writers.append(JsonlWriter(self.folder / "metrics.jsonl"))
+                if self._tensorboard:
+                    self._writers.append(TensorBoardWriter(self.folder / "tensorboard"))
+            for writer in self._writers:
+                writer.write(metrics)
 
     def save(self, iteration: int, state: dict[str, Any], *, keep: int, best_iteration: int | None) -> Path:
         """Save a checkpoint; keep the newest `keep` and the best one."""
@@ -87,9 +97,7 @@ class Run:
         file = self.folder / "metrics.jsonl"
         if file.exists():
             rows = [row for row in read_metrics(file) if row["iteration"] <= state["iteration"]]
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, file)
+            _replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
         log.info("resuming %s from %s", self.folder, path.name)
         return state
 
@@ -100,6 +108,18 @@ class Run:
         log.removeHandler(self._log_handler)
         self._log_handler.close()
         os.close(self._lock)
+
+
+def check_new_run(folder: Path) -> None:
+    """Raise ConfigError where no new run can be made in `folder`; makes nothing."""
+    if (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder} already holds a run; go on with `rlx train --resume {folder}` or choose another --run-dir."
+        )
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        fault = "is not writable" if parent.is_dir() else "is a file"
+        raise ConfigError(f"the run folder {folder} cannot be made: {parent} {fault}; choose another --run-dir.")
 
 
 def check_resumable(saved: AlgorithmConfig, wanted: AlgorithmConfig, subject: str) -> None:
@@ -122,6 +142,28 @@ def default_run_folder(algorithm: str, env: str) -> Path:
         number += 1
         folder = Path("runs") / f"{stem}-{number}"
     return folder
+
+
+def _replace_text(file: Path, text: str) -> None:
+    """Write `file` all or nothing: a full disk leaves the old one."""
+    temporary = file.with_suffix(".tmp")
+    try:
+        with _writing(file):
+            temporary.write_text(text)
+            os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say which file of a run could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {error.filename or path}: {error.strerror or error}; saved checkpoints are untouched."
+        ) from error
 
 
 def _lock(file: Path) -> int:

@@ -139,7 +139,7 @@ class GroupFuture(Generic[T]):
         return [f.outcome() if f.done() else Err(f._late(timeout_s)) for f in self.futures]
 
     def values(self, timeout_s: float | None = None) -> list[T]:
-        """Return what every member returned, or raise the first error, with a note of how many failed.
+        """Return what every member returned, or raise the first error, with a note of who else failed.
 
         A death comes before other errors: those are often only what the dead member's peers noticed of it.
         """
@@ -147,8 +147,9 @@ class GroupFuture(Generic[T]):
         errors = [outcome.error for outcome in outcomes if isinstance(outcome, Err)]
         if errors:
             error = next((one for one in errors if isinstance(one, ActorDied)), errors[0])
-            if len(errors) > 1:
-                error.add_note(f"{len(errors)} of {len(outcomes)} members of the group failed")
+            failed = [f.actor for f, outcome in zip(self.futures, outcomes, strict=True) if isinstance(outcome, Err)]
+            method = self.futures[0].method
+            error.add_note(f"{method}() failed in {len(failed)} of {len(outcomes)} actors: {', '.join(failed)}")
             raise error
         return [outcome.value for outcome in outcomes if isinstance(outcome, Ok)]
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from rlx.actors import ActorHandle, GroupFuture, Runtime
+from rlx.errors import ConfigError
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
 from rlx.nets.threads import limit_threads
@@ -120,9 +121,12 @@ class LearnerGroup:
 
 def choose_device(device: str, build_policy: Callable[[], nn.Module]) -> tuple[str, str]:
     """Return the device to learn on, and the reason in words; "auto" weighs the size of the net."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ConfigError("learners.device is cuda and torch finds no CUDA device here; set it to auto or cpu.")
     if device != "auto":
         return device, "as set by learners.device"
-    if not torch.cuda.is_available():
+    if not has_cuda:
         return "cpu", "no CUDA device"
     size = sum(p.numel() for p in build_policy().parameters())
     if size < GPU_WORTH_PARAMETERS:

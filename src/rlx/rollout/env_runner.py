@@ -47,9 +47,9 @@ class Sample:
     busy_s: float
     """Seconds inside `sample`."""
     wait_s: float = 0.0
-    """Seconds the caller waited for runners in other processes."""
+    """Of several runners: seconds that the slowest was busy longer than the mean."""
     transfer_s: float = 0.0
-    """The part of `wait_s` during which the slowest runner was not busy."""
+    """Of runners in other processes: seconds of the call during which the slowest was not busy."""
 
     @property
     def env_steps(self) -> int:

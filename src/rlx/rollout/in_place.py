@@ -199,6 +199,10 @@ class InPlaceEnvs:
     def _explain(self, error: Exception, index: int, method: str, returned: Any, how: str) -> NoReturn:
         """Raise EnvError where the return value breaks the API, else `error` with a note that says where."""
         if returned is RAISED:
+            if method == "reset" and isinstance(error, TypeError) and "'seed'" in str(error):
+                raise EnvError(
+                    f"{self.name}, environment {index}: {error}; gymnasium asks for reset(*, seed=None, options=None)."
+                ) from error
             error.add_note(f"in {method}() {how} of environment {index} of {self.name}")
             raise error
         if isinstance(error, EnvError):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
 from gymnasium import spaces
 
-from rlx.actors import ActorHandle, Err, Group, GroupFuture, Ok, Runtime
+from rlx.actors import ActorHandle, Err, Group, GroupFuture, Runtime
 from rlx.errors import ActorError, CheckpointError
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner, Sample
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
@@ -89,10 +90,10 @@ class RunnerGroup:
         """Return `num_steps` steps of every environment, joined along B in the order of the runners."""
         started = perf_counter()
         samples = [self._local.sample(num_steps)] if self._local is not None else self._remote.sample(num_steps)
-        wait_s = perf_counter() - started if self._local is None else 0.0
-        slowest = max(samples, key=lambda sample: sample.busy_s)
-        self._wall_s += wait_s
-        self._busy_s += sum(sample.busy_s for sample in samples)
+        wall_s = perf_counter() - started
+        busy_s = [sample.busy_s for sample in samples]
+        self._wall_s += wall_s
+        self._busy_s += sum(busy_s)
         self._samples += 1
         for sample in samples:
             self._normalizer.merge(sample.obs_moments, sample.return_moments)
@@ -104,11 +105,11 @@ class RunnerGroup:
             episodes=[episode for sample in samples for episode in sample.episodes],
             obs_moments=None,
             return_moments=None,
-            env_s=slowest.env_s,
-            inference_s=slowest.inference_s,
-            busy_s=slowest.busy_s,
-            wait_s=wait_s,
-            transfer_s=max(0.0, wait_s - slowest.busy_s),
+            env_s=mean(sample.env_s for sample in samples),
+            inference_s=mean(sample.inference_s for sample in samples),
+            busy_s=mean(busy_s),
+            wait_s=max(busy_s) - mean(busy_s),
+            transfer_s=0.0 if self._local is not None else max(0.0, wall_s - max(busy_s)),
         )
 
     def advice(self) -> str | None:
@@ -172,7 +173,7 @@ class _RunnerActors:
 
     def start(self, timeout_s: float) -> tuple[Space, Space]:
         """Return the environment's spaces, once every runner is up."""
-        return self._values(self._group.spaces.call(), "start", timeout_s)[0]
+        return self._group.spaces.call().values(timeout_s)[0]
 
     def publish(self, version: int, weights: np.ndarray, normalizer_state: State) -> None:
         """Send weights without waiting: a runner handles its calls in order, and `sample` looks at the outcome."""
@@ -183,15 +184,15 @@ class _RunnerActors:
         """Return each runner's fragment."""
         future = self._group.sample.call(num_steps)
         self._check_published()
-        return self._values(future, "sample", self._timeout_s)
+        return future.values(self._timeout_s)
 
     def get_state(self) -> list[State]:
         """Return each runner's state."""
-        return self._values(self._group.get_state.call(), "get_state", self._timeout_s)
+        return self._group.get_state.call().values(self._timeout_s)
 
     def set_state(self, states: Sequence[State]) -> None:
         """Give each runner its state."""
-        self._values(self._group.set_state.map(states), "set_state", self._timeout_s)
+        self._group.set_state.map(states).values(self._timeout_s)
 
     def close(self) -> None:
         """Close the environments as far as the runners still answer, then end the processes."""
@@ -211,19 +212,4 @@ class _RunnerActors:
     def _check_published(self) -> None:
         published, self._published = self._published, None
         if published is not None:
-            self._values(published, "set_weights", self._timeout_s)
-
-    def _values(self, future: GroupFuture[T], method: str, timeout_s: float) -> list[T]:
-        """Return what every runner returned; raise the first error, with a note of who else failed."""
-        outcomes = future.result(timeout_s)
-        failed = [
-            (handle.name, outcome.error)
-            for handle, outcome in zip(self._handles, outcomes, strict=True)
-            if isinstance(outcome, Err)
-        ]
-        if failed:
-            error = failed[0][1]
-            names = ", ".join(name for name, _ in failed)
-            error.add_note(f"{method}() failed in {len(failed)} of {len(outcomes)} env runners: {names}")
-            raise error
-        return [outcome.value for outcome in outcomes if isinstance(outcome, Ok)]
+            published.values(self._timeout_s)

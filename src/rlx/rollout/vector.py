@@ -119,14 +119,18 @@ def resolve(env: EnvSource) -> tuple[Any, str]:
 def make_scalar(source: Any, kwargs: Mapping[str, Any], name: str) -> Any:
     """Return one environment from a resolved `source`."""
     if not isinstance(source, str):
+        _check_kwargs(source, kwargs, name)
         made = source(**kwargs)
     else:
         try:
             made = gymnasium.make(source, disable_env_checker=True, **kwargs)
-        except (gymnasium.error.Error, ImportError) as error:
+        except (gymnasium.error.Error, ImportError, TypeError) as error:
             raise EnvError(f"{name} cannot be made: {error}") from error
     if not isinstance(made, (gymnasium.Env, VectorEnv)):
         raise EnvError(f"{name} made a {type(made).__name__}, not a gymnasium.Env or VectorEnv.")
+    for space in () if isinstance(made, VectorEnv) else ("observation_space", "action_space"):
+        if not hasattr(made, space):
+            raise EnvError(f"{name} has no {space}; set it in the class or in __init__, as gymnasium asks.")
     return made
 
 
@@ -144,6 +148,19 @@ def _native(env_id: str, num_envs: int, kwargs: dict[str, Any], vectorization: s
             raise EnvError(f"{env_id} has no native vector environment here ({error}); use in_place.") from error
         log.warning("%s: its vector environment cannot be made (%s); stepping scalar ones in place.", env_id, error)
         return None
+
+
+def _check_kwargs(source: Callable[..., Any], kwargs: Mapping[str, Any], name: str) -> None:
+    try:
+        signature = inspect.signature(source)
+    except ValueError:  # a callable written in C
+        return
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        raise EnvError(
+            f"{name}{signature} cannot be called with environment.kwargs {dict(kwargs)}: {error}."
+        ) from error
 
 
 def _parameters(source: Any) -> Mapping[str, inspect.Parameter]:

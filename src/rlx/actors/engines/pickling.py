@@ -67,7 +67,6 @@ def load_error(text: str, message: Message) -> Err:
     if not isinstance(error, BaseException):
         return Err(RemoteError(text))
     error.add_note(text)
-    error.__cause__ = RemoteError(text)
     return Err(error)
 
 
