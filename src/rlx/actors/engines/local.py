@@ -153,7 +153,8 @@ class LocalEngine:
         except BlockingIOError:
             return
         except ConnectionError:
-            data = b""
+            # It ended with orders unread. A packet socket reports that once, before what it had sent: read again.
+            return
         if not data:
             self._lose_server()
             return
