@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PACKAGE := src algorithms envs
-PROJECT := $(PACKAGE) tests examples benchmarks configs
+PROJECT := $(PACKAGE) tests examples benchmarks configs docs
 RUN := runs/ppo-cartpole-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test check format install wheel-test clean
+.PHONY: train test check docs format install bench wheel-test clean
 
 train: .venv/installed  ## Train PPO on CartPole-v1, plot the learning curve, evaluate.
 	$(BIN)/rlx train configs/ppo.yaml --run-dir $(RUN)
@@ -21,11 +21,19 @@ check: .venv/installed-dev  ## What every commit passes: format, lint, types, fa
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
+docs: .venv/installed-dev  ## Write the pages that are made from the code.
+	$(BIN)/python docs/generate.py
+
 format: .venv/installed-dev  ## Format and sort imports.
 	$(BIN)/ruff format $(PROJECT)
 	$(BIN)/ruff check --fix $(PROJECT)
 
 install: .venv/installed-dev  ## Make .venv with rlx (editable) and the development tools.
+
+bench: .venv/installed-dev  ## Measure rlx beside its peers, into docs/benchmarks.md.
+	$(BIN)/python benchmarks/ppo.py
+	$(BIN)/python benchmarks/time_to_solved.py
+	$(BIN)/python benchmarks/memory.py
 
 wheel-test: .venv/installed-dev  ## Build the wheel, install it elsewhere, train from there.
 	$(BIN)/python tests/wheel_check.py

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from rlx.config import load_config
+from rlx.errors import CheckpointError
 from rlx.metrics import METRICS, Clock, EpisodeWindow, JsonlWriter, TensorBoardWriter, read_metrics
 
 
@@ -103,7 +104,7 @@ def test_a_last_line_torn_by_a_crash_is_left_out(tmp_path, torn_at):
 def test_a_torn_line_in_the_middle_is_an_error(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"iteration": 1\n{"iteration": 2}\n')
-    with pytest.raises(ValueError):
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl:1 is no JSON"):
         read_metrics(file)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from rlx import actors
 from rlx.checkpoint import load_checkpoint, load_newest, save_checkpoint
@@ -44,6 +45,12 @@ class Algorithm(ABC):
     def __init_subclass__(cls, config: type[AlgorithmConfig] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if config is not None:
+            owner = vars(config).get("algorithm_class", cls)
+            if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(
+                    f"{config.__name__} builds {owner.__name__} already; give {cls.__name__} a config of its own: "
+                    f"class {cls.__name__}Config({config.__name__}): ..."
+                )
             cls.config_class = config
             config.algorithm_class = cls
 
@@ -117,7 +124,7 @@ class Algorithm(ABC):
             if not math.isfinite(value):
                 raise RlxError(
                     f"learner/{name} became {value} in iteration {self.iteration + 1}; checkpoints are untouched. "
-                    "Lower training.lr, or look for extreme rewards and observations (environment.normalize_reward)."
+                    "Start again with a lower training.lr, or look for extreme rewards and observations."
                 )
         return stats
 
@@ -140,11 +147,14 @@ class Algorithm(ABC):
         An interrupt or an error in the middle leaves the algorithm usable: the next call starts a clean fragment.
         """
         self._clock = Clock()
-        before = self.env_steps, self.episodes
+        before, window_before = (self.env_steps, self.episodes), self.window.get_state()
         try:
-            stats = self.training_step()
+            # An interrupt inside torch's own no_grad() may leave gradients off; the next iteration needs them.
+            with torch.inference_mode(False), torch.enable_grad():
+                stats = self.training_step()
         except BaseException:
             self.env_steps, self.episodes = before
+            self.window.set_state(window_before)
             self._weights_are_stale = True
             raise
         self.iteration += 1

@@ -119,8 +119,8 @@ class Future(Generic[T]):
 
     def _late(self, timeout_s: float | None) -> CallTimeout:
         return CallTimeout(
-            f"{self.actor}.{self.method}() has not answered within {timeout_s:g} s; the call goes on, "
-            f"so wait again with result(), or end the actor with kill()."
+            f"{self.actor}.{self.method}() has not answered within {timeout_s:g} s; the call goes on: "
+            f"result() waits again, kill() ends the actor."
         )
 
     def __repr__(self) -> str:

@@ -118,17 +118,12 @@ class Learner:
     def _shares(self, batch: Batch, order: Tensor, minibatch_size: int) -> Iterator[Batch]:
         """Yield this learner's share of each minibatch of `order`, with `weight`: the share in the global mean."""
         minibatches = order.split(minibatch_size)
-        weight = torch.cat([sample_weight(batch.mask[rows]) for rows in minibatches])
-        starts = range(0, len(order), minibatch_size)
-        rows = [torch.tensor_split(minibatch, self.world_size)[self.rank] for minibatch in minibatches]
-        shares = [torch.tensor_split(weight[a : a + minibatch_size], self.world_size)[self.rank] for a in starts]
+        rows = [minibatch.tensor_split(self.world_size)[self.rank] for minibatch in minibatches]
+        weights = [sample_weight(batch.mask[part]).tensor_split(self.world_size)[self.rank] for part in minibatches]
         mine = batch.take(torch.cat(rows))  # one gather an epoch; minibatches are views of it
-        offset = 0
-        for share in shares:
-            size = len(share)
-            fields = {name: tensor[offset : offset + size] for name, tensor in mine.tensors.items()}
-            yield Batch(**fields, weight=share)
-            offset += size
+        columns = {name: tensor.split([len(part) for part in rows]) for name, tensor in mine.tensors.items()}
+        for number, weight in enumerate(weights):
+            yield Batch(**{name: column[number] for name, column in columns.items()}, weight=weight)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         if self.world_size > 1:

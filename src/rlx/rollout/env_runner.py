@@ -18,6 +18,7 @@ from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
+from rlx.rollout.in_place import InPlaceEnvs
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
@@ -46,6 +47,8 @@ class Sample:
     """Seconds inside the policy."""
     busy_s: float
     """Seconds inside `sample`."""
+    stepped_one_by_one: bool
+    """Whether the environments' seconds add up: they are scalar ones in a loop."""
     wait_s: float = 0.0
     """Of several runners: seconds that the slowest was busy longer than the mean."""
     transfer_s: float = 0.0
@@ -142,8 +145,16 @@ class EnvRunner:
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
         )
         self._intact = True
-        timings = (fragment.env_s, fragment.inference_s, perf_counter() - started)
-        return Sample(trajectory, episodes, obs_moments, return_moments, *timings)
+        return Sample(
+            trajectory,
+            episodes,
+            obs_moments,
+            return_moments,
+            env_s=fragment.env_s,
+            inference_s=fragment.inference_s,
+            busy_s=perf_counter() - started,
+            stepped_one_by_one=isinstance(self._envs, InPlaceEnvs),
+        )
 
     def get_state(self) -> State:
         """Return all that `set_state` needs to go on exactly, as plain values and arrays; the weights stand apart."""

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rlx.actors import ActorHandle, Err, Group, GroupFuture, Runtime
-from rlx.errors import ActorError, CheckpointError
+from rlx.errors import ActorError, CallTimeout, CheckpointError
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner, Sample
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
 from rlx.rollout.spaces import Space, encoded_observation_space
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOSE_TIMEOUT_S = 5.0
+BUSY_CLOSE_TIMEOUT_S = 0.5
 ADVICE_AFTER_SAMPLES = 5
 
 
@@ -51,7 +52,7 @@ class RunnerGroup:
         self.num_runners = num_runners
         self._reward_clip = reward_clip
         self._normalizer = Normalizer()
-        self._wall_s = self._busy_s = 0.0
+        self._wall_s = self._alone_s = 0.0
         self._samples = 0
         self._local: EnvRunner | None = None
         self._actors: _RunnerActors | None = None
@@ -93,7 +94,7 @@ class RunnerGroup:
         wall_s = perf_counter() - started
         busy_s = [sample.busy_s for sample in samples]
         self._wall_s += wall_s
-        self._busy_s += sum(busy_s)
+        self._alone_s += _seconds_of_one_process(samples)
         self._samples += 1
         for sample in samples:
             self._normalizer.merge(sample.obs_moments, sample.return_moments)
@@ -108,18 +109,19 @@ class RunnerGroup:
             env_s=mean(sample.env_s for sample in samples),
             inference_s=mean(sample.inference_s for sample in samples),
             busy_s=mean(busy_s),
+            stepped_one_by_one=samples[0].stepped_one_by_one,
             wait_s=max(busy_s) - mean(busy_s),
             transfer_s=0.0 if self._local is not None else max(0.0, wall_s - max(busy_s)),
         )
 
     def advice(self) -> str | None:
         """Return a sentence if runners in processes of their own do not pay here, else None."""
-        if self.num_runners == 0 or self._samples < ADVICE_AFTER_SAMPLES or self._wall_s < self._busy_s:
+        if self.num_runners == 0 or self._samples < ADVICE_AFTER_SAMPLES or self._wall_s < self._alone_s:
             return None
         return (
-            f"Collecting with {self.num_runners} env runners took {self._wall_s:.1f} s, and their work adds up to "
-            f"{self._busy_s:.1f} s: one process would be as fast; set env_runners.num_env_runners=0, "
-            "or collect more steps per call."
+            f"collecting with {self.num_runners} env runners took {1e3 * self._wall_s / self._samples:.1f} ms a fragment, "
+            f"and one process would take about {1e3 * self._alone_s / self._samples:.1f} ms: "
+            "set env_runners.num_env_runners=0, or collect longer fragments."
         )
 
     def normalizer_state(self) -> State:
@@ -158,6 +160,16 @@ class RunnerGroup:
         return self._actors
 
 
+def _seconds_of_one_process(samples: Sequence[Sample]) -> float:
+    """Return an estimate of the time that one process would need for the work of all runners.
+
+    Environments stepped one by one take the sum of their times. A native vector environment and a network take
+    hardly longer for a larger batch.
+    """
+    add_up = sum if samples[0].stepped_one_by_one else max
+    return add_up(s.env_s for s in samples) + max(s.busy_s - s.env_s for s in samples)
+
+
 class _RunnerActors:
     """The runners in processes of their own."""
 
@@ -166,6 +178,7 @@ class _RunnerActors:
         self._timeout_s = timeout_s
         self._handles: list[ActorHandle] = []
         self._published: GroupFuture[None] | None = None
+        self._is_busy = False
 
     def spawn(self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         """Start one more runner; `start` waits for it."""
@@ -182,9 +195,18 @@ class _RunnerActors:
 
     def sample(self, num_steps: int) -> list[Sample]:
         """Return each runner's fragment."""
+        self._is_busy = True
         future = self._group.sample.call(num_steps)
         self._check_published()
-        return future.values(self._timeout_s)
+        try:
+            samples = future.values(self._timeout_s)
+        except CallTimeout as error:
+            raise CallTimeout(
+                f"{error} An environment hangs, or {num_steps} steps take longer than this: "
+                "raise fault_tolerance.sample_timeout_s, or lower env_runners.rollout_fragment_length."
+            ) from error
+        self._is_busy = False
+        return samples
 
     def get_state(self) -> list[State]:
         """Return each runner's state."""
@@ -199,7 +221,9 @@ class _RunnerActors:
         handles, self._handles = self._handles, []
         if not handles:
             return
-        outcomes = self._runtime.group(handles).close.call().result(CLOSE_TIMEOUT_S)
+        # An interrupted runner still collects, and who pressed Ctrl-C does not want to wait for it.
+        timeout_s = BUSY_CLOSE_TIMEOUT_S if self._is_busy else CLOSE_TIMEOUT_S
+        outcomes = self._runtime.group(handles).close.call().result(timeout_s)
         for handle, outcome in zip(handles, outcomes, strict=True):
             if isinstance(outcome, Err) and not isinstance(outcome.error, ActorError):
                 log.warning("%s could not close its environments: %r", handle.name, outcome.error)

@@ -1,0 +1,78 @@
+"""The pages of docs/ that repeat what the code says: written by `python docs/generate.py`, held equal by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlx.algorithms.ppo import PPOConfig
+from rlx.config_document import flow
+from rlx.metrics import METRICS
+from rlx.settings import FREE_ON_RESUME, allowed
+
+FOLDER = Path(__file__).parent
+
+
+def pages() -> dict[str, str]:
+    """Return the text of every generated page by its file name."""
+    return {"metrics.md": metrics_page(), "configuration.md": configuration_page()}
+
+
+def metrics_page() -> str:
+    """Return every metric with its meaning."""
+    rows = ((f"`{name}`", meaning) for name, meaning in METRICS.items())
+    return "\n".join(
+        [
+            "# Metrics",
+            "",
+            "<!-- Written by `python docs/generate.py` from rlx.metrics.METRICS. -->",
+            "",
+            "`Algorithm.train()` returns these; a run's `metrics.jsonl` holds a line of them for each iteration.",
+            "The x axis of every metric is `env_steps`. Names do not change between releases. An algorithm of your own",
+            "may report further `learner/` stats: whatever its loss returns beside the scalar.",
+            "",
+            *table(("name", "meaning"), rows),
+            "",
+        ]
+    )
+
+
+def configuration_page() -> str:
+    """Return every section and setting of PPO with type, default and meaning."""
+    config = PPOConfig()
+    lines = [
+        "# Configuration",
+        "",
+        "<!-- Written by `python docs/generate.py` from src/rlx/settings.py and algorithms/ppo.py. -->",
+        "",
+        "A setting has one name in three places: `training: {gamma: 0.98}` in a YAML file, `--set training.gamma=0.98`",
+        "on the command line, `.training(gamma=0.98)` on the builder. `rlx config show ppo --comments` prints all of",
+        "them with these meanings, and `rlx config schema ppo` prints the JSON schema for an editor.",
+        "",
+        "`algorithm` names what is trained: a shipped algorithm (`ppo`), a module (`my_package.my_algorithm`), or a",
+        "file next to the YAML (`./my_algorithm.py`). A run that goes on from a checkpoint may change the sections",
+        f"{', '.join(f'`{name}`' for name in FREE_ON_RESUME)}; any other change is refused.",
+        "",
+    ]
+    for name, values in config.to_dict().items():
+        if not isinstance(values, dict):
+            continue
+        section = type(getattr(config.settings, name))
+        rows = (
+            (f"`{key}`", allowed(field), f"`{flow(values[key])}`", field.description or "")
+            for key, field in section.model_fields.items()
+        )
+        lines += [f"## {name}", "", section.__doc__ or "", ""]
+        lines += [*table(("setting", "accepts", "default", "meaning"), rows), ""]
+    return "\n".join(lines)
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a markdown table."""
+    cells = [header, ("---",) * len(header), *rows]
+    return ["| " + " | ".join(" ".join(cell.replace("|", r"\|").split()) for cell in row) + " |" for row in cells]
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text)

@@ -1,0 +1,101 @@
+"""The benchmarks run, and their figures are computed as the page says."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def load(file: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return a benchmark's module, with its neighbours importable as when it runs as a script."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{Path(file).stem}", BENCHMARKS / file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_of(steps_per_s: float, version: str) -> dict:
+    packages = {"torch": "2"}
+    run = {"steps_per_s": steps_per_s, "version": version, "packages": packages, "returns": 20.0}
+    return run | {"ready_s": 1.5, "busy_cores_before": 0.1}
+
+
+def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(monkeypatch):
+    """Ratios 2, 4 and 10 have the median 4; the medians 400 and 50 would have made 8."""
+    ppo = load("ppo.py", monkeypatch)
+    rates = [(100, 50), (400, 100), (500, 50)]
+    rounds = [{"rlx": run_of(ours, "1"), "sb3": run_of(theirs, "2")} for ours, theirs in rates]
+    conditions = load("report.py", monkeypatch).machine()
+    page = ppo.page({"rounds": rounds, "machine": conditions, "job": {"iterations": 7}})
+    assert "| rlx, 1 | 400 | 100 to 500 | 1.00 |" in page
+    assert "| sb3, 2 | 50 | 50 to 100 | 4.00 | 2.00 to 10.00 | 1.5 | 20 |" in page
+    assert "7 iterations a run, 3 rounds." in page
+
+
+def test_the_clock_leaves_the_first_iteration_out(monkeypatch, capsys):
+    measured = load("peers/measured.py", monkeypatch)
+    now = iter([100.0, 101.0, 104.0])  # the ends of three iterations
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: next(now))
+    clock = measured.Clock(SimpleNamespace(iterations=2, work="cartpole"))
+    assert [clock.end_iteration(env_steps) for env_steps in (10, 18, 30)] == [False, False, True]
+    clock.report("rlx", "1", threads=1, returns=None)
+    line = json.loads(capsys.readouterr().out)
+    assert (line["env_steps"], line["seconds"], line["steps_per_s"]) == (20, 4.0, 5.0)
+
+
+def test_a_system_that_ends_early_reports_nothing(monkeypatch):
+    clock = load("peers/measured.py", monkeypatch).Clock(SimpleNamespace(iterations=2, work="cartpole"))
+    clock.end_iteration(10)
+    with pytest.raises(SystemExit, match="rlx ended after 1 iterations, not 3"):
+        clock.report("rlx", "1", threads=1, returns=None)
+
+
+def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeypatch):
+    report = load("report.py", monkeypatch)
+    (tmp_path / "benchmarks.md").write_text("# A\n<!-- begin a -->\nold\n<!-- end a -->\n# B\n")
+    report.publish(tmp_path, "a", {"x": 1}, "new")
+    report.publish(tmp_path, "a", {"x": 2}, "newer")
+    assert (tmp_path / "benchmarks.md").read_text() == "# A\n<!-- begin a -->\nnewer\n<!-- end a -->\n# B\n"
+    assert json.loads((tmp_path / "benchmarks.json").read_text()) == {"a": {"x": 2}}
+    with pytest.raises(SystemExit, match="has no lines <!-- begin b --> and <!-- end b -->"):
+        report.publish(tmp_path, "b", {}, "table")
+
+
+def test_the_page_has_a_section_for_every_workload(monkeypatch):
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for section in [*load("workloads.py", monkeypatch).WORK, "time to solved", "memory"]:
+        assert f"<!-- begin {section} -->" in page and f"<!-- end {section} -->" in page
+
+
+def test_a_command_that_fails_ends_with_its_last_words(tmp_path, monkeypatch):
+    processes = load("processes.py", monkeypatch)
+    with pytest.raises(SystemExit, match="ended with code 3:\nno such luck"):
+        processes.output_of(
+            [sys.executable, "-c", "import sys; print('no such luck', file=sys.stderr); sys.exit(3)"], 60, tmp_path
+        )
+
+
+@pytest.mark.slow
+def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path)
+    systems, size = ["rlx", "rlx 2 runners"], ["--rounds", "1", "--iterations", "2"]
+    command = [sys.executable, str(BENCHMARKS / "ppo.py"), "--work", "cartpole", "--systems", *systems, *size]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, timeout=120)
+    (measured,) = json.loads((tmp_path / "benchmarks.json").read_text())["cartpole"]["rounds"]
+    assert list(measured) == systems
+    for run in measured.values():
+        assert run["system"] == "rlx" and run["threads"] == 1
+        assert 0.8 * 2 * 2048 < run["env_steps"] < 2 * 2048  # a row in twenty or so is a reset, and is not counted
+        assert run["ready_s"] > 0 and run["returns"] > 10
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| rlx 2 runners, " in text and "## HalfCheetah-v5" in text
