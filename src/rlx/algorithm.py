@@ -103,9 +103,9 @@ class Algorithm(ABC):
         self._clock.add(
             env_s=sample.env_s, inference_s=sample.inference_s, transfer_s=sample.transfer_s, wait_s=sample.wait_s
         )
-        age = self.learners.version - sample.trajectory.weights_version[sample.trajectory.mask]
+        age = self.learners.version - sample.trajectory.weights_version
         self._sample_metrics = {"age_mean": float(age.mean()), "age_max": int(age.max())}
-        self.env_steps += len(age)
+        self.env_steps += sample.env_steps
         self.episodes += len(sample.episodes)
         self.window.add(sample.episodes)
         if not self._advised and (advice := self.runners.advice()):
