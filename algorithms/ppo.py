@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -25,6 +26,7 @@ from rlx.functional.advantages import gae
 from rlx.functional.kl import k3
 from rlx.functional.losses import clipped_squared_error, clipped_surrogate, squared_error
 from rlx.functional.masking import explained_variance, standardize, weighted_sum
+from rlx.learner.gradient import with_derivatives
 from rlx.metrics import Metrics
 from rlx.settings import Schedule, Settings, TrainingSection
 from rlx.trajectory import Batch
@@ -75,6 +77,46 @@ class PPOConfig(AlgorithmConfig, training=PPOTraining):
             )
 
 
+def loss_derivatives(
+    new_logp: np.ndarray,
+    entropy: np.ndarray,
+    value: np.ndarray,
+    minibatch: Any,
+    coefficients: Mapping[str, float],
+    training: PPOTraining,
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
+    """Return the derivatives of `PPO.loss` by new_logp, entropy and value, all [N], and its stats.
+
+    The same formulas, differentiated by hand for small networks, whose updates take half the time with it; a test
+    holds the two equal. Whoever changes the loss may simply delete the decorator that names this function.
+    """
+    clip_range, weight = coefficients["clip_range"], minibatch.weight
+    log_ratio = new_logp - minibatch.logp
+    ratio = np.exp(log_ratio)
+    surrogate = ratio * minibatch.advantage
+    bound = minibatch.advantage + clip_range * np.abs(minibatch.advantage)
+    error = value - minibatch.return_
+    value_error, d_value_error = error * error, 2 * error
+    if training.value_clip is not None:
+        change = value - minibatch.value
+        near = minibatch.value + np.clip(change, -training.value_clip, training.value_clip) - minibatch.return_
+        moves = np.abs(change) < training.value_clip
+        d_value_error = np.where(near * near > value_error, 2 * near * moves, d_value_error)
+        value_error = np.maximum(value_error, near * near)
+    stats = {
+        "policy_loss": -float(np.minimum(surrogate, bound) @ weight),
+        "value_loss": float(value_error @ weight),
+        "entropy": float(entropy @ weight),
+        "kl": float((ratio - 1 - log_ratio) @ weight),
+        "clip_fraction": float((np.abs(ratio - 1) > clip_range) @ weight),
+    }
+    loss = stats["policy_loss"] + training.value_coef * stats["value_loss"] - training.entropy_coef * stats["entropy"]
+    by_new_logp = -(surrogate * (surrogate <= bound)) * weight  # d ratio / d new_logp = ratio
+    by_entropy = -training.entropy_coef * weight
+    by_value = training.value_coef * d_value_error * weight
+    return (by_new_logp, by_entropy, by_value), {"loss": loss} | stats
+
+
 class PPO(Algorithm, config=PPOConfig):
     """Sample, estimate advantages, update, publish."""
 
@@ -106,6 +148,7 @@ class PPO(Algorithm, config=PPOConfig):
         }
 
     @staticmethod
+    @with_derivatives(loss_derivatives)
     def loss(
         policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: PPOTraining
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -139,7 +139,7 @@ def test_a_checkpoint_that_is_damaged(damage, sentence, run, capsys):
     assert main(["eval", "run", "--episodes", "1"]) == 0
     assert sentence in capsys.readouterr().err
     assert main(["train", "--resume", "run"]) == 0
-    assert "resuming run from iter_000002" in capsys.readouterr().err
+    assert "resuming run from iteration 2" in capsys.readouterr().err
 
     for one in list_checkpoints(run / "checkpoints"):
         damage(one)

@@ -69,7 +69,8 @@ class Algorithm(ABC):
         self._runtime: actors.Runtime | None = None
         self._evaluation_policy: Any = None
         self._weights_are_stale = True
-        self._restored = self._advised = False
+        self._advised = False
+        self._restored_run: Path | None = None
         self._saved_iteration: int | None = None
         self._clock = Clock()
         self._sample_metrics: Metrics = {}
@@ -178,7 +179,7 @@ class Algorithm(ABC):
         """Train until a limit of `stop` is reached; return the last iteration's metrics.
 
         With a run folder, every iteration is logged and checkpoints are saved. Ctrl-C ends the run after the
-        current iteration, with a checkpoint; a second one at once.
+        current iteration, with a checkpoint; a second one at once. So does SIGTERM.
         """
         self.settings.stop.require_limit()
         self._open_run()
@@ -212,6 +213,7 @@ class Algorithm(ABC):
         path = Path(path)
         is_run = (path / "checkpoints").is_dir()
         self.set_state(load_newest(path / "checkpoints")[1] if is_run else load_checkpoint(path))
+        self._restored_run = path.resolve() if is_run else None
 
     def get_state(self) -> dict[str, Any]:
         """Return the whole state as a tree of plain values and numpy arrays."""
@@ -237,7 +239,7 @@ class Algorithm(ABC):
         self.window.set_state(state["window"])
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
-        self._weights_are_stale = self._restored = True
+        self._weights_are_stale = True
 
     def close(self) -> None:
         """End every process and file of this algorithm; closing twice is fine."""
@@ -290,8 +292,11 @@ class Algorithm(ABC):
         if self._run_dir is None or self.run is not None:
             return
         s = self.settings
-        if self._restored and (self._run_dir / "config.yaml").exists():
+        if self._restored_run == self._run_dir.resolve():
             self.run = Run.open(self._run_dir, tensorboard=s.reporting.tensorboard)
+            self.run.rewind(self.iteration)
+            log.info("resuming %s from iteration %d", self._run_dir, self.iteration)
+            self.run.write_config(self.config.to_yaml())
         else:
             self.run = Run.create(
                 self._run_dir, self.config.to_yaml(), s.runtime.seed, tensorboard=s.reporting.tensorboard
@@ -350,15 +355,15 @@ class Algorithm(ABC):
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C was pressed; the second Ctrl-C interrupts at once.
+    """Yield a function that says whether Ctrl-C or a SIGTERM has come; the second one interrupts at once.
 
-    Signals reach only the main thread; elsewhere interrupts stay as they are.
+    SIGTERM is how job schedulers announce that they will kill. Signals reach only the main thread; elsewhere they
+    stay as they are.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     pressed = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(signum: int, frame: Any) -> None:
         if pressed.is_set():
@@ -366,8 +371,9 @@ def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
         pressed.set()
         log.warning("stopping after this iteration; press Ctrl-C again to stop at once")
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

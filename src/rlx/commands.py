@@ -43,8 +43,9 @@ def train(options: argparse.Namespace) -> int:
         _page(config.to_yaml())
         return 0
     if options.resume is not None:
-        return _fit(config, options.resume, state=_rewind(options.resume, config))
-    return _fit(config, _new_run_folder(options.run_dir, config))
+        _check_goes_on(options.resume)
+        return _fit(config, options.resume, resume=True)
+    return _fit(config, _new_run_folder(options.run_dir, config), resume=False)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -129,13 +130,13 @@ def _recording(file: Path | None, env: Any) -> AbstractContextManager[AddFrame |
     return recording(file, frames_per_second(env))
 
 
-def _fit(config: AlgorithmConfig, folder: Path, state: dict[str, Any] | None = None) -> int:
+def _fit(config: AlgorithmConfig, folder: Path, *, resume: bool) -> int:
     """Train until a limit, an error or Ctrl-C; say what came of it and what to do next."""
     algorithm = None
     try:
         with config.build(folder) as algorithm:
-            if state is not None:
-                algorithm.set_state(state)
+            if resume:
+                algorithm.restore(folder)
             log.info("run folder: %s (Ctrl-C stops after the iteration, with a checkpoint)", folder)
             metrics = algorithm.fit()
     except RlxError as error:
@@ -217,17 +218,17 @@ def _config_of_resumed(folder: Path, config: str | None, changes: list[str]) -> 
     return wanted
 
 
-def _rewind(folder: Path, config: AlgorithmConfig) -> dict[str, Any]:
-    """Return the newest state of a run that nobody else holds, and note the limits that it goes on with."""
+def _check_goes_on(folder: Path) -> None:
+    """Raise, before anything starts, where a run cannot go on: somebody holds it, or no checkpoint loads."""
+    from rlx.checkpoint import load_newest
     from rlx.run import Run
 
     run = Run.open(folder)
     try:
-        state = run.rewind()
-        run.write_config(config.to_yaml())
+        state = load_newest(run.checkpoints)[1]
+        run.rewind(state["iteration"])
     finally:
         run.close()
-    return state
 
 
 def _page(text: str) -> None:

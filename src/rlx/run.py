@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlx.checkpoint import checkpoint_name, load_newest, prune, save_checkpoint
+from rlx.checkpoint import checkpoint_name, prune, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.config_document import flow
 from rlx.errors import CheckpointError, ConfigError
@@ -45,8 +45,8 @@ class Run:
         self._log_handler = logging.FileHandler(folder / "logs" / "driver.log")
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log_handler)
-        self._tensorboard = tensorboard
-        self._writers: list[JsonlWriter | TensorBoardWriter] = []
+        self._metrics_file: JsonlWriter | None = None
+        self._tensorboard = TensorBoardWriter(folder / "tensorboard") if tensorboard else None
 
     @classmethod
     def create(cls, folder: Path, config_yaml: str, seed: int, *, tensorboard: bool = False) -> Run:
@@ -78,12 +78,10 @@ class Run:
     def write_metrics(self, metrics: Metrics) -> None:
         """Append one iteration's metrics to metrics.jsonl, and to TensorBoard if that is on."""
         with _writing(self.folder):
-            if not self._writers:
-                self._writers.append(JsonlWriter(self.folder / "metrics.jsonl"))
-                if self._tensorboard:
-                    self._writers.append(TensorBoardWriter(self.folder / "tensorboard"))
-            for writer in self._writers:
-                writer.write(metrics)
+            self._metrics_file = self._metrics_file or JsonlWriter(self.folder / "metrics.jsonl")
+            self._metrics_file.write(metrics)
+            if self._tensorboard is not None:
+                self._tensorboard.write(metrics)
 
     def save(self, iteration: int, state: dict[str, Any], *, keep: int, best_iteration: int | None) -> Path:
         """Save a checkpoint; keep the newest `keep` and the best one."""
@@ -91,20 +89,18 @@ class Run:
         prune(self.checkpoints, keep, set() if best_iteration is None else {checkpoint_name(best_iteration)})
         return folder
 
-    def rewind(self) -> dict[str, Any]:
-        """Return the newest state that loads; metric rows after it are dropped, for they will come again."""
-        path, state = load_newest(self.checkpoints)
+    def rewind(self, iteration: int) -> None:
+        """Go back to `iteration`: metric rows after it are dropped, for they will come again."""
         file = self.folder / "metrics.jsonl"
         if file.exists():
-            rows = [row for row in read_metrics(file) if row["iteration"] <= state["iteration"]]
+            rows = [row for row in read_metrics(file) if row["iteration"] <= iteration]
             _replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-        log.info("resuming %s from %s", self.folder, path.name)
-        return state
 
     def close(self) -> None:
         """Close every file of the run and release it."""
-        for writer in self._writers:
-            writer.close()
+        for writer in (self._metrics_file, self._tensorboard):
+            if writer is not None:
+                writer.close()
         log.removeHandler(self._log_handler)
         self._log_handler.close()
         os.close(self._lock)

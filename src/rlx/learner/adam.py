@@ -13,8 +13,8 @@ from torch import Tensor
 class FlatAdam:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) in torch's formulation, on one float32 buffer.
 
-    torch.optim.Adam spends more time on bookkeeping than on a small net's arithmetic; on one flat tensor the
-    update is six in-place operations.
+    torch.optim.Adam spends more time on bookkeeping than on a small net's arithmetic; on one flat buffer the
+    update is a few operations, on the CPU in numpy, which shares the memory and costs less a call.
     """
 
     def __init__(self, data: Tensor, epsilon: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
@@ -23,6 +23,7 @@ class FlatAdam:
         self.mean = torch.zeros_like(data)
         self.square = torch.zeros_like(data)
         self.steps = 0
+        self._arrays = [_fastest(tensor) for tensor in (data, self.mean, self.square)]
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
@@ -30,10 +31,16 @@ class FlatAdam:
         self.steps += 1
         correction1 = 1 - self.beta1**self.steps
         correction2 = math.sqrt(1 - self.beta2**self.steps)
-        self.mean.lerp_(gradient, 1 - self.beta1)
-        self.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-        denominator = self.square.sqrt().div_(correction2).add_(self.epsilon)
-        self.data.addcdiv_(self.mean, denominator, value=-lr / correction1)
+        g = _fastest(gradient)
+        data, mean, square = self._arrays
+        mean *= self.beta1
+        mean += (1 - self.beta1) * g
+        square *= self.beta2
+        square += (1 - self.beta2) * (g * g)
+        denominator = square**0.5
+        denominator /= correction2
+        denominator += self.epsilon
+        data -= (lr / correction1) * mean / denominator
 
     def get_state(self) -> dict[str, Any]:
         """Return the moments and the step count."""
@@ -44,3 +51,8 @@ class FlatAdam:
         self.mean.copy_(torch.from_numpy(np.asarray(state["mean"])))
         self.square.copy_(torch.from_numpy(np.asarray(state["square"])))
         self.steps = int(state["steps"])
+
+
+def _fastest(tensor: Tensor) -> Any:
+    """Return the tensor, or on the CPU numpy's view of it: the operators above mean the same on both."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor

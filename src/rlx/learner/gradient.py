@@ -1,10 +1,11 @@
-"""The gradient of a loss with respect to one flat parameter buffer: by numpy for small MLPs, else by autograd.
+"""The gradient of a loss with respect to one flat parameter buffer: eager, compiled, or in numpy for small MLPs.
 
-Both serve the same losses and agree to rounding; either can have its torch part compiled.
+All three give the same numbers up to rounding.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,27 +20,46 @@ from rlx.trajectory import Batch
 
 log = logging.getLogger("rlx")
 
-Stats = dict[str, Tensor]
+Stats = dict[str, Any]
+"""Scalars by name: 0-dimensional tensors, or floats."""
+
 Loss = Callable[[Any, Batch, Mapping[str, Any]], tuple[Tensor, Stats]]
 """loss(policy, minibatch, coefficients) -> (scalar, stats). Both are sums weighted by `minibatch.weight`,
 so that the parts of several learners add up to the whole. Coefficients are numbers that change during a run."""
 
+Derivatives = Callable[..., tuple[tuple[np.ndarray, np.ndarray, np.ndarray], Stats]]
+"""derivatives(new_logp, entropy, value, minibatch, coefficients) -> ((by new_logp, by entropy, by value), stats):
+a loss differentiated by hand, on numpy arrays [N]; the stats are the loss's own, and the total as "loss"."""
+
 Gradient = Callable[[Batch, Mapping[str, float]], tuple[Tensor, Stats]]
-"""gradient(minibatch, coefficients) -> (flat gradient [n], stats with the loss under "loss")."""
+"""gradient(minibatch, coefficients) -> (flat gradient [n], stats with the total as "loss")."""
+
+
+def with_derivatives(derivatives: Derivatives) -> Callable[[Callable], Callable]:
+    """Decorate a loss with its derivatives by hand, which small MLPs on the CPU use in its place.
+
+    They belong to this very function: a subclass that writes another loss does not inherit them.
+    """
+
+    def decorate(loss: Callable) -> Callable:
+        loss.derivatives = derivatives  # type: ignore[attr-defined]
+        return loss
+
+    return decorate
 
 
 def gradient_function(policy: nn.Module, flat: FlatParameters, loss: Loss, *, compile: bool) -> Gradient:
-    """Return the fastest gradient function that serves `policy`."""
-    return numpy_gradient(policy, flat, loss, compile=compile) or torch_gradient(policy, flat, loss, compile=compile)
-
-
-def torch_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss, *, compile: bool) -> Gradient:
-    """Return the gradient function that serves any module and any loss."""
+    """Return the fastest gradient function that serves this policy and this loss."""
+    in_numpy = numpy_gradient(policy, flat, loss)
+    if in_numpy is not None:
+        if compile:
+            log.info("learners.compile has nothing to do: gradients of this small network are made in numpy")
+        return in_numpy
     return (compiled_gradient if compile else eager_gradient)(policy, flat, loss)
 
 
 def eager_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradient:
-    """Return the gradient function that runs autograd on every call."""
+    """Return the gradient function that runs autograd on every call; it serves any module and any loss."""
 
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
         total, stats = loss(policy, minibatch, coefficients)
@@ -62,102 +82,41 @@ def compiled_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gr
         parameters = dict(zip(names, flat.views(data), strict=True))
         return torch.func.functional_call(module, parameters, (fields, coefficients))
 
-    compiled = _compile(torch.func.grad_and_value(total, has_aux=True))
+    compiled = torch.compile(torch.func.grad_and_value(total, has_aux=True), dynamic=False, fullgraph=True)
 
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
-        grad, (value, stats) = compiled(flat.data, minibatch.tensors, _as_tensors(coefficients))
+        # As tensors, coefficients may change without a new compilation.
+        as_tensors = {name: torch.tensor(value) for name, value in coefficients.items()}
+        grad, (value, stats) = compiled(flat.data, minibatch.tensors, as_tensors)
         return grad, {"loss": value} | stats
 
     return gradient
 
 
-def numpy_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss, *, compile: bool = False) -> Gradient | None:
-    """Return the gradient function that differentiates small nets in numpy, or None where torch must serve.
+def numpy_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradient | None:
+    """Return the gradient function that differentiates in numpy, or None where torch must serve.
 
-    The loss stays any torch function of what `policy.evaluate` returns: torch differentiates it by those three
-    vectors, and numpy goes on from there to the parameters. A loss that asks the policy for anything else is
-    found out at its first minibatch, and `torch_gradient` takes over.
+    It needs a small MLP on the CPU and a loss that brings its derivatives. On such nets torch's cost of a call,
+    some 80 of them a step, exceeds the arithmetic.
     """
+    bound = loss if isinstance(loss, functools.partial) else functools.partial(loss)
+    derivatives = getattr(bound.func, "derivatives", None)
+    if derivatives is None or flat.data.device.type != "cpu":
+        return None
     flat_gradient = torch.zeros_like(flat.data)
-    views = [view.numpy() for view in flat.views(flat_gradient)] if flat.data.device.type == "cpu" else []
-    numpy_policy = NumpyPolicy.of(policy, dict(zip(flat.parameters, views, strict=False)))
+    views = [view.numpy() for view in flat.views(flat_gradient)]
+    numpy_policy = NumpyPolicy.of(policy, dict(zip(flat.parameters, views, strict=True)))
     if numpy_policy is None:
         return None
-    differentiate = (_compiled_derivatives if compile else _eager_derivatives)(loss)
-    general: Gradient | None = None
 
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
-        nonlocal general
-        if general is None:
-            outputs = numpy_policy.evaluate(minibatch.obs.numpy(), minibatch.action.numpy())
-            tensors = [torch.from_numpy(np.ascontiguousarray(output)) for output in outputs]
-            try:
-                derivatives, stats = differentiate(tensors, minibatch, coefficients)
-            except _NeedsModule as need:
-                log.info("the loss reads policy.%s: gradients come from autograd over the whole network", need)
-                general = torch_gradient(policy, flat, loss, compile=compile)
-            else:
-                numpy_policy.backward(*(derivative.numpy() for derivative in derivatives))
-                return flat_gradient, stats
-        return general(minibatch, coefficients)
+        arrays: Any = minibatch.map(Tensor.numpy)
+        outputs = numpy_policy.evaluate(arrays.obs, arrays.action)
+        by_outputs, stats = derivatives(*outputs, arrays, coefficients, *bound.args, **bound.keywords)
+        numpy_policy.backward(*by_outputs)
+        return flat_gradient, stats
 
     return gradient
-
-
-def _eager_derivatives(loss: Loss) -> Callable[..., tuple[tuple[Tensor, ...], Stats]]:
-    """Return the function that differentiates the loss by logp, entropy and value with autograd."""
-
-    def differentiate(outputs: list[Tensor], minibatch: Batch, coefficients: Mapping[str, float]):
-        leaves = [output.requires_grad_() for output in outputs]
-        total, stats = loss(_Evaluated(leaves, minibatch), minibatch, coefficients)
-        return torch.autograd.grad(total, leaves, materialize_grads=True), {"loss": total.detach()} | stats
-
-    return differentiate
-
-
-def _compiled_derivatives(loss: Loss) -> Callable[..., tuple[tuple[Tensor, ...], Stats]]:
-    """Return the same, with the loss and its derivatives fused into one kernel."""
-
-    def total(outputs: list[Tensor], fields: dict[str, Tensor], coefficients: dict[str, Tensor]):
-        minibatch = Batch(**fields)
-        return loss(_Evaluated(outputs, minibatch), minibatch, coefficients)
-
-    compiled = _compile(torch.func.grad_and_value(total, has_aux=True))
-    eager = _eager_derivatives(loss)
-    checked = False
-
-    def differentiate(outputs: list[Tensor], minibatch: Batch, coefficients: Mapping[str, float]):
-        nonlocal checked
-        if not checked:  # an exception of ours must not have to find its way out of the compiler
-            eager([output.clone() for output in outputs], minibatch, coefficients)
-            checked = True
-        derivatives, (value, stats) = compiled(outputs, minibatch.tensors, _as_tensors(coefficients))
-        return derivatives, {"loss": value} | stats
-
-    return differentiate
-
-
-class _NeedsModule(Exception):
-    """The loss wants more of the policy than one `evaluate` of its minibatch."""
-
-
-class _Evaluated:
-    """Stands for the policy in a loss: its `evaluate` returns what numpy has computed already, as leaves of a graph."""
-
-    def __init__(self, outputs: list[Tensor], minibatch: Batch) -> None:
-        self._outputs = outputs
-        self._inputs = minibatch.obs, minibatch.action
-
-    def evaluate(self, obs: Tensor, action: Tensor) -> list[Tensor]:
-        if obs is not self._inputs[0] or action is not self._inputs[1]:
-            raise _NeedsModule("evaluate of other observations")
-        return self._outputs
-
-    def __getattr__(self, name: str) -> Any:
-        raise _NeedsModule(name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise _NeedsModule("forward")
 
 
 class _LossModule(nn.Module):
@@ -171,12 +130,3 @@ class _LossModule(nn.Module):
     def forward(self, fields: dict[str, Tensor], coefficients: dict[str, Tensor]) -> tuple[Tensor, Stats]:
         total, stats = self.loss(self.policy, Batch(**fields), coefficients)
         return total, stats
-
-
-def _compile(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def _as_tensors(coefficients: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return coefficients as tensors: these may change without a new compilation."""
-    return {name: torch.tensor(value) for name, value in coefficients.items()}

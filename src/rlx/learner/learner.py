@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
-from rlx.learner.gradient import Loss, gradient_function
+from rlx.learner.gradient import Loss, Stats, gradient_function
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
 
@@ -77,13 +77,15 @@ class Learner:
         torch.manual_seed(seed)  # whatever the policy draws (dropout, say) repeats on resume
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         generator = torch.Generator().manual_seed(seed)
-        history: list[dict[str, Tensor]] = []
+        history: list[Stats] = []
         stopped_early = False
         for _ in range(epochs):
             order = torch.randperm(len(batch), generator=generator).to(self.device)
             for minibatch in self._shares(batch, order, minibatch_size):
                 gradient, stats = self.gradient(minibatch, coefficients)
-                stopped_early = target_kl is not None and self._sum(stats["kl"].clone()).item() > target_kl
+                stopped_early = (
+                    target_kl is not None and self._sum(torch.as_tensor(stats["kl"]).clone()).item() > target_kl
+                )
                 if stopped_early:
                     break
                 stats["grad_norm"] = self._step(self._sum(gradient), lr)
@@ -138,12 +140,17 @@ class Learner:
         self.adam.step(gradient, lr)
         return norm
 
-    def _means(self, history: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _means(self, history: list[Stats]) -> dict[str, float]:
         if not history:
             return {}
-        means = torch.stack([torch.stack([stats[name] for stats in history]).mean() for name in history[0]])
+        means = torch.stack([_mean([stats[name] for stats in history]) for name in history[0]])
         names = list(history[0])
         norm = means[names.index("grad_norm")].clone()  # the same on every learner; the others are parts of a sum
         self._sum(means)
         means[names.index("grad_norm")] = norm
         return dict(zip(names, means.tolist(), strict=True))
+
+
+def _mean(values: list[Tensor] | list[float]) -> Tensor:
+    stacked = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)  # type: ignore[arg-type]
+    return stacked.mean()

@@ -119,8 +119,8 @@ class RunnerGroup:
         if self.num_runners == 0 or self._samples < ADVICE_AFTER_SAMPLES or self._wall_s < self._alone_s:
             return None
         return (
-            f"collecting with {self.num_runners} env runners took {1e3 * self._wall_s / self._samples:.1f} ms a fragment, "
-            f"and one process would take about {1e3 * self._alone_s / self._samples:.1f} ms: "
+            f"collecting with {self.num_runners} env runners takes {1e3 * self._wall_s / self._samples:.1f} ms a "
+            f"fragment, and one process would take about {1e3 * self._alone_s / self._samples:.1f} ms: "
             "set env_runners.num_env_runners=0, or collect longer fragments."
         )
 
