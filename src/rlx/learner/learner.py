@@ -57,6 +57,7 @@ class Learner:
         )
         dist.broadcast(self.flat.data, src=0)
 
+    @np.errstate(over="ignore", invalid="ignore")  # stats that are not finite tell, and whoever reads them raises
     def update(
         self,
         batch: Batch,
@@ -83,9 +84,7 @@ class Learner:
             order = torch.randperm(len(batch), generator=generator).to(self.device)
             for minibatch in self._shares(batch, order, minibatch_size):
                 gradient, stats = self.gradient(minibatch, coefficients)
-                stopped_early = (
-                    target_kl is not None and self._sum(torch.as_tensor(stats["kl"]).clone()).item() > target_kl
-                )
+                stopped_early = target_kl is not None and self._total(stats["kl"]) > target_kl
                 if stopped_early:
                     break
                 stats["grad_norm"] = self._step(self._sum(gradient), lr)
@@ -131,6 +130,10 @@ class Learner:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def _total(self, share: Tensor | float) -> float:
+        """Return the sum of a stat's shares over all learners."""
+        return self._sum(torch.as_tensor(share).clone()).item()
 
     def _step(self, gradient: Tensor, lr: float) -> Tensor:
         """Clip the global norm, step, and return the norm before clipping."""
