@@ -31,13 +31,13 @@ Run = dict[str, Any]
 def main() -> None:
     """Run the benchmark."""
     options = _parse()
-    pythons = {name: python_of(name.split()[0], options.envs, dict(options.python)) for name in options.systems}
     for work in options.work:
         conditions = machine()
         job = WORK[work] | {"work": work} | ({"iterations": options.iterations} if options.iterations else {})
         systems = [name for name in options.systems if name in RUNS_ONLY.get(work, SYSTEMS)]
         if not systems:
             raise SystemExit(f"{work} is run with {', '.join(RUNS_ONLY[work])} only; add one of them to --systems.")
+        pythons = {name: python_of(name.split()[0], options.envs, dict(options.python)) for name in systems}
         rounds: list[dict[str, Run]] = []
         for seed in range(1, options.rounds + 1):
             rounds.append({})

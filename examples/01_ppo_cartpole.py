@@ -14,7 +14,7 @@ config = (
     PPOConfig()
     .environment("CartPole-v1")
     .env_runners(num_envs_per_env_runner=32, rollout_fragment_length=32)
-    .training(lr={"start": 3e-3, "end": 0.0, "env_steps": 200_000}, gamma=0.98, lambda_=0.8)
+    .training(lr={"start": 3e-3, "end": 3e-4, "env_steps": 100_000}, gamma=0.98, lambda_=0.9, minibatch_size=128)
     .stop(env_steps=100_000, episode_return_mean=475)
 )
 
