@@ -111,11 +111,6 @@ class Learner:
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name, _ in self.policy.named_parameters()]))
         self.adam.set_state(state["adam"])
 
-    def leave(self) -> None:
-        """Part from the other learners."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
-
     def _shares(self, batch: Batch, order: Tensor, minibatch_size: int) -> Iterator[Batch]:
         """Yield this learner's share of each minibatch of `order`, with `weight`: the share in the global mean."""
         minibatches = order.split(minibatch_size)

@@ -58,7 +58,6 @@ class LearnerGroup:
         else:
             assert runtime is not None
             self._rt = runtime()
-            self._store = tempfile.TemporaryDirectory(prefix="rlx-learners-")
             names = [f"learner/{rank}" for rank in range(num_learners)]
             # gloo listens on the loopback interface only: learners of one machine need no other.
             environment = {"GLOO_SOCKET_IFNAME": "lo"}
@@ -96,17 +95,17 @@ class LearnerGroup:
 
     def close(self) -> None:
         """End the learner actors."""
-        for actor in self._actors:
+        actors, self._actors = self._actors, []
+        for actor in actors:
             self._rt.kill(actor)
-        if self._actors:
-            self._actors = []
-            self._store.cleanup()
 
     def _meet(self, timeout_s: float) -> None:
-        store = str(Path(self._store.name) / "store")
+        """Have the learners find each other, by way of a file that nobody needs once they have."""
         size = len(self._actors)
-        joins = [actor.join.call(rank, size, store, timeout_s) for rank, actor in enumerate(self._actors)]
-        GroupFuture(joins).values(timeout_s)
+        with tempfile.TemporaryDirectory(prefix="rlx-learners-") as folder:
+            store = str(Path(folder) / "store")
+            joins = [actor.join.call(rank, size, store, timeout_s) for rank, actor in enumerate(self._actors)]
+            GroupFuture(joins).values(timeout_s)
 
     def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         if self._local is not None:
