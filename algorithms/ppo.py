@@ -87,8 +87,8 @@ def loss_derivatives(
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
     """Return the derivatives of `PPO.loss` by new_logp, entropy and value, all [N], and its stats.
 
-    The same formulas, differentiated by hand for small networks, whose updates take half the time with it; a test
-    holds the two equal. Whoever changes the loss may simply delete the decorator that names this function.
+    The same formulas, differentiated by hand for small networks, whose updates take half the time with it. Whoever
+    changes the loss may simply delete the decorator that names this function; forgetting it is an error at the start.
     """
     clip_range, weight = coefficients["clip_range"], minibatch.weight
     log_ratio = new_logp - minibatch.logp

@@ -10,7 +10,8 @@ from torch import nn
 
 from rlx.algorithms.ppo import PPO, PPOTraining
 from rlx.checkpoint import load_checkpoint, save_checkpoint
-from rlx.learner.gradient import compiled_gradient, eager_gradient, numpy_gradient
+from rlx.errors import RlxError
+from rlx.learner.gradient import compiled_gradient, eager_gradient, numpy_gradient, with_derivatives
 from rlx.learner.learner import Learner
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
@@ -222,6 +223,28 @@ def test_derivatives_by_hand_belong_to_their_loss_alone(problem):
     assert numpy_gradient(policy, flat, ppo_loss_of()) is not None
     assert numpy_gradient(policy, flat, partial(Other.loss, training=PPOTraining())) is None
     assert numpy_gradient(policy, flat, problem.loss) is None
+
+
+def test_a_loss_that_was_changed_without_its_derivatives_is_refused(problem):
+    @with_derivatives(PPO.loss.derivatives)
+    def changed(policy, minibatch, coefficients, training):
+        total, stats = PPO.loss(policy, minibatch, coefficients, training)
+        return 1.01 * total, stats
+
+    policy, batch = problem.build(), problem.batch()
+    flat = FlatParameters(policy)
+    in_numpy = numpy_gradient(policy, flat, partial(changed, training=PPOTraining()))
+    with pytest.raises(RlxError, match="are not its derivatives: on the first minibatch the gradients differ by"):
+        in_numpy(Batch(**with_weight(batch).tensors, value=batch.return_), {"clip_range": 0.2})
+
+
+def test_the_check_of_derivatives_does_not_stumble_over_a_clip_range_of_zero(problem):
+    """At ratio 1 every sample is on the edge then, and rounding decides whether it has a gradient."""
+    policy, batch = problem.build(), problem.batch()
+    flat = FlatParameters(policy)
+    logp = policy.evaluate(batch.obs, batch.action)[0].detach()
+    minibatch = Batch(**{**with_weight(batch).tensors, "logp": logp}, value=batch.return_)
+    numpy_gradient(policy, flat, ppo_loss_of())(minibatch, {"clip_range": 0.0})
 
 
 @pytest.mark.slow

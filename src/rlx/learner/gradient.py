@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlx.errors import RlxError
 from rlx.nets.flat import FlatParameters
 from rlx.nets.numpy_mlp import NumpyPolicy
 from rlx.trajectory import Batch
@@ -38,7 +39,8 @@ Gradient = Callable[[Batch, Mapping[str, float]], tuple[Tensor, Stats]]
 def with_derivatives(derivatives: Derivatives) -> Callable[[Callable], Callable]:
     """Decorate a loss with its derivatives by hand, which small MLPs on the CPU use in its place.
 
-    They belong to this very function: a subclass that writes another loss does not inherit them.
+    They belong to this very function: a subclass that writes another loss does not inherit them. The first minibatch
+    of every learner is differentiated both ways, so that a loss whose derivatives were forgotten does not go unseen.
     """
 
     def decorate(loss: Callable) -> Callable:
@@ -109,14 +111,46 @@ def numpy_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradi
     if numpy_policy is None:
         return None
 
-    def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
+    checked = False
+
+    def by_hand(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
         arrays: Any = minibatch.map(Tensor.numpy)
         outputs = numpy_policy.evaluate(arrays.obs, arrays.action)
         by_outputs, stats = derivatives(*outputs, arrays, coefficients, *bound.args, **bound.keywords)
         numpy_policy.backward(*by_outputs)
         return flat_gradient, stats
 
+    def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
+        nonlocal checked
+        if not checked:
+            probe, by_autograd = _off_the_kinks(minibatch), eager_gradient(policy, flat, loss)
+            _check_derivatives(by_hand(probe, coefficients)[0], by_autograd(probe, coefficients)[0])
+            checked = True
+        return by_hand(minibatch, coefficients)
+
     return gradient
+
+
+def _check_derivatives(by_hand: Tensor, by_autograd: Tensor) -> None:
+    """Raise RlxError where a loss was changed but its derivatives were not: it would train on the old loss, unseen."""
+    difference = (by_hand - by_autograd).norm().item()
+    if difference > 1e-3 * by_autograd.norm().item() + 1e-6:
+        raise RlxError(
+            "the derivatives that belong to this loss are not its derivatives: on the first minibatch the gradients "
+            f"differ by {difference:.3g}. Change them with the loss, or delete the loss's @with_derivatives line."
+        )
+
+
+def _off_the_kinks(minibatch: Batch) -> Batch:
+    """Return the minibatch with its numbers moved at random: on a clip's edge, rounding decides which side it is.
+
+    What `evaluate` reads, and the weights, stay as they are. The noise is always the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    moved = dict(minibatch.tensors)
+    for name in sorted(moved.keys() - {"obs", "action", "mask", "weight"}):
+        moved[name] = moved[name] + 0.1 * torch.randn(moved[name].shape, generator=generator)
+    return Batch(**moved)
 
 
 class _LossModule(nn.Module):
