@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rlx.algorithms.ppo import PPOConfig
 from rlx.checkpoint import list_checkpoints
-from rlx.errors import CheckpointError, ConfigError
+from rlx.errors import CheckpointError, ConfigError, EnvError
+from rlx.inference import load_policy
 from rlx.metrics import read_metrics
 from rlx.run import Run, default_run_folder
 
@@ -128,3 +130,25 @@ def test_the_default_folder_names_algorithm_and_environment_and_is_new(tmp_path,
         folders[-1].mkdir(parents=True)
     assert len(set(folders)) == 3
     assert all(folder.parent == Path("runs") and folder.name.startswith("my_algo-ALE-Pong-v5-") for folder in folders)
+
+
+def test_going_back_to_an_older_checkpoint_goes_back_in_the_metrics_too(tmp_path):
+    config = (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_envs_per_env_runner=2, rollout_fragment_length=16)
+        .training(minibatch_size=32)
+        .checkpointing(interval=2)
+        .reporting(progress="none")
+        .stop(iterations=6)
+    )
+    with config.build(tmp_path / "run") as algorithm:
+        algorithm.fit()
+        straight = [row["learner/loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+        algorithm.restore(tmp_path / "run" / "checkpoints" / "iter_000004")
+        algorithm.fit()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["learner/loss"] for row in rows] == straight
+    with pytest.raises(EnvError, match="is not finite"):
+        load_policy(tmp_path / "run").act([0.0, 0.0, float("nan"), 0.0])

@@ -240,6 +240,9 @@ class Algorithm(ABC):
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
         self._weights_are_stale = True
+        self._saved_iteration = None
+        if self.run is not None:
+            self.run.rewind(self.iteration)
 
     def close(self) -> None:
         """End every process and file of this algorithm; closing twice is fine."""

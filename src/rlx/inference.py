@@ -53,6 +53,8 @@ class TrainedPolicy:
             raise EnvError(f"an observation of shape {raw.shape} was given; allowed are {shape} or (N, *{shape}).")
         raw_N = raw[None] if single else raw
         encoded = np.empty((len(raw_N), *self.encoded_space.shape), self.encoded_space.dtype)
+        if not np.isfinite(raw_N).all():
+            raise EnvError(f"the observation {obs!r} is not finite; the policy was trained on finite ones only.")
         obs_N = self._normalize(encode_obs(self.observation_space, raw_N, encoded), encoded)
         if deterministic:
             action_N = self._acting.best(obs_N)

@@ -92,6 +92,9 @@ class Run:
     def rewind(self, iteration: int) -> None:
         """Go back to `iteration`: metric rows after it are dropped, for they will come again."""
         file = self.folder / "metrics.jsonl"
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+            self._metrics_file = None
         if file.exists():
             rows = [row for row in read_metrics(file) if row["iteration"] <= iteration]
             _replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))

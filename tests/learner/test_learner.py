@@ -231,11 +231,21 @@ def test_a_loss_that_was_changed_without_its_derivatives_is_refused(problem):
         total, stats = PPO.loss(policy, minibatch, coefficients, training)
         return 1.01 * total, stats
 
-    policy, batch = problem.build(), problem.batch()
-    flat = FlatParameters(policy)
-    in_numpy = numpy_gradient(policy, flat, partial(changed, training=PPOTraining()))
-    with pytest.raises(RlxError, match="are not its derivatives: on the first minibatch the gradients differ by"):
-        in_numpy(Batch(**with_weight(batch).tensors, value=batch.return_), {"clip_range": 0.2})
+    @with_derivatives(PPO.loss.derivatives)
+    def unclipped(policy, minibatch, coefficients, training):
+        """The same wherever the ratio is within the clip range, which is all of a real first minibatch."""
+        _, stats = PPO.loss(policy, minibatch, coefficients, training)
+        new_logp, _, value = policy.evaluate(minibatch.obs, minibatch.action)
+        surrogate = -(new_logp - minibatch.logp).exp() * minibatch.advantage
+        return ((surrogate + 0.5 * (value - minibatch.return_) ** 2) * minibatch.weight).sum(), stats
+
+    batch = problem.batch()
+    minibatch = Batch(**{**with_weight(batch).tensors, "return_": 100 * batch.return_}, value=batch.return_)
+    for loss, name in ((changed, "new_logp"), (unclipped, "new_logp")):
+        policy = problem.build()
+        in_numpy = numpy_gradient(policy, FlatParameters(policy), partial(loss, training=PPOTraining()))
+        with pytest.raises(RlxError, match=f"the derivative by {name} that belongs to this loss is not its derivative"):
+            in_numpy(minibatch, {"clip_range": 0.2})
 
 
 def test_the_check_of_derivatives_does_not_stumble_over_a_clip_range_of_zero(problem):

@@ -66,7 +66,7 @@ def eager_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradi
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
         total, stats = loss(policy, minibatch, coefficients)
         parts = torch.autograd.grad(total, flat.parameters, materialize_grads=True)
-        return torch.cat([part.reshape(-1) for part in parts]), {"loss": total.detach()} | stats
+        return torch.cat([part.reshape(-1) for part in parts]), stats | {"loss": total.detach()}
 
     return gradient
 
@@ -90,7 +90,7 @@ def compiled_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gr
         # As tensors, coefficients may change without a new compilation.
         as_tensors = {name: torch.tensor(value) for name, value in coefficients.items()}
         grad, (value, stats) = compiled(flat.data, minibatch.tensors, as_tensors)
-        return grad, {"loss": value} | stats
+        return grad, stats | {"loss": value}
 
     return gradient
 
@@ -113,43 +113,64 @@ def numpy_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradi
 
     checked = False
 
-    def by_hand(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
+    def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
+        nonlocal checked
         arrays: Any = minibatch.map(Tensor.numpy)
         outputs = numpy_policy.evaluate(arrays.obs, arrays.action)
+        if not checked:
+            _check_derivatives(bound, outputs, _off_the_kinks(minibatch), coefficients)
+            checked = True
         by_outputs, stats = derivatives(*outputs, arrays, coefficients, *bound.args, **bound.keywords)
         numpy_policy.backward(*by_outputs)
         return flat_gradient, stats
 
-    def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
-        nonlocal checked
-        if not checked:
-            probe, by_autograd = _off_the_kinks(minibatch), eager_gradient(policy, flat, loss)
-            _check_derivatives(by_hand(probe, coefficients)[0], by_autograd(probe, coefficients)[0])
-            checked = True
-        return by_hand(minibatch, coefficients)
-
     return gradient
 
 
-def _check_derivatives(by_hand: Tensor, by_autograd: Tensor) -> None:
+def _check_derivatives(
+    loss: functools.partial, outputs: tuple[np.ndarray, ...], minibatch: Batch, coefficients: Mapping[str, float]
+) -> None:
     """Raise RlxError where a loss was changed but its derivatives were not: it would train on the old loss, unseen."""
-    difference = (by_hand - by_autograd).norm().item()
-    if difference > 1e-3 * by_autograd.norm().item() + 1e-6:
+    arrays = minibatch.map(Tensor.numpy)
+    by_hand, _ = loss.func.derivatives(*outputs, arrays, coefficients, *loss.args, **loss.keywords)
+    leaves = [torch.from_numpy(np.array(output)).requires_grad_() for output in outputs]
+    total, _ = loss(_Evaluated(leaves), minibatch, coefficients)
+    by_autograd = torch.autograd.grad(total, leaves, materialize_grads=True)
+    for name, hand, autograd in zip(("new_logp", "entropy", "value"), by_hand, by_autograd, strict=True):
+        difference = float(np.linalg.norm(hand - autograd.numpy()))
+        if difference > 1e-4 * autograd.norm().item() + 1e-8:
+            raise RlxError(
+                f"the derivative by {name} that belongs to this loss is not its derivative: on the first minibatch it "
+                f"differs by {difference:.3g}. Change it with the loss, or delete the loss's @with_derivatives line."
+            )
+
+
+class _Evaluated:
+    """Stands for a policy whose `evaluate` is done, so that a loss can be differentiated by what it returned."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        self._outputs = outputs
+
+    def evaluate(self, obs: Tensor, action: Tensor) -> list[Tensor]:
+        return self._outputs
+
+    def __getattr__(self, name: str) -> Any:
         raise RlxError(
-            "the derivatives that belong to this loss are not its derivatives: on the first minibatch the gradients "
-            f"differ by {difference:.3g}. Change them with the loss, or delete the loss's @with_derivatives line."
+            f"this loss reads policy.{name}, which derivatives by new_logp, entropy and value cannot cover: "
+            "delete the loss's @with_derivatives line."
         )
 
 
 def _off_the_kinks(minibatch: Batch) -> Batch:
-    """Return the minibatch with its numbers moved at random: on a clip's edge, rounding decides which side it is.
+    """Return the minibatch with its numbers moved at random, to both sides of every clip and never onto its edge.
 
     What `evaluate` reads, and the weights, stay as they are. The noise is always the same.
     """
     generator = torch.Generator().manual_seed(0)
     moved = dict(minibatch.tensors)
-    for name in sorted(moved.keys() - {"obs", "action", "mask", "weight"}):
-        moved[name] = moved[name] + 0.1 * torch.randn(moved[name].shape, generator=generator)
+    for name, tensor in minibatch.tensors.items():
+        if tensor.is_floating_point() and name not in ("obs", "action", "weight"):
+            moved[name] = tensor + 0.5 * torch.randn(tensor.shape, generator=generator)
     return Batch(**moved)
 
 

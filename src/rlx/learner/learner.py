@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlx.errors import RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
@@ -84,6 +85,10 @@ class Learner:
             order = torch.randperm(len(batch), generator=generator).to(self.device)
             for minibatch in self._shares(batch, order, minibatch_size):
                 gradient, stats = self.gradient(minibatch, coefficients)
+                if target_kl is not None and "kl" not in stats:
+                    raise RlxError(
+                        "training.target_kl needs a stat named kl from the loss; return one, or set it to null."
+                    )
                 stopped_early = target_kl is not None and self._total(stats["kl"]) > target_kl
                 if stopped_early:
                     break
@@ -151,4 +156,4 @@ class Learner:
 
 def _mean(values: list[Tensor] | list[float]) -> Tensor:
     stacked = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)  # type: ignore[arg-type]
-    return stacked.mean()
+    return stacked.float().mean()
