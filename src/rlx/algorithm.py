@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from rlx import actors
-from rlx.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from rlx.checkpoint import is_run, load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.errors import RlxError
 from rlx.inference import evaluation_metrics, policy_builder
@@ -211,9 +211,8 @@ class Algorithm(ABC):
     def restore(self, path: str | Path) -> None:
         """Continue from a checkpoint folder, or from the newest checkpoint of a run folder."""
         path = Path(path)
-        is_run = (path / "checkpoints").is_dir()
-        self.set_state(load_newest(path / "checkpoints")[1] if is_run else load_checkpoint(path))
-        self._restored_run = path.resolve() if is_run else None
+        self.set_state(load_state(path))
+        self._restored_run = path.resolve() if is_run(path) else None
 
     def get_state(self) -> dict[str, Any]:
         """Return the whole state as a tree of plain values and numpy arrays."""

@@ -78,6 +78,16 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{tensor_file} cannot be read ({error}); use an older checkpoint.") from error
 
 
+def is_run(path: Path) -> bool:
+    """Return whether `path` is a run folder, with checkpoints below it, and not itself a checkpoint."""
+    return (path / "checkpoints").is_dir()
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint folder, or of a run folder's newest checkpoint that loads."""
+    return load_newest(path / "checkpoints")[1] if is_run(path) else load_checkpoint(path)
+
+
 def checkpoint_name(iteration: int) -> str:
     """Return the folder name of an iteration's checkpoint."""
     return f"iter_{iteration:06d}"

@@ -219,14 +219,16 @@ def _config_of_resumed(folder: Path, config: str | None, changes: list[str]) -> 
 
 
 def _check_goes_on(folder: Path) -> None:
-    """Raise, before anything starts, where a run cannot go on: somebody holds it, or no checkpoint loads."""
+    """Raise, before anything starts, where a run cannot go on: somebody holds it, or its files are damaged."""
     from rlx.checkpoint import load_newest
+    from rlx.metrics import read_metrics
     from rlx.run import Run
 
     run = Run.open(folder)
     try:
-        state = load_newest(run.checkpoints)[1]
-        run.rewind(state["iteration"])
+        load_newest(run.checkpoints)
+        if (folder / "metrics.jsonl").exists():
+            read_metrics(folder / "metrics.jsonl")
     finally:
         run.close()
 

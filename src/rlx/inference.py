@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlx.checkpoint import load_checkpoint, load_newest
+from rlx.checkpoint import load_state
 from rlx.errors import EnvError
 from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
@@ -75,8 +75,7 @@ class TrainedPolicy:
 
 def load_policy(path: str | Path) -> TrainedPolicy:
     """Return the policy of a checkpoint folder, or of a run folder's newest checkpoint."""
-    path = Path(path)
-    state = load_newest(path / "checkpoints")[1] if (path / "checkpoints").is_dir() else load_checkpoint(path)
+    state = load_state(Path(path))
     # Without the algorithm's own section no module of its has to be imported: loading executes no code.
     settings = Settings.model_validate({name: value for name, value in state["config"].items() if name != "training"})
     return TrainedPolicy(settings, state)
