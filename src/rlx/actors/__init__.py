@@ -16,8 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 from rlx.actors.future import Err, Future, GroupFuture, Ok
-from rlx.actors.interface import ActorHandle, ActorState, Group, Runtime
+from rlx.actors.handle import ActorHandle, Group
+from rlx.actors.interface import ActorState
 from rlx.actors.monitor import EventThread
+from rlx.actors.runtime import Runtime
 from rlx.errors import ConfigError
 
 __all__ = ["ActorHandle", "ActorState", "Err", "Future", "Group", "GroupFuture", "Ok", "Runtime", "runtime"]

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rlx.actors.engines import pickling
-from rlx.actors.future import Answer, Err, Future, Ok, Outcome
-from rlx.actors.interface import ActorSpec, ActorState
+from rlx.actors.future import Err, Future, Ok, Outcome
+from rlx.actors.interface import ActorSpec, ActorState, Listener
 from rlx.errors import ActorDied
 
 
@@ -31,9 +31,9 @@ class InlineEngine:
         """Return the arguments, pickled if strict."""
         return pickling.dumps((args, kwargs), "arguments") if self._strict else (args, kwargs)
 
-    def spawn(self, spec: ActorSpec, exited: Callable[[Answer], None], failed: Callable[[Answer], None]) -> InlineActor:
+    def spawn(self, spec: ActorSpec, listener: Listener) -> InlineActor:
         """Make the actor now; what its __init__ raises is kept for `ready` and the calls."""
-        actor = InlineActor(spec, self._strict, self.pack(spec.args, spec.kwargs), exited, failed)
+        actor = InlineActor(spec, self._strict, self.pack(spec.args, spec.kwargs), listener)
         self._actors.append(actor)
         return actor
 
@@ -51,11 +51,10 @@ class InlineActor:
         spec: ActorSpec,
         strict: bool,
         message: Any,
-        exited: Callable[[Answer], None],
-        failed: Callable[[Answer], None],
+        listener: Listener,
     ) -> None:
         self._spec, self._strict = spec, strict
-        self._exited, self._failed = exited, failed
+        self._listener = listener
         self._lock = threading.RLock()
         self._running: str | None = None
         self._death: BaseException | None = None
@@ -80,7 +79,7 @@ class InlineActor:
         if future is not None:
             future.settle(lambda: outcome)
         elif isinstance(outcome, Err):
-            self._failed(lambda: outcome)
+            self._listener.failed(lambda: outcome)
 
     def kill(self, timeout_s: float) -> None:
         """Let go of the object; a method that runs in another thread runs on, to no effect."""
@@ -91,7 +90,7 @@ class InlineActor:
         if self._death is None:
             error = self._death = ActorDied(f"actor {self._spec.name} {how}.")
             self._instance = None
-            self._exited(lambda: Err(error))
+            self._listener.exited(lambda: Err(error))
 
     def state(self) -> ActorState:
         """Return the state now."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rlx.actors.engines import pickling
@@ -24,8 +24,7 @@ from rlx.actors.engines.death import describe_exit
 from rlx.actors.engines.forkserver import MAX_MESSAGE
 from rlx.actors.engines.local_actor import LocalActor
 from rlx.actors.engines.reactor import Reactor
-from rlx.actors.future import Answer
-from rlx.actors.interface import ActorSpec
+from rlx.actors.interface import ActorSpec, Listener
 from rlx.actors.monitor import EventThread
 from rlx.errors import ActorError, NotSupported
 
@@ -74,7 +73,7 @@ class LocalEngine:
         """Return the arguments as a message; its buffers are views, so they may not change before the answer."""
         return pickling.dumps((args, kwargs), "arguments")
 
-    def spawn(self, spec: ActorSpec, exited: Callable[[Answer], None], failed: Callable[[Answer], None]) -> LocalActor:
+    def spawn(self, spec: ActorSpec, listener: Listener) -> LocalActor:
         """Ask the forkserver for a process, and put its first frame into its socket."""
         message = pickling.dumps((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
         settings = {
@@ -88,7 +87,7 @@ class LocalEngine:
                 raise ActorError(f"actor {spec.name} cannot be started: {self._lost}; open a new runtime.")
             self._count += 1
             number = self._count
-            actor = self._actors[number] = LocalActor(self, number, spec.name, exited, failed)
+            actor = self._actors[number] = LocalActor(self, number, spec.name, listener)
         try:
             far_ends = actor.start(json.dumps(settings), message, self._system_timeout_s)
             self._order(self._system_timeout_s, far_ends, do="spawn", actor=number, name=spec.name)

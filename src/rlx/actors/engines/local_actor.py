@@ -15,8 +15,8 @@ from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.death import describe
 from rlx.actors.engines.reactor import READ, WRITE
 from rlx.actors.engines.wire import Frame, FrameReader, Outbox
-from rlx.actors.future import Answer, Err, Future, Ok
-from rlx.actors.interface import ActorState
+from rlx.actors.future import Err, Future, Ok
+from rlx.actors.interface import ActorState, Listener
 from rlx.errors import ActorDied, ActorError, CallCancelled, CallTimeout
 
 if TYPE_CHECKING:
@@ -35,11 +35,10 @@ class LocalActor:
         engine: LocalEngine,
         number: int,
         name: str,
-        exited: Callable[[Answer], None],
-        failed: Callable[[Answer], None],
+        listener: Listener,
     ) -> None:
         self._engine, self._number, self._name = engine, number, name
-        self._exited, self._failed = exited, failed
+        self._listener = listener
         self.pid: int | None = None
         self.ready: Future[None] = Future(name, "__init__")
         self.gone = threading.Event()
@@ -94,7 +93,7 @@ class LocalActor:
         if future is not None:
             future.settle(end)
         else:
-            self._failed(end)
+            self._listener.failed(end)
 
     def kill(self, timeout_s: float) -> None:
         """Kill the process and return when it is gone."""
@@ -151,7 +150,7 @@ class LocalActor:
         self._engine.reactor.clear_deadline(self)
         self._engine.forget(self._number)
         self.gone.set()
-        self._exited(self._end or died)
+        self._listener.exited(self._end or died)
 
     def _write(self, parts: list[pickling.Buffer]) -> None:
         """Write what the socket takes; the reactor writes the rest. Holds the lock."""
@@ -223,7 +222,7 @@ class LocalActor:
             with self._lock:
                 self._fail_all(partial(pickling.load_error, text, message))
         elif kind == wire.SEND_FAILED:
-            self._failed(partial(pickling.load_error, text, message))
+            self._listener.failed(partial(pickling.load_error, text, message))
         elif future := self._pop(call_id):
             if kind == wire.REPLY:
                 what = f"the result of {self._name}.{future.method}()"
