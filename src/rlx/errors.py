@@ -9,8 +9,10 @@ RlxError
 └── ActorError         something about an actor
     ├── ActorDied      its process ended: says which signal or exit code, and during which method
     ├── RemoteError    its method raised an exception that could not be rebuilt here
+    ├── ActorBusy      it has as many unanswered calls as it may, and finishes none
     ├── CallTimeout    no reply within the deadline; the call goes on           (also a TimeoutError)
-    └── CallCancelled  the call was cancelled before it ran
+    ├── CallCancelled  the call was cancelled before it ran
+    └── ObjectMemoryFull   no shared memory for a message: says who holds how much
 
 A message is one sentence that says what is wrong, the value seen, what is allowed, and what to do.
 An exception raised inside an actor's method arrives as itself, with the remote traceback as a note;
@@ -54,9 +56,17 @@ class RemoteError(ActorError):
     """The actor's method raised an exception that cannot be rebuilt here; the remote traceback is in the message."""
 
 
+class ActorBusy(ActorError):
+    """The actor has as many unanswered calls as it may have, and finishes none."""
+
+
 class CallTimeout(ActorError, TimeoutError):
     """No reply within the deadline. The call itself goes on in the actor."""
 
 
 class CallCancelled(ActorError):
     """The call was cancelled before it ran."""
+
+
+class ObjectMemoryFull(ActorError):
+    """There is no shared memory left for a message; the receivers that hold it are in the message."""

@@ -241,7 +241,7 @@ def test_a_dead_actor_fails_pending_and_later_calls_at_once(rt, counter):
     rt.kill(counter)
     rt.kill(counter)  # to kill the dead is no error
     start = time.monotonic()
-    with pytest.raises(ActorDied, match=rf"actor {counter.name} .*was ended by kill\(\)"):
+    with pytest.raises(ActorDied, match=rf"{counter.name} .*was ended by kill\(\)"):
         counter.add.call(1).result(T)
     assert time.monotonic() - start < 1
     assert rt.state()[counter.name].status == "dead"

@@ -95,7 +95,7 @@ def runs(pid):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (signal.SIGKILL, r"was killed by SIGKILL in die\(\) with 2 more calls waiting; .*out of memory"),
+        (signal.SIGKILL, r"was killed by SIGKILL in die\(\) with 2 more calls waiting"),
         (signal.SIGTERM, r"was killed by SIGTERM in die\(\)"),
         (signal.SIGABRT, r"was killed by SIGABRT in die\(\)"),
         ("segfault", r"was killed by SIGSEGV in die\(\)[^$]*test_local_death.py.* in die"),
@@ -113,7 +113,7 @@ def test_the_death_of_a_process_is_told_within_a_second_and_says_why(rt, how, wo
     with pytest.raises(ActorDied, match=words):
         pending[0].result()
     for error in errors:
-        assert isinstance(error, ActorDied) and f"actor victim (process {pid})" in str(error)
+        assert isinstance(error, ActorDied) and f"victim (pid {pid})" in str(error)
         assert "last words" in str(error)
     assert len({id(error) for error in errors}) == 3
     assert bystander.pid.call().result(T)
@@ -249,11 +249,12 @@ def test_rounds_of_spawn_and_kill_leave_no_descriptor_thread_or_process():
     with actors.runtime("local", preload=()) as runtime:
         first = psutil.Process(runtime.spawn(Victim, name="first").pid.call().result(T))
         server = psutil.Process(first.ppid())
-        inside, server_fds = census(), server.num_fds()
-        for n in range(20):
+        for n in range(90):
             victim = runtime.spawn(Victim, name=f"round/{n % 3}")
             assert victim.pid.call().result(T)
             runtime.kill(victim)
+            if n == 70:  # the list of actors keeps 64 that have ended, and has grown to that
+                inside, server_fds = census(), server.num_fds()
         assert (census(), server.num_fds()) == (inside, server_fds)
     assert census() == before
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -38,12 +40,14 @@ _lock = threading.Lock()
 class Future(Generic[T]):
     """The answer to one call, now or later."""
 
-    __slots__ = ("_answer", "_callbacks", "_outcome", "actor", "method", "request_cancel")
+    __slots__ = ("__weakref__", "_answer", "_callbacks", "_outcome", "actor", "lead", "method", "request_cancel")
 
     def __init__(self, actor: str, method: str) -> None:
         self.actor = actor
         self.method = method
         self.request_cancel: Callable[[], None] | None = None
+        self.lead: Callable[[Future[Any], float | None], None] | None = None
+        """Set by engines in which a waiting thread may read replies itself, up to a deadline (monotonic s)."""
         self._callbacks: list[Callable[[], None]] = []
         self._answer: Answer | None = None
         self._outcome: Outcome[T] | None = None
@@ -95,16 +99,17 @@ class Future(Generic[T]):
         return self.result()
 
     def settle(self, answer: Answer) -> None:
-        """Give the answer (for engines); each future is settled once."""
+        """Give the answer (for engines); only the first counts. Cut short by an interrupt it may be called again."""
         with _lock:
-            self._answer = answer
-            callbacks, self._callbacks = self._callbacks, []
+            if self._answer is None:
+                self._answer = answer
         self.request_cancel = None
-        for callback in callbacks:
+        for callback in self._callbacks[:]:  # nothing is added any more
             callback()
+        self._callbacks.clear()
 
     def when_done(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, when the answer is here; it must be quick and must not raise (for engines)."""
+        """Call `callback` when the answer is here, twice if an interrupt cuts it; it must be quick and not raise."""
         with _lock:
             if self._answer is None:
                 self._callbacks.append(callback)
@@ -180,28 +185,37 @@ def wait(
 def _wait(futures: Sequence[Future[Any]], count: int, timeout_s: float | None) -> bool:
     """True once `count` of the futures are done, False after `timeout_s`."""
     late = [future for future in futures if not future.done()]
-    missing = count - (len(futures) - len(late))
-    if missing <= 0:
+    spare = len(futures) - count
+    if len(late) <= spare:
         return True
+    deadline = None if timeout_s is None else time.monotonic() + max(0.0, timeout_s)
+    if spare == 0:  # all are wanted, so the order in which this thread looks after them does not matter
+        for future in late:
+            if future.lead is not None and not future.done():
+                future.lead(future, deadline)
+        late = [future for future in late if not future.done()]
+        if not late:
+            return True
     # Each waiter has a gate of its own, so a KeyboardInterrupt here cannot spoil the future for anybody else.
     gate = threading.Lock()
     gate.acquire()
+    missing = set(range(len(late)))
 
-    def arrive() -> None:
-        nonlocal missing
+    def arrive(index: int) -> None:
         with _lock:
-            missing -= 1
-            enough = missing == 0
-        if enough:
-            gate.release()
+            missing.discard(index)
+            if len(missing) <= spare and gate.locked():
+                gate.release()
 
-    for future in late:
-        future.when_done(arrive)
+    arrivals = [functools.partial(arrive, index) for index in range(len(late))]
+    for future, arrival in zip(late, arrivals, strict=True):
+        future.when_done(arrival)
     try:
-        return gate.acquire(timeout=-1 if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX))
+        patience_s = -1 if deadline is None else min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
+        return gate.acquire(timeout=patience_s)
     finally:
-        for future in late:
-            future.forget(arrive)
+        for future, arrival in zip(late, arrivals, strict=True):
+            future.forget(arrival)
 
 
 def _arrival(future: Future[Any]) -> Generator[Any, None, None]:

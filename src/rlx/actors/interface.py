@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlx.actors.future import Answer, Future
+from rlx.actors.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class ActorSpec:
     env: dict[str, str]
     threads: int = 1
     """Threads that torch may use in it."""
-    concurrency: int = 1
-    """Calls that may run at once: in threads for plain methods, as tasks for `async def` ones."""
+    concurrency: int | None = None
+    """Calls that may run at once: in threads (None: 1), or as tasks if it has `async def` methods (None: 1,000)."""
     max_pending: int = 10_000
     """Unanswered calls at which the next one waits."""
     stall_after_s: float = 5.0
@@ -37,9 +38,7 @@ class Stall:
     method: str
     running_s: float
     reason: str
-    """In words: stopped by a signal, busy on the CPU, holding the GIL in native code, waiting for the disk ..."""
-    responsive: bool
-    """Whether the actor's Python still answers: then the method is long, and nothing is stuck."""
+    """In words: stopped by a signal, busy on the CPU, sleeping or waiting, waiting for the disk ..."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,10 @@ class EngineActor(Protocol):
 
         Without a future only a failure is reported. Must not wait for the actor.
         """
+        ...
+
+    def stream(self, method: str, message: Any, stream: Stream[Any]) -> None:
+        """Like `post`, for a method whose items the stream takes one by one."""
         ...
 
     def kill(self, timeout_s: float) -> None:

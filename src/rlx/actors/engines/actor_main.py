@@ -1,9 +1,7 @@
-"""The actor's process: one thread that receives a call, runs it, and sends the answer."""
+"""The actor's process: it settles in, makes its object, serves calls, and ends with its driver."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import faulthandler
 import json
 import os
@@ -11,21 +9,31 @@ import signal
 import socket
 import sys
 import traceback
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from rlx.actors.engines import pickling, wire
-from rlx.actors.engines.wire import Frame, FrameReader, Outbox
+from rlx.actors.engines.memory import ActorMemory
+from rlx.actors.engines.serving import ActorLink, server_for
+from rlx.actors.timesheet import Timesheet
 
-READ_AHEAD_FRAMES = 1024
+DESCRIPTORS = 5
+"""What a new process is given: its link, the socket of later descriptors, its own and the driver's memory, its log."""
 
 
-def main(sock: socket.socket, name: str) -> NoReturn:
-    """Be the actor at the other end of `sock` until it is stopped, fails or loses its driver."""
+def main(fds: Sequence[int], name: str, object_memory: int) -> NoReturn:
+    """Be the actor at the other end of these descriptors until it is stopped, fails or loses its driver."""
     code = 1
     try:
-        faulthandler.enable()  # a crash in C leaves the Python stack in the last lines of stderr
+        link, later, own, drivers, log = fds
+        for standard in (1, 2):
+            os.dup2(log, standard)
+        os.close(log)
+        faulthandler.enable()  # a crash in C leaves the Python stack in the last lines of its log
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        code = _serve(_Link(sock), name)
+        memory = ActorMemory(own, drivers, object_memory, socket.socket(fileno=later))
+        code = _serve(ActorLink(socket.socket(fileno=link), memory), name)
     except SystemExit as exit:
         code = _exit_code(exit)
     except ConnectionError:
@@ -38,77 +46,31 @@ def main(sock: socket.socket, name: str) -> NoReturn:
         os._exit(code)  # not the forkserver's atexit handlers, and no wait for threads of the user's
 
 
-class _Link:
-    """The actor's end of its link, with the frames that have come in."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._reader, self._outbox = FrameReader(sock), Outbox(sock)
-        self._frames: collections.deque[Frame] = collections.deque()
-
-    def receive(self) -> Frame | None:
-        """Return the next frame, None when the driver is gone."""
-        if 0 < len(self._frames) < READ_AHEAD_FRAMES:  # so that a cancellation overtakes the call it is for
-            with contextlib.suppress(BlockingIOError):
-                self._accept(self._reader.read(socket.MSG_DONTWAIT))
-        while not self._frames:
-            frames = self._reader.read()
-            if frames is None:
-                return None
-            self._accept(frames)
-        return self._frames.popleft()
-
-    def send(self, kind: int, call_id: int = 0, text: str = "", message: pickling.Message = pickling.EMPTY) -> None:
-        """Write a frame; waits for the driver, which always reads."""
-        self._outbox.add(wire.encode(kind, call_id, text, message))
-        self._outbox.flush()
-
-    def _accept(self, frames: list[Frame] | None) -> None:
-        for frame in frames or ():
-            if frame.kind != wire.CANCEL:
-                self._frames.append(frame)
-            elif waiting := [f for f in self._frames if f.kind == wire.CALL and f.call_id == frame.call_id]:
-                self._frames.remove(waiting[0])
-                self.send(wire.CANCELLED, frame.call_id)
-
-
-def _serve(link: _Link, name: str) -> int:
+def _serve(link: ActorLink, name: str) -> int:
     """Return the exit code."""
     first = link.receive()
     if first is None:
         return 1
     settings = json.loads(first.text)
     _settle_in(settings["env"], settings["cwd"], settings["path"], settings["threads"])
+    concurrency = settings["concurrency"]
+    sheet = Timesheet(Path(settings["folder"]), settings["serial"], name, lanes=concurrency or 1)
+    running, made = sheet.begin("__init__"), False
     try:
-        make, args, kwargs = pickling.loads(first.message)
+        make, args, kwargs = pickling.loads(first.open(link.memory.borrow))
         instance = make(*args, **kwargs)
+        made = True
     except SystemExit:
         raise
     except BaseException as error:
         link.send(wire.INIT_FAILED, 0, *pickling.dump_error(error, f"{name}.__init__(), process {os.getpid()}"))
         return 1
+    finally:
+        sheet.end(running, made)
     del first, make, args, kwargs
     link.send(wire.READY)
-    while (frame := link.receive()) is not None and frame.kind != wire.STOP:
-        _answer(link, instance, name, frame)
-        del frame  # its buffers are not kept while waiting for the next one
+    server_for(link, instance, name, sheet, concurrency).serve()
     return 0
-
-
-def _answer(link: _Link, instance: Any, name: str, frame: Frame) -> None:
-    method, one_way = frame.text, frame.kind == wire.SEND
-    try:
-        args, kwargs = pickling.loads(frame.message)
-        result = getattr(instance, method)(*args, **kwargs)
-        if one_way:
-            return
-        message = pickling.dumps(result, f"the result of {name}.{method}()")
-    except SystemExit:
-        raise
-    except BaseException as error:
-        text, message = pickling.dump_error(error, f"{name}.{method}(), process {os.getpid()}")
-        link.send(wire.SEND_FAILED if one_way else wire.ERROR, frame.call_id, text, message)
-    else:
-        link.send(wire.REPLY, frame.call_id, "", message)
 
 
 def _settle_in(env: dict[str, str], cwd: str, path: list[str], threads: int) -> None:

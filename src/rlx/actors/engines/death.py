@@ -1,22 +1,36 @@
-"""Why a process ended, in words."""
+"""Why a process ended, or what one does that does not answer, in words."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
+
+_STATES = {
+    "R": "running on the CPU",
+    "S": "sleeping or waiting",
+    "D": "waiting for the disk or another device",
+    "T": "stopped by a signal (SIGSTOP); SIGCONT lets it go on",
+    "t": "stopped by a debugger",
+    "Z": "ended and not yet buried",
+}
 
 
-def describe(name: str, pid: int | None, how: str, method: str | None, waiting: int, stderr: Sequence[str]) -> str:
-    """Return one sentence on what ended the actor `name` and when, and below it the last lines of its stderr."""
-    sentence = f"actor {name} (process {pid or 'not started'}) {how}"
+def describe(
+    name: str, pid: int | None, how: str, method: str | None, waiting: int, oom_kills: int, log: Sequence[str]
+) -> str:
+    """Return one sentence on what ended the actor `name` and when, and below it the last lines that it wrote."""
+    sentence = f"{name} (pid {pid or 'unknown: not started'}) {how}"
     if method is not None:
         sentence += f" in {method}()"
     if waiting > 0:
         sentence += f" with {waiting} more call{'s' * (waiting > 1)} waiting"
-    if how.startswith("was killed by SIGKILL"):
-        sentence += "; if nobody sent that signal the machine was out of memory: use fewer or smaller actors"
-    tail = "".join(f"\n  {line}" for line in stderr)
-    return f"{sentence}." + (f" Its last lines on stderr:{tail}" if tail else "")
+    if oom_kills:
+        sentence += f", cgroup oom_kill +{oom_kills}: memory ran out; use fewer or smaller actors"
+    elif how.endswith("SIGSEGV"):
+        sentence += "; arrays and tensors that an actor receives are read-only memory: clone a tensor to write into it"
+    tail = "".join(f"\n  {line}" for line in log)
+    return f"{sentence}." + (f" The last lines that it wrote:{tail}" if tail else "")
 
 
 def describe_exit(exitcode: int) -> str:
@@ -27,3 +41,38 @@ def describe_exit(exitcode: int) -> str:
         return f"was killed by {signal.Signals(-exitcode).name}"
     except ValueError:
         return f"was killed by signal {-exitcode}"
+
+
+def activity(pid: int) -> str:
+    """Return what the kernel says that the process does."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "gone"
+    return _STATES.get(state, f"in state {state}")
+
+
+def count_oom_kills() -> int:
+    """Return how many processes of this control group (of the machine, where groups do not count) lacked memory."""
+    for file in (*_memory_events(), Path("/proc/vmstat")):
+        try:
+            counters = dict(line.split() for line in file.read_text().splitlines())
+            return int(counters["oom_kill"])
+        except (OSError, KeyError, ValueError):
+            continue
+    return 0
+
+
+def _memory_events() -> list[Path]:
+    """Return the files in which the memory controller of this process counts, of either version of the interface."""
+    files, root = [], Path("/sys/fs/cgroup")
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in groups:
+        if "memory" in controllers.split(","):
+            files += [root / "memory" / path.lstrip("/") / "memory.oom_control", root / "memory" / "memory.oom_control"]
+        elif controllers == "":
+            files += [root / path.lstrip("/") / "memory.events", root / "memory.events"]
+    return files

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import threading
@@ -31,7 +32,7 @@ LAST_RITES_S = 5.0
 MAX_MESSAGE = 64 * 1024
 
 
-def main(control_fd: int, driver_pid: int, preload: list[str]) -> NoReturn:
+def main(control_fd: int, driver_pid: int, preload: list[str], folder: str) -> NoReturn:
     """Serve until the driver is gone; then kill every actor and whatever the actors have started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=control_fd)
@@ -42,9 +43,12 @@ def main(control_fd: int, driver_pid: int, preload: list[str]) -> NoReturn:
         os._exit(1)
     gc.freeze()  # the collector leaves shared pages alone in the children
     server = _ForkServer(control, driver_pid)
+    tidy = False
     with contextlib.suppress(ConnectionError):
-        server.serve()
+        tidy = server.serve()
     server.end_all()
+    if not tidy:  # nobody else is left to remove it
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
@@ -62,8 +66,8 @@ class _ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
 
-    def serve(self) -> None:
-        """Return when the driver has closed the control socket, or has died."""
+    def serve(self) -> bool:
+        """Return True when the driver has closed its runtime, False when it has died."""
         poll = select.poll()
         for source in (self._control.fileno(), self._woken.fileno(), self._driver):
             poll.register(source, select.POLLIN)
@@ -74,12 +78,15 @@ class _ForkServer:
                     self._woken.recv(4096)
                 self._bury()
             if self._control.fileno() in ready:
-                data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, 2)
+                data, fds, _, _ = socket.recv_fds(self._control, MAX_MESSAGE, actor_main.DESCRIPTORS)
                 if not data:
-                    return
-                self._obey(json.loads(data), fds)
+                    return False
+                order = json.loads(data)
+                if order["do"] == "close":
+                    return True
+                self._obey(order, fds)
             elif self._driver in ready:  # the socket says nothing: a fork of the driver may still hold it
-                return
+                return False
 
     def end_all(self) -> None:
         """Kill until there is nobody left."""
@@ -108,7 +115,7 @@ class _ForkServer:
         else:
             if pid == 0:
                 try:
-                    self._become_actor(parent, fds, order["name"])
+                    self._become_actor(parent, fds, order["name"], order["object_memory"])
                 finally:  # whatever goes wrong, a child must never come back into the server's loop
                     os._exit(1)
             self._actors[pid] = actor
@@ -116,7 +123,7 @@ class _ForkServer:
         for fd in fds:
             os.close(fd)
 
-    def _become_actor(self, parent: int, fds: list[int], name: str) -> NoReturn:
+    def _become_actor(self, parent: int, fds: list[int], name: str, object_memory: int) -> NoReturn:
         """In the child: let go of all that is the server's, then be the actor."""
         os.setsid()
         signal.set_wakeup_fd(-1)
@@ -128,10 +135,7 @@ class _ForkServer:
         for end in (self._control, self._wake, self._woken):
             end.close()
         os.close(self._driver)
-        link, stderr = fds
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        actor_main.main(socket.socket(fileno=link), name)
+        actor_main.main(fds, name, object_memory)
 
     def _bury(self) -> None:
         """Report dead actors, and kill what they left: any child of ours that is no actor is such an orphan."""

@@ -1,7 +1,7 @@
-"""Actors as processes of this machine: the driver's side. Linux only; no port is opened and nothing is named.
+"""Actors as processes of this machine: the driver's side. Linux only; no port is opened.
 
 A caller writes its frame itself, as far as the socket takes it; the reactor's thread writes the rest when there is
-room, reads all replies, and notices deaths. Neither ever blocks on a socket, so a full one cannot hold up anybody.
+room, reads replies that no caller waits for, and notices deaths. It never blocks, so nobody can hold it up.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rlx.actors.board import Board, RuntimeFolder
 from rlx.actors.engines import pickling
-from rlx.actors.engines.death import describe_exit
+from rlx.actors.engines.death import count_oom_kills, describe_exit
 from rlx.actors.engines.forkserver import MAX_MESSAGE
 from rlx.actors.engines.local_actor import LocalActor
+from rlx.actors.engines.memory import DriverMemory, Parcel, default_object_memory
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.interface import ActorSpec, Listener
+from rlx.actors.logs import Damper, LogFolder, LogFollower
 from rlx.actors.monitor import EventThread
+from rlx.actors.ref import Ref
 from rlx.errors import ActorError, NotSupported
 
 CLOSE_GRACE_S = 2.0  # for idle actors to end by themselves
+LOOK_EVERY_S = 1.0  # for stalls, and for memory that an idle driver could give back
 BOOT = (
     "import json, sys; path, *rest = json.loads(sys.argv[1]); sys.path[:] = path; "
     "from rlx.actors.engines.forkserver import main; main(*rest)"
@@ -41,56 +47,68 @@ class LocalEngine:
     capabilities: frozenset[str] = frozenset({"processes"})
 
     def __init__(
-        self, events: EventThread, system_timeout_s: float, preload: Sequence[str] = ("numpy", "torch")
+        self,
+        events: EventThread,
+        system_timeout_s: float,
+        preload: Sequence[str] = ("numpy", "torch"),
+        object_memory: int | None = None,
+        log_folder: Path | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise NotSupported(f"engine 'local' needs Linux and this is {sys.platform}; use engine 'inline'.")
         if isinstance(preload, str):
             raise TypeError(f"preload={preload!r} is one string; give a sequence of module names.")
-        self.events, self._system_timeout_s = events, system_timeout_s
+        self.events, self.system_timeout_s = events, system_timeout_s
         self._lock = threading.Lock()
         self._actors: dict[int, LocalActor] = {}  # the living, by number
         self._count = 0
         self._lost: str | None = None  # why there is no forkserver any more
         self.closing = False
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control.setblocking(False)
-        with theirs:
-            boot = json.dumps([[*map(str, sys.path)], theirs.fileno(), os.getpid(), list(preload)])
-            # One thread per BLAS pool: a pool made at import would be threads, and lost in every forked child.
-            env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-            self._server = subprocess.Popen(
-                [sys.executable, "-c", BOOT, boot],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is not for it
-                pass_fds=[theirs.fileno()],
-            )
+        self._oom_kills = count_oom_kills()
+        self.memory = DriverMemory(object_memory or default_object_memory())
+        self._folder = RuntimeFolder.create(log_folder)
+        self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
+        self._follower = LogFollower(self.logs, Damper(self.logs, lambda text: events.post(_print_to_stderr, text)))
+        self._start_forkserver(preload)
         self.reactor = Reactor()
         self.reactor.register(self._control.fileno(), self._on_control)
+        if (fd := self._follower.fileno()) is not None:
+            self.reactor.register(fd, lambda _: self._follow_in(self._follower.on_readable()))
+        self._look_around()
 
-    def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> pickling.Message:
+    def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parcel:
         """Return the arguments as a message; its buffers are views, so they may not change before the answer."""
-        return pickling.dumps((args, kwargs), "arguments")
+        return Parcel(*pickling.dumps_with_channels((args, kwargs), "arguments"))
+
+    def put(self, value: Any) -> Ref:
+        """Copy the value into shared memory, once, for any number of actors."""
+        return self.memory.put(pickling.dumps(value, "the value"))
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> LocalActor:
         """Ask the forkserver for a process, and put its first frame into its socket."""
-        message = pickling.dumps((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
-        settings = {
-            "env": os.environ | spec.env,
-            "cwd": os.getcwd(),
-            "path": [*map(str, sys.path)],
-            "threads": spec.threads,
-        }
+        parcel = Parcel(
+            *pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        )
         with self._lock:
             if self._lost is not None:
                 raise ActorError(f"actor {spec.name} cannot be started: {self._lost}; open a new runtime.")
             self._count += 1
             number = self._count
-            actor = self._actors[number] = LocalActor(self, number, spec.name, listener)
+            actor = self._actors[number] = LocalActor(self, number, spec, listener)
+        settings = {
+            "env": os.environ | spec.env,
+            "cwd": os.getcwd(),
+            "path": [*map(str, sys.path)],
+            "threads": spec.threads,
+            "concurrency": spec.concurrency,
+            "folder": str(self._folder.path),
+            "serial": actor.slot.serial,
+        }
         try:
-            far_ends = actor.start(json.dumps(settings), message, self._system_timeout_s)
-            self._order(self._system_timeout_s, far_ends, do="spawn", actor=number, name=spec.name)
+            self._follow_in(self._follower.follow(spec.name))
+            far_ends = actor.start(json.dumps(settings), parcel, self.system_timeout_s)
+            order = {"do": "spawn", "actor": number, "name": spec.name, "object_memory": self.memory.limit_bytes}
+            self._order(self.system_timeout_s, far_ends, **order)
         except BaseException:
             actor.abandon()
             raise
@@ -108,6 +126,8 @@ class LocalEngine:
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
         for actor in idle:
             actor.gone.wait(max(0.0, grace - time.monotonic()))
+        if self._lost is None:
+            self._order(1.0, (), do="close")
         self._control.shutdown(socket.SHUT_WR)
         try:
             self._server.wait(max(0.1, deadline - time.monotonic()))
@@ -118,6 +138,10 @@ class LocalEngine:
             actor.gone.wait(max(0.1, deadline - time.monotonic()))
         self.reactor.close(max(0.1, deadline - time.monotonic()))
         self._control.close()
+        self._follower.close()
+        self.board.close()
+        self._folder.remove()
+        self.memory.close()
 
     def kill(self, number: int, timeout_s: float) -> None:
         """Have the forkserver kill the actor: only a parent knows that the process id is still the actor's."""
@@ -126,10 +150,48 @@ class LocalEngine:
         if lost is None:
             self._order(timeout_s, (), do="kill", actor=number)
 
-    def forget(self, number: int) -> None:
-        """An actor has ended."""
+    def bury(self, number: int, name: str) -> list[str]:
+        """Forget an actor that has ended; return the last lines that it wrote."""
         with self._lock:
             self._actors.pop(number, None)
+        self._follow_in(self._follower.finish(name))
+        lines = self.logs.tail(name)
+        self.logs.close(name)
+        return lines
+
+    def new_oom_kills(self) -> int:
+        """Return how many processes have lacked memory since the last look."""
+        before, self._oom_kills = self._oom_kills, count_oom_kills()
+        return self._oom_kills - before
+
+    def _start_forkserver(self, preload: Sequence[str]) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
+        with theirs:
+            folder = str(self._folder.path)
+            boot = json.dumps([[*map(str, sys.path)], theirs.fileno(), os.getpid(), list(preload), folder])
+            # One thread per BLAS pool: a pool made at import would be threads, and lost in every forked child.
+            env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", BOOT, boot],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal is not for it
+                pass_fds=[theirs.fileno()],
+            )
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            actors = list(self._actors.values())
+        for actor in actors:
+            actor.look_for_stall(now)
+        self.memory.arena.reclaim()
+        self.reactor.set_deadline(self, LOOK_EVERY_S, self._look_around)
+
+    def _follow_in(self, in_s: float | None) -> None:
+        if in_s is not None:
+            self.reactor.set_deadline(self._follower, in_s, lambda: self._follow_in(self._follower.tick()))
 
     def _order(self, timeout_s: float, descriptors: Sequence[int], **order: Any) -> None:
         data, deadline = [json.dumps(order).encode()], time.monotonic() + timeout_s
@@ -185,3 +247,8 @@ class LocalEngine:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(actor.pid, signal.SIGKILL)
             actor.die(f"was ended because {why}")
+
+
+def _print_to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,99 +1,114 @@
-"""One process actor, from the driver: its link, its pending calls, the last lines of its stderr, and its end."""
+"""One process actor, from the driver: its pending calls and streams, and its end."""
 
 from __future__ import annotations
 
-import collections
 import os
 import socket
-import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlx.actors.engines import pickling, wire
-from rlx.actors.engines.death import describe
-from rlx.actors.engines.reactor import READ, WRITE
-from rlx.actors.engines.wire import Frame, FrameReader, Outbox
-from rlx.actors.future import Err, Future, Ok
-from rlx.actors.interface import ActorState, Listener
-from rlx.errors import ActorDied, ActorError, CallCancelled, CallTimeout
+from rlx.actors.engines import descriptors, pickling, wire
+from rlx.actors.engines.death import activity, describe
+from rlx.actors.engines.link import Link
+from rlx.actors.engines.memory import Parcel
+from rlx.actors.engines.wire import Frame
+from rlx.actors.future import Answer, Err, Future, Ok, wait
+from rlx.actors.interface import ActorSpec, ActorState, Listener, Stall
+from rlx.actors.stream import Stream
+from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout
 
 if TYPE_CHECKING:
     from rlx.actors.engines.local import LocalEngine
 
-STDERR_LINES = 20
-STDERR_BYTES = 64 * 1024  # of one read, and of an unfinished line
 EXIT_NEWS_S = 1.0  # from the end of the link to the forkserver's word on how the process ended
 
 
 class LocalActor:
     """The driver's end of an actor: the EngineActor methods are for callers, the others for the reactor's thread."""
 
-    def __init__(
-        self,
-        engine: LocalEngine,
-        number: int,
-        name: str,
-        listener: Listener,
-    ) -> None:
-        self._engine, self._number, self._name = engine, number, name
+    def __init__(self, engine: LocalEngine, number: int, spec: ActorSpec, listener: Listener) -> None:
+        self._engine, self._number, self._spec, self._name = engine, number, spec, spec.name
         self._listener = listener
         self.pid: int | None = None
-        self.ready: Future[None] = Future(name, "__init__")
+        self.ready: Future[None] = Future(spec.name, "__init__")
         self.gone = threading.Event()
-        self._lock = threading.Lock()  # of the outbox, and of the moment after which no call is answered
-        self._pending: dict[int, Future[Any]] = {}  # by call id, oldest first
+        self._lock = threading.Lock()  # of the order of frames, and of the moment after which no call is answered
+        self._pending: dict[int, Future[Any] | _OpenStream] = {}  # by call id, oldest first
         self._calls = 0
         self._killed = False
         self._end: Callable[[], Err] | None = None  # what every call gets from that moment on
         self._init_failed = False
         self._how: str | None = None  # how the process ended
-        self._stderr, self._stderr_end = os.pipe()
-        os.set_blocking(self._stderr, False)
-        self._lines: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self._line = b""  # the unfinished one
-        self._sock, self._sock_end = socket.socketpair()
-        self._sock.setblocking(False)
-        self._reader, self._outbox = FrameReader(self._sock), Outbox(self._sock)
-        self._backlogged = False  # the rest of the outbox is the reactor's to write
-        self._watched: set[int] = set()
+        self._progress = time.monotonic()  # when it was last known to have nothing older to do
+        self._stalled_call = 0
+        self._link = Link(engine.reactor, self._take, self._lose_link)
+        self._descriptors, self._descriptors_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._memory = engine.memory.link(spec.name)
+        self.slot = engine.board.add(spec.name)
+        self._log = engine.logs.open(spec.name)
 
-    def start(self, settings: str, message: pickling.Message, patience_s: float) -> tuple[int, int]:
-        """Put the first frame into the link; return the ends of link and stderr that the new process needs."""
+    def start(self, settings: str, parcel: Parcel, patience_s: float) -> list[int]:
+        """Put the first frame into the link; return the descriptors that the new process needs."""
         self._engine.reactor.set_deadline(self, patience_s, self._on_no_start)
-        with self._lock:
-            for fd, handler in ((self._sock.fileno(), self._on_link), (self._stderr, self._on_stderr)):
-                self._watched.add(fd)
-                self._engine.reactor.register(fd, handler)
-            self._write(wire.encode(wire.SPAWN, 0, settings, message))
-        return self._sock_end.fileno(), self._stderr_end
+        self._link.open()
+        self.ready.lead = self._link.lead
+        self.slot.sent()  # for __init__
+        self._link.write(wire.encode(wire.SPAWN, 0, settings, parcel.message, self._memory.lend(parcel)))
+        return [self._link.far_end.fileno(), self._descriptors_end.fileno(), *self._memory.fds, self._log]
 
     def close_far_ends(self) -> None:
         """Let go of what the new process has, or will never have."""
-        self._sock_end.close()
-        os.close(self._stderr_end)
+        self._link.far_end.close()
+        self._descriptors_end.close()
+        self._memory.close_fds()
+        os.close(self._log)
 
     def abandon(self) -> None:
         """The spawn has failed: have the reactor clean up."""
         self._engine.reactor.set_deadline(self, 0.0, partial(self.die, "could not be started"))
 
-    def post(self, method: str, message: pickling.Message, future: Future[Any] | None) -> None:
-        """Queue the call behind all earlier ones."""
+    def post(self, method: str, message: Parcel, future: Future[Any] | None) -> None:
+        """Queue the call behind all earlier ones; waits while the actor has too many of them, ActorBusy at last."""
+        self._wait_for_room()
+        places = self._memory.lend(message)
         with self._lock:
             end = self._end
             if end is None:
-                self._calls += 1
-                call_id = self._calls
+                call_id = self._next_call()
                 if future is not None:
                     self._pending[call_id] = future
+                    future.lead = self._link.lead
                     future.request_cancel = partial(self._cancel, call_id)
-                self._write(wire.encode(wire.SEND if future is None else wire.CALL, call_id, method, message))
+                kind = wire.SEND if future is None else wire.CALL
+                self._link.write(wire.encode(kind, call_id, method, message.message, places))
                 return
         if future is not None:
             future.settle(end)
         else:
             self._listener.failed(end)
+
+    def stream(self, method: str, message: Parcel, stream: Stream[Any]) -> None:
+        """Like `post`, for a method whose items the stream takes one by one."""
+        self._wait_for_room()
+        places = self._memory.lend(message)
+        with self._lock:
+            end = self._end
+            if end is None:
+                call_id = self._next_call()
+                self._pending[call_id] = _OpenStream(method, weakref.ref(stream))
+                stream.grant, stream.cancel = partial(self._grant, call_id), partial(self._cancel, call_id)
+                text = f"{stream.credits} {method}"
+                self._link.write(wire.encode(wire.STREAM, call_id, text, message.message, places))
+                return
+        stream.finish(end)
+
+    def hand_over(self, label: dict[str, Any], fd: int) -> None:
+        """Give the actor a file descriptor; it takes it when what it belongs to arrives."""
+        descriptors.send(self._descriptors, label, fd)
 
     def kill(self, timeout_s: float) -> None:
         """Kill the process and return when it is gone."""
@@ -102,14 +117,14 @@ class LocalActor:
         self._killed = True
         self._engine.kill(self._number, timeout_s)
         if not self.gone.wait(timeout_s):
-            raise CallTimeout(f"actor {self._name} (process {self.pid}) is not gone {timeout_s:g} s after kill().")
+            raise CallTimeout(f"actor {self._name} (pid {self.pid}) is not gone {timeout_s:g} s after kill().")
 
     def stop(self) -> bool:
         """Ask the process to end behind all that was sent to it; False if it has calls to answer or never started."""
         with self._lock:
             if self.pid is None or self._pending or self._end is not None:
                 return False
-            self._write(wire.encode(wire.STOP))
+            self._link.write(wire.encode(wire.STOP))
             return True
 
     def state(self) -> ActorState:
@@ -125,81 +140,86 @@ class LocalActor:
     def on_started(self, pid: int) -> None:
         """The process exists."""
         self.pid = pid
+        self.slot.update(pid=pid)
         self._engine.reactor.clear_deadline(self)
+
+    def look_for_stall(self, now: float) -> None:
+        """Tell the listener if one call has run for long; it is told once."""
+        with self._lock:
+            running_s = now - self._progress
+            if self._end is not None or running_s < self._spec.stall_after_s or self.pid is None:
+                return
+            call_id = next(iter(self._pending), None) if self.ready.done() else 0
+            if call_id is None or (call_id == self._stalled_call and self._stalled_call):
+                return
+            method = self._current_method() or "__init__"
+            self._stalled_call, self._progress = call_id, self._progress if call_id else now
+        self._listener.stalled(Stall(self._name, self.pid, method, running_s, activity(self.pid)))
 
     def die(self, how: str) -> None:
         """The process has ended: give out what it still sent, then fail every call that is left."""
         if self._how is not None:
             return
-        self._drain()
         self._how = how
         if self._killed and "SIGKILL" in how:
             self._how = "was ended by kill()"
         elif self._engine.closing:
             self._how = "was closed with its runtime"
+        self._engine.reactor.clear_deadline(self)
+        self._link.finish(self._bury)
+
+    def _bury(self) -> None:
+        assert self._how is not None
+        tail = self._engine.bury(self._number, self._name)
         with self._lock:
             method = self._current_method()
-            text = describe(self._name, self.pid, self._how, method, len(self._pending) - 1, self._lines)
+            oom = self._engine.new_oom_kills() if "SIGKILL" in self._how else 0
+            text = describe(self._name, self.pid, self._how, method, len(self._pending) - 1, oom, tail)
             died = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
             self._fail_all(died)
-            for fd in self._watched:
-                self._engine.reactor.unregister(fd)
-            self._watched.clear()
-            self._sock.close()
-            os.close(self._stderr)
-        self._engine.reactor.clear_deadline(self)
-        self._engine.forget(self._number)
+        self._link.close()
+        self._descriptors.close()
+        self._memory.drop()
+        self.slot.update(status="failed" if self._init_failed else "dead", error=self._how)
         self.gone.set()
         self._listener.exited(self._end or died)
 
-    def _write(self, parts: list[pickling.Buffer]) -> None:
-        """Write what the socket takes; the reactor writes the rest. Holds the lock."""
-        self._outbox.add(parts)
-        if self._backlogged or self._sock.fileno() not in self._watched:
-            return
-        finished = False
-        try:
-            finished = self._outbox.flush()
-        except ConnectionError:
-            finished = True  # the reactor sees the end of the link too, and settles every call
-        finally:  # also after a KeyboardInterrupt: the frame is queued, and a torn one would spoil the link
-            if not finished:
-                self._backlogged = True
-                self._engine.reactor.watch(self._sock.fileno(), READ | WRITE)
+    def _wait_for_room(self) -> None:
+        """Wait while the actor has too many unanswered calls, or leaves too much unread."""
+        timeout_s, limit = self._engine.system_timeout_s, self._spec.max_pending
+        deadline = time.monotonic() + timeout_s
+        while len(self._pending) >= limit:
+            with self._lock:
+                oldest = [call for call in self._pending.values() if isinstance(call, Future)][:1]
+            if not oldest or not wait(oldest, 1, deadline - time.monotonic())[0]:
+                raise ActorBusy(
+                    f"{self._name} has {limit} unanswered calls and finished none within {timeout_s:g} s; wait for "
+                    f"results before calling on, or raise max_pending at spawn."
+                )
+        if not self._link.wait_for_room(timeout_s):
+            raise ActorBusy(
+                f"{self._name} has read nothing for {timeout_s:g} s and much is waiting for it; look at what it does "
+                f"with `rlx why {self._name}`, or kill() it."
+            )
+
+    def _next_call(self) -> int:
+        """Return the number of a new call. Holds the lock."""
+        self._calls += 1
+        if not self._pending:
+            self._progress = time.monotonic()
+        self.slot.sent()
+        return self._calls
 
     def _cancel(self, call_id: int) -> None:
+        self._tell(wire.CANCEL, call_id, "")
+
+    def _grant(self, call_id: int, count: int) -> None:
+        self._tell(wire.CREDIT, call_id, str(count))
+
+    def _tell(self, kind: int, call_id: int, text: str) -> None:
         with self._lock:
             if self._end is None:
-                self._write(wire.encode(wire.CANCEL, call_id))
-
-    def _on_link(self, events: int) -> None:
-        if events & WRITE:
-            self._write_rest()
-        if not events & ~WRITE:
-            return
-        try:
-            frames = self._reader.read()
-        except BlockingIOError:
-            return
-        except ConnectionError:
-            frames = None
-        except ActorError as error:
-            self._lose_link(f"sent what is no frame ({error})")
-            return
-        if frames is None:
-            self._lose_link("closed its link")
-        for frame in frames or ():
-            self._take(frame)
-
-    def _write_rest(self) -> None:
-        with self._lock:
-            try:
-                finished = self._outbox.flush()
-            except ConnectionError:
-                finished = True
-            if finished:
-                self._backlogged = False
-                self._engine.reactor.watch(self._sock.fileno(), READ)
+                self._link.write(wire.encode(kind, call_id, text))
 
     def _lose_link(self, how: str) -> None:
         """Wait for the forkserver's word on the end of the process; without it, end it ourselves."""
@@ -208,34 +228,40 @@ class LocalActor:
             self._engine.kill(self._number, 0.0)
             self.die(how)
 
-        with self._lock:
-            self._watched.discard(self._sock.fileno())
-            self._engine.reactor.unregister(self._sock.fileno())
-        self._engine.reactor.set_deadline(self, EXIT_NEWS_S, give_up)
+        if self._how is None:
+            self._engine.reactor.set_deadline(self, EXIT_NEWS_S, give_up)
 
     def _take(self, frame: Frame) -> None:
-        kind, call_id, text, message = frame
+        kind, call_id, text = frame.kind, frame.call_id, frame.text
+        self._progress = time.monotonic()
         if kind == wire.READY:
+            self.slot.update(status="alive")
             self.ready.settle(lambda: Ok(None))
-        elif kind == wire.INIT_FAILED:
+            return
+        message = frame.open(self._memory.borrow)
+        if kind == wire.INIT_FAILED:
             self._init_failed = True
             with self._lock:
                 self._fail_all(partial(pickling.load_error, text, message))
         elif kind == wire.SEND_FAILED:
             self._listener.failed(partial(pickling.load_error, text, message))
-        elif future := self._pop(call_id):
-            if kind == wire.REPLY:
-                what = f"the result of {self._name}.{future.method}()"
-                future.settle(partial(pickling.load_outcome, message, what))
-            elif kind == wire.ERROR:
-                future.settle(partial(pickling.load_error, text, message))
-            else:
-                cancelled = f"{self._name}.{future.method}() was cancelled before it ran."
-                future.settle(lambda: Err(CallCancelled(cancelled)))
+        elif waiting := self._pending.get(call_id):
+            what = f"the result of {self._name}.{waiting.method}()"
+            if kind == wire.ITEM:
+                assert isinstance(waiting, _OpenStream)
+                waiting.feed(int(text), partial(pickling.load_outcome, message, f"item {text} in {what}"))
+                return
+            waiting.settle(self._answer(kind, text, message, what))
+            with self._lock:  # `state` may be looking
+                self._pending.pop(call_id, None)
 
-    def _pop(self, call_id: int) -> Future[Any] | None:
-        with self._lock:  # `state` may be looking
-            return self._pending.pop(call_id, None)
+    def _answer(self, kind: int, text: str, message: pickling.Message, what: str) -> Answer:
+        if kind == wire.REPLY:
+            return partial(pickling.load_outcome, message, what)
+        if kind == wire.ERROR:
+            return partial(pickling.load_error, text, message)
+        cancelled = f"{what.removeprefix('the result of ')} was cancelled {text}."
+        return lambda: Err(CallCancelled(cancelled))
 
     def _fail_all(self, end: Callable[[], Err]) -> None:
         """From now on every call gets `end`, unless an earlier end holds already. Holds the lock."""
@@ -243,55 +269,32 @@ class LocalActor:
             self._end = end
         if not self.ready.done():
             self.ready.settle(self._end)
-        for future in self._pending.values():
-            future.settle(self._end)
+        for waiting in self._pending.values():
+            waiting.settle(self._end)
         self._pending.clear()
 
     def _current_method(self) -> str | None:
         """Return what runs, or runs next: calls are answered in order. Holds the lock."""
         if not self.ready.done():
             return "__init__" if self.pid is not None else None
-        return next((future.method for future in self._pending.values()), None)
-
-    def _drain(self) -> None:
-        """Take in all that the process sent before it ended."""
-        try:
-            while self._sock.fileno() in self._watched and (frames := self._reader.read()) is not None:
-                for frame in frames:
-                    self._take(frame)
-        except (BlockingIOError, ConnectionError, ActorError):
-            pass  # nothing more is there, or nothing whole
-        for _ in range(STDERR_LINES):
-            if self._stderr not in self._watched or not self._on_stderr(READ):
-                break
-        if self._line:
-            self._show([self._line])
-
-    def _on_stderr(self, _: int) -> bool:
-        try:
-            data = os.read(self._stderr, STDERR_BYTES)
-        except BlockingIOError:
-            return False
-        if not data:
-            self._watched.discard(self._stderr)
-            self._engine.reactor.unregister(self._stderr)
-            return False
-        *lines, self._line = (self._line + data).split(b"\n")
-        if len(self._line) > STDERR_BYTES:
-            lines, self._line = [*lines, self._line], b""
-        self._show(lines)
-        return True
-
-    def _show(self, lines: list[bytes]) -> None:
-        texts = [line.decode("utf-8", "replace") for line in lines]
-        self._lines.extend(texts)
-        if texts:
-            self._engine.events.post(_print_to_stderr, "".join(f"[{self._name}] {text}\n" for text in texts))
+        return next((waiting.method for waiting in self._pending.values()), None)
 
     def _on_no_start(self) -> None:
         self.die("was not started in time by the forkserver, which is stopped or still importing")
 
 
-def _print_to_stderr(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+class _OpenStream:
+    """A stream that the actor feeds; it does not keep the caller's end alive."""
+
+    def __init__(self, method: str, stream: weakref.ref[Stream[Any]]) -> None:
+        self.method, self._stream = method, stream
+
+    def feed(self, index: int, answer: Answer) -> None:
+        stream = self._stream()
+        if stream is not None:
+            stream.feed(index, answer)
+
+    def settle(self, answer: Answer) -> None:
+        stream = self._stream()
+        if stream is not None:
+            stream.finish(answer)

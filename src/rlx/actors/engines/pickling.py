@@ -7,14 +7,17 @@ arrays will live in (no copy either).
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import pickle
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
+import numpy as np
 
 from rlx.actors.future import Err, Ok, Outcome
 from rlx.errors import NotSupported, RemoteError
@@ -23,7 +26,7 @@ Buffer = bytes | bytearray | memoryview
 Message = tuple[Buffer, Sequence[Buffer]]
 
 EMPTY: Message = (b"", ())
-OUT_OF_BAND_BYTES = 16 * 1024  # below, one more copy is cheaper than one more part of a message
+OUT_OF_BAND_BYTES = 16 * 1024  # below, one more copy is cheaper than one more part; it may be written to
 MAX_TEXT = 20_000  # characters of a traceback that travel
 
 
@@ -35,6 +38,11 @@ def dumps(value: Any, what: str) -> Message:
         raise
     except Exception as error:
         raise TypeError(_blame(value, what, error)) from error
+
+
+def dumps_with_channels(value: Any, what: str) -> tuple[Message, tuple[Any, ...]]:
+    """Like `dumps`; also return the channels that were met."""
+    return dumps(value, what), ()
 
 
 def loads(message: Message) -> Any:
@@ -138,7 +146,21 @@ def _reduce_parameter(parameter: Any) -> Any:
 def _tensor(buffer: Any, dtype: Any, shape: tuple[int, ...], requires_grad: bool) -> Any:
     import torch
 
+    if isinstance(buffer, bytes):  # a small one, from within the pickle: a copy already, so it may be written to
+        buffer = bytearray(buffer)
+    _accept_read_only_memory()
     return torch.frombuffer(buffer, dtype=dtype).view(shape).requires_grad_(requires_grad)
+
+
+@functools.cache
+def _accept_read_only_memory() -> None:
+    """Have torch say now, to nobody, what it says once a process: that it cannot protect read-only memory itself."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(bytes(8), dtype=torch.uint8)
+        torch.from_numpy(np.frombuffer(bytes(8), np.uint8))
 
 
 def _empty_tensor(dtype: Any, shape: tuple[int, ...], requires_grad: bool) -> Any:

@@ -1,13 +1,17 @@
-"""Frames on a stream socket: a fixed header with 64-bit sizes, a short text, a pickle body, and its buffers.
+"""Frames on a stream socket: a fixed header with 64-bit sizes, descriptors of buffers, a short text, a pickle body.
 
+A buffer follows in the stream, or lies in memory that both sides share and only its place is told (rlx's arena).
 Outbox writes frames and FrameReader cuts them; both sides of a link use both. Nothing is unpickled here.
+
+An interrupt (a signal handler that raises) at any instruction leaves both in step: each step first makes the socket
+call, whose count is stored without a return to the interpreter in between, and then commits with one assignment.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,38 +20,83 @@ from rlx.actors.engines.pickling import EMPTY, Buffer, Message
 from rlx.errors import ActorError
 
 # To the actor; each says whose text and message it carries.
-SPAWN, CALL, SEND, CANCEL, STOP = range(5)  # JSON + what to make; method + arguments, twice; nothing; nothing
+SPAWN, CALL, SEND, STREAM = range(4)  # JSON + what to make; method (STREAM: credits before it) + arguments
+CANCEL, CREDIT, STOP = range(4, 7)  # of a call: nothing; number of items more; nothing
 # From the actor.
-READY, INIT_FAILED, REPLY, ERROR, SEND_FAILED, CANCELLED = range(10, 16)  # errors: traceback + the exception
+READY, INIT_FAILED, REPLY, ERROR, SEND_FAILED, CANCELLED, ITEM = range(10, 17)  # errors: traceback + the exception
 
-MAGIC, VERSION = b"rx", 1
+MAGIC, VERSION = b"rx", 2
+SHARED_BODY = 0x80  # set in the kind: the body is empty, and the last buffer is it
 HEADER = struct.Struct("<2sBBIIQQ")  # magic, version, kind, bytes of text, number of buffers, call id, bytes of body
+PLACE = struct.Struct("<QQI")  # of a buffer: bytes, offset in shared memory, lease + 1; lease 0: it follows the body
 WINDOW_BYTES = 256 * 1024
-JOIN_BYTES = 64 * 1024  # a smaller body is copied behind its header: one part less to send
 MAX_PARTS = 512  # of one sendmsg; the kernel takes 1024
+MAX_TEXT, MAX_BUFFERS = 64 * 2**20, 2**20
+MAX_FRAME_BYTES = 2**40
+
+Lent = tuple[int, int, int]
+"""A buffer in shared memory: its bytes, its offset, its lease."""
+Borrow = Callable[[int, Sequence[tuple[int, int]]], list[memoryview]]
+"""Returns views of the (offset, size) spans of a lease; the lease ends with the last of them."""
 
 
-class Frame(NamedTuple):
+class Frame:
     """One message on a link."""
 
-    kind: int
-    call_id: int
-    text: str
-    message: Message
+    __slots__ = ("_body", "_body_is_last", "_message", "_pieces", "call_id", "kind", "text")
+
+    def __init__(
+        self, kind: int, call_id: int, text: str, body: Buffer, pieces: Sequence[memoryview | Lent] = ()
+    ) -> None:
+        self.kind, self._body_is_last, self.call_id, self.text = kind & ~SHARED_BODY, kind & SHARED_BODY, call_id, text
+        self._body, self._pieces = body, pieces
+        self._message: Message | None = None
+
+    def open(self, borrow: Borrow | None) -> Message:
+        """Return the message, with views of the buffers in shared memory; each lease is taken once, here."""
+        if self._message is None:
+            views = self._views(borrow) if self._pieces else []
+            if self._body_is_last and not views:
+                raise ActorError("a frame has neither body nor buffers; close the link.")
+            self._message = (views.pop(), views) if self._body_is_last else (self._body, views)
+        return self._message
+
+    def _views(self, borrow: Borrow | None) -> list[Buffer]:
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for piece in self._pieces:
+            if isinstance(piece, tuple):
+                spans.setdefault(piece[2], []).append((piece[1], piece[0]))
+        if not spans:
+            return [piece.toreadonly() for piece in self._pieces]  # type: ignore[union-attr]
+        if borrow is None:
+            raise ActorError("a frame refers to shared memory and this link has none; close the link.")
+        views = {lease: iter(borrow(lease, places)) for lease, places in spans.items()}
+        return [next(views[piece[2]]) if isinstance(piece, tuple) else piece.toreadonly() for piece in self._pieces]
 
 
-def encode(kind: int, call_id: int = 0, text: str = "", message: Message = EMPTY) -> list[Buffer]:
-    """Return the parts of a frame, to be written one after another."""
+def encode(
+    kind: int, call_id: int = 0, text: str = "", message: Message = EMPTY, places: Sequence[Lent | None] | None = None
+) -> list[Buffer]:
+    """Return the parts of a frame, to be written one after another; `places[i]` says where buffer i lies if shared."""
     body, buffers = message
+    if buffers and not body:
+        kind |= SHARED_BODY
     data = text.encode("utf-8", "backslashreplace")
-    sizes = [len(buffer) for buffer in buffers]
-    head = HEADER.pack(MAGIC, VERSION, kind, len(data), len(sizes), call_id, len(body))
-    head += struct.pack(f"<{len(sizes)}Q", *sizes) + data
-    return [head + body, *buffers] if len(body) < JOIN_BYTES else [head, body, *buffers]
+    head = HEADER.pack(MAGIC, VERSION, kind, len(data), len(buffers), call_id, len(body))
+    if buffers:
+        places = places or [None] * len(buffers)
+        pairs = list(zip(buffers, places, strict=True))
+        head += b"".join(
+            PLACE.pack(len(buffer), 0, 0) if place is None else PLACE.pack(place[0], place[1], place[2] + 1)
+            for buffer, place in pairs
+        )
+        buffers = [buffer for buffer, place in pairs if place is None]
+    head += data
+    return [head + body, *buffers]
 
 
 class Outbox:
-    """Frames on their way into a socket. A KeyboardInterrupt at any instruction leaves the stream in step."""
+    """Frames on their way into a socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -58,6 +107,10 @@ class Outbox:
         """Queue a whole frame."""
         self._queue[0].extend(parts)
 
+    def waiting_bytes(self) -> int:
+        """Return about how many bytes are queued."""
+        return sum(map(len, self._queue[0]))
+
     def flush(self) -> bool:
         """Write; True once all is written, False when a non-blocking socket takes no more for now."""
         while True:
@@ -66,8 +119,6 @@ class Outbox:
             if not parts:
                 return True
             try:
-                # extend(map(...)) stores the count without returning to the interpreter in between: a signal
-                # handler that raises right after sendmsg would otherwise lose it, and bytes would be sent twice.
                 written.extend(map(self._sock.sendmsg, (parts[:MAX_PARTS],), ((),), (socket.MSG_NOSIGNAL,)))
             except BlockingIOError:
                 return False
@@ -75,6 +126,8 @@ class Outbox:
     def _settle(self) -> None:
         """Drop what has been written."""
         parts, written = self._queue
+        if not written:
+            return
         count, index = sum(written), 0
         while index < len(parts) and count >= len(parts[index]):
             count -= len(parts[index])
@@ -88,106 +141,139 @@ class Outbox:
 class FrameReader:
     """Cuts a stream into frames; what does not fit the window is received straight into its final memory."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES) -> None:
         self._sock = sock
+        self._max_bytes = max_bytes
         self._window = _allocate(WINDOW_BYTES)
-        self._filled = 0
-        self._partial: _Partial | None = None
+        self._state = _State(b"", None, [], [])
 
-    def read(self, flags: int = 0) -> list[Frame] | None:
-        """Return the frames that one recv completed, perhaps none; None at the end of the stream."""
-        hole = self._window[self._filled :] if self._partial is None else self._partial.hole()
-        assert hole is not None
-        count = self._sock.recv_into(hole, 0, flags)
-        if count == 0:
-            return None
-        if self._partial is None:
-            self._filled += count
-            return self._cut()
-        self._partial.advance(count)
-        return self._completed()
+    @property
+    def frames(self) -> list[Frame]:
+        """The frames that have been cut and not yet taken, oldest first: pop(0) each when it is dealt with."""
+        return self._state.frames
 
-    def _cut(self) -> list[Frame]:
-        frames: list[Frame] = []
-        start = 0
-        while self._filled - start >= HEADER.size and self._partial is None:
-            header = _unpack_header(self._window[start : start + HEADER.size])
-            start += HEADER.size
+    def read(self, flags: int = 0) -> bool:
+        """Receive once and cut; False at the end of the stream."""
+        prefix, partial, counts, frames = self._state
+        if not counts:
+            hole = self._window[len(prefix) :] if partial is None else partial.hole()
+            counts.extend(map(self._sock.recv_into, (hole,), (0,), (flags,)))
+        if counts[0] == 0:
+            counts.clear()
+            return False
+        if partial is None:
+            cut, prefix, partial = self._cut(prefix, len(prefix) + counts[0])
+        else:
+            cut, partial = _grown(partial, counts[0])
+        self._state = _State(prefix, partial, [], frames + cut)
+        return True
+
+    def _cut(self, prefix: bytes, filled: int) -> tuple[list[Frame], bytes, _Partial | None]:
+        """Return the frames in the window's first `filled` bytes, and what is left of them."""
+        window, frames, start = self._window, list[Frame](), 0
+        window[: len(prefix)] = prefix
+        while filled - start >= HEADER.size:
+            header = self._header(window[start : start + HEADER.size])
             kind, text_size, buffer_count, call_id, body_size = header
-            if buffer_count == 0 and self._filled - start >= text_size + body_size:
-                text = str(self._window[start : start + text_size], "utf-8")
+            start += HEADER.size
+            if buffer_count == 0 and filled - start >= text_size + body_size:
+                text = _text(window[start : start + text_size])
                 start += text_size
-                frames.append(Frame(kind, call_id, text, (bytes(self._window[start : start + body_size]), ())))
+                frames.append(Frame(kind, call_id, text, bytes(window[start : start + body_size])))
                 start += body_size
-            else:
-                self._partial = _Partial(*header)
-                start += self._partial.absorb(self._window[start : self._filled])
-                frames += self._completed()
-        rest = self._filled - start
-        self._window[:rest] = bytes(self._window[start : self._filled])
-        self._filled = rest
-        return frames
+                continue
+            partial: _Partial | None = _Partial.begin(header, self._max_bytes)
+            while partial is not None and start < filled:
+                count = min(len(partial.hole()), filled - start)
+                partial.hole()[:count] = window[start : start + count]
+                start += count
+                cut, partial = _grown(partial, count)
+                frames += cut
+            if partial is not None:
+                return frames, b"", partial
+        return frames, bytes(window[start:filled]), None
 
-    def _completed(self) -> list[Frame]:
-        if self._partial is None or self._partial.hole() is not None:
-            return []
-        frame, self._partial = self._partial.frame(), None
-        return [frame]
+    def _header(self, data: memoryview) -> tuple[int, int, int, int, int]:
+        magic, version, *rest = HEADER.unpack(data)
+        if (magic, version) != (MAGIC, VERSION):
+            raise ActorError(
+                f"a frame begins with {bytes(data[:3])!r}, not with {MAGIC!r} version {VERSION}; close the link."
+            )
+        _, text_size, buffer_count, _, body_size = rest
+        if text_size > MAX_TEXT or buffer_count > MAX_BUFFERS or body_size > self._max_bytes:
+            raise ActorError(
+                f"a frame claims {text_size} bytes of text, {buffer_count} buffers and {body_size} bytes of body; "
+                f"at most {MAX_TEXT}, {MAX_BUFFERS} and {self._max_bytes} are taken; close the link."
+            )
+        return tuple(rest)
 
 
-class _Partial:
-    """A frame of which more is to come: first its head (sizes, text, body), then each buffer in its own memory."""
+class _State(NamedTuple):
+    prefix: bytes
+    """The beginning of a header, to be put back to the front of the window."""
+    partial: _Partial | None
+    counts: list[int]
+    """What recv_into has returned and nobody has looked at yet."""
+    frames: list[Frame]
 
-    def __init__(self, kind: int, text_size: int, buffer_count: int, call_id: int, body_size: int) -> None:
-        self._kind, self._call_id = kind, call_id
-        self._text_start = 8 * buffer_count
-        self._body_start = self._text_start + text_size
-        self._head = _allocate(self._body_start + body_size)
-        self._buffers: list[memoryview] | None = None
-        self._parts = [self._head]
-        self._index = self._offset = 0
 
-    def hole(self) -> memoryview | None:
-        """Return the memory to be filled next, None when the frame is complete."""
-        while True:
-            if self._index == len(self._parts):
-                if self._buffers is not None:
-                    return None
-                sizes = struct.unpack(f"<{self._text_start // 8}Q", self._head[: self._text_start])
-                self._buffers = [_allocate(size) for size in sizes]
-                self._parts += self._buffers
-            elif self._offset < len(self._parts[self._index]):
-                return self._parts[self._index][self._offset :]
-            else:
-                self._index, self._offset = self._index + 1, 0
+class _Partial(NamedTuple):
+    """A frame of which more is to come: first its head (places, text, body), then each buffer in its own memory."""
 
-    def advance(self, count: int) -> None:
-        """Note that `count` bytes of the hole have been filled."""
-        self._offset += count
+    header: tuple[int, int, int, int, int]
+    parts: tuple[memoryview, ...]
+    pieces: tuple[memoryview | Lent, ...] | None
+    """All buffers, once the head is there."""
+    index: int
+    offset: int
+    max_bytes: int
 
-    def absorb(self, data: memoryview) -> int:
-        """Copy what belongs to this frame from the front of `data`; return how many bytes that was."""
-        taken = 0
-        while taken < len(data) and (hole := self.hole()) is not None:
-            count = min(len(hole), len(data) - taken)
-            hole[:count] = data[taken : taken + count]
-            self.advance(count)
-            taken += count
-        return taken
+    @classmethod
+    def begin(cls, header: tuple[int, int, int, int, int], max_bytes: int) -> _Partial:
+        _, text_size, buffer_count, _, body_size = header
+        head = _allocate(PLACE.size * buffer_count + text_size + body_size)
+        return cls(header, (head,), None, 0, 0, max_bytes)
 
-    def frame(self) -> Frame:
-        text = str(self._head[self._text_start : self._body_start], "utf-8")
-        return Frame(self._kind, self._call_id, text, (self._head[self._body_start :], self._buffers or ()))
+    def hole(self) -> memoryview:
+        """Return the memory to be filled next; it is never empty."""
+        return self.parts[self.index][self.offset :]
+
+
+def _grown(partial: _Partial, count: int) -> tuple[list[Frame], _Partial | None]:
+    """Return the frame that is complete with `count` more bytes, or what it is now."""
+    offset, index, parts, pieces = partial.offset + count, partial.index, partial.parts, partial.pieces
+    if offset < len(parts[index]):
+        return [], partial._replace(offset=offset)
+    _, text_size, buffer_count, _, _ = partial.header
+    places_size = PLACE.size * buffer_count
+    if pieces is None:
+        pieces = _pieces(parts[0][:places_size], partial.max_bytes)
+        parts = (parts[0], *(piece for piece in pieces if isinstance(piece, memoryview) and len(piece)))
+    if index + 1 < len(parts):
+        return [], partial._replace(parts=parts, pieces=pieces, index=index + 1, offset=0)
+    head, body_start = parts[0], places_size + text_size
+    kind, call_id = partial.header[0], partial.header[3]
+    return [Frame(kind, call_id, _text(head[places_size:body_start]), head[body_start:], pieces)], None
+
+
+def _pieces(places: memoryview, max_bytes: int) -> tuple[memoryview | Lent, ...]:
+    """Return new memory for each buffer that follows, and the place of each that does not."""
+    descriptors = list(PLACE.iter_unpack(places))
+    total = sum(size for size, _, lease in descriptors if lease == 0)
+    if total > max_bytes:
+        raise ActorError(f"a frame claims {total} bytes of buffers; at most {max_bytes} are taken; close the link.")
+    return tuple(_allocate(size) if lease == 0 else (size, offset, lease - 1) for size, offset, lease in descriptors)
+
+
+def _text(data: memoryview) -> str:
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ActorError(f"a frame has a text that is not UTF-8 ({error}); close the link.") from None
 
 
 def _allocate(size: int) -> memoryview:
-    return np.empty(size, np.uint8).data  # unlike bytearray(size) it is not zeroed first
-
-
-def _unpack_header(data: memoryview) -> tuple[int, int, int, int, int]:
-    magic, version, *header = HEADER.unpack(data)
-    if (magic, version) != (MAGIC, VERSION):
-        raise ActorError(
-            f"a frame begins with {bytes(data[:3])!r}, not with {MAGIC!r} version {VERSION}; close the link."
-        )
-    return tuple(header)
+    try:
+        return np.empty(size, np.uint8).data  # unlike bytearray(size) it is not zeroed, and takes no page yet
+    except MemoryError:
+        raise ActorError(f"a frame needs {size} bytes and this process cannot have them; close the link.") from None
