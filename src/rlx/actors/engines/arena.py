@@ -1,0 +1,291 @@
+"""Where a process puts the large buffers that it sends: copied once into blocks of its shared memory, read there.
+
+Blocks come in few sizes and are recycled with their pages, because a page touched for the first time costs ten times
+its copy. A block is free when its Block has died; the lease of a receiver (leases.py) is a reference to it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlx.actors.engines.pickling import Buffer
+from rlx.actors.engines.shared_memory import PAGE_BYTES, SharedMemory, Span, address_of, cut, populate, release
+from rlx.errors import ActorError, ObjectMemoryFull
+
+if TYPE_CHECKING:
+    from rlx.actors.engines.leases import Lender
+
+ALIGN_BYTES = 64  # of every span: a cache line, and the widest vector registers
+RETAIN_BYTES = 256 << 20
+LARGE_BYTES = 4 << 20  # from here on a copy lets other threads run; below, waiting for them costs more than the copy
+
+WARN_AFTER_S = 1.0
+POLL_S, MAX_POLL_S = 0.001, 0.020
+
+_log = logging.getLogger("rlx.actors")
+
+
+class Block:
+    """Bytes placed in an arena; they stay until the last reference to this object and the last lease of it are gone."""
+
+    __slots__ = ("__weakref__", "_arena", "capacity", "offset", "populated", "spans", "viewed")
+
+    def __init__(self, arena: Arena, offset: int, capacity: int, populated: bool) -> None:
+        self._arena = arena
+        self.offset, self.capacity, self.populated = offset, capacity, populated
+        self.spans: list[Span] = []
+        """One for each buffer placed, in their order."""
+        self.viewed = False
+
+    def __del__(self) -> None:
+        # Anywhere, perhaps inside the arena's lock: an append needs none.
+        self._arena._dead.append((self.offset, self.capacity, self.populated, self.viewed))
+
+    def views(self) -> list[memoryview]:
+        """Return what was placed, read-only, for the owner itself; the block lives while any view does."""
+        return self._arena._views(self)
+
+
+class Arena:
+    """The sender's side: takes blocks from its memory, and takes them back."""
+
+    def __init__(
+        self,
+        memory: SharedMemory,
+        limit_bytes: int,
+        *,
+        start: int = 0,
+        retain_bytes: int = RETAIN_BYTES,
+        wait_s: float = 10.0,
+    ) -> None:
+        """Own the bytes of `memory` from `start` on (spans count from there), at most `limit_bytes` of them at a time.
+
+        Of what is free, `retain_bytes` stay warm; the rest goes back to the system. `wait_s` is how long `place`
+        waits for others to let go when the limit is reached.
+        """
+        self._memory, self._start = memory, start
+        self._data = memory.map(start, writable=True)
+        self._address = address_of(self._data)
+        self.limit_bytes = limit_bytes // PAGE_BYTES * PAGE_BYTES
+        self.retain_bytes, self.wait_s = retain_bytes, wait_s
+        self.lock = threading.Lock()
+        """Guards the blocks, and the leases of every lender."""
+        self.lenders: list[Lender] = []
+        self._pid = os.getpid()
+        self._dead: deque[tuple[int, int, bool, bool]] = deque()  # of blocks: offset, capacity, populated, viewed
+        self._used = self._retained = 0
+        self._warm: dict[int, list[int]] = {}  # by capacity, the one freed longest ago first: offsets, latest last
+        self._cold: list[Span] = [(0, len(self._data))]  # no pages behind them; by offset, no two adjacent
+        self._viewed: dict[int, weakref.ref[Block]] = {}  # by offset: blocks that this process looks into itself
+        self._viewed_offsets: list[int] = []  # sorted
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of blocks that are referred to or lent, as far as known without looking into the ledgers."""
+        return self._used
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are left before `place` waits."""
+        return self.limit_bytes - self._used
+
+    def holders(self) -> dict[str, int]:
+        """Return the bytes that each holder keeps, largest first; a block held by several counts for each."""
+        self.check_owner()
+        with self.lock:
+            self._reclaim()
+            leased = {lender.holder: set(lender.lent.values()) for lender in self.lenders}
+            own = self._used - sum({block.offset: block.capacity for b in leased.values() for block in b}.values())
+        held = {holder: sum(block.capacity for block in blocks) for holder, blocks in leased.items()}
+        held["this process"] = own
+        return {holder: size for holder, size in sorted(held.items(), key=lambda item: -item[1]) if size}
+
+    def place(self, buffers: Sequence[Buffer]) -> Block:
+        """Copy flat byte buffers into one new block; blocks while the limit is reached.
+
+        ObjectMemoryFull, naming who holds how much, after `wait_s`, or at once for what can never fit.
+        """
+        spans, end = [], 0
+        for buffer in buffers:
+            spans.append((end, len(buffer)))
+            end += -(-len(buffer) // ALIGN_BYTES) * ALIGN_BYTES
+        block = self._allocate(end)
+        if not block.populated:
+            whole = self._data[block.offset : block.offset + block.capacity]
+            populate(self._memory, whole, self._start + block.offset)
+            block.populated = True
+        data = self._data.data
+        for (start, size), buffer in zip(spans, buffers, strict=True):
+            start += block.offset
+            block.spans.append((start, size))
+            if size < LARGE_BYTES:
+                data[start : start + size] = buffer
+            else:
+                np.copyto(self._data[start : start + size], np.frombuffer(buffer, np.uint8))
+        return block
+
+    def find(self, buffer: Buffer) -> tuple[Block, Span] | None:
+        """Return the block that `buffer` already lies in, and where: it can be lent without another copy.
+
+        None for memory outside the arena. Buffers inside come from `Block.views`.
+        """
+        if not self._viewed:
+            return None
+        start = address_of(np.frombuffer(buffer, np.uint8)) - self._address
+        with self.lock:
+            index = bisect.bisect_right(self._viewed_offsets, start) - 1
+            block = self._viewed[self._viewed_offsets[index]]() if index >= 0 else None
+        if block is None or start + len(buffer) > block.offset + block.capacity:
+            return None
+        return block, (start, len(buffer))
+
+    def reclaim(self) -> int:
+        """Take back what has been let go, give the system what is not worth keeping; return `used_bytes`.
+
+        `place` does so by itself when it needs memory; call this now and then for the memory of an idle process.
+        """
+        self.check_owner()
+        with self.lock:
+            self._reclaim()
+            self._trim(self.retain_bytes)
+            return self._used
+
+    def _allocate(self, size: int) -> Block:
+        self.check_owner()
+        fits = size <= self.limit_bytes
+        capacity = min(capacity_for(size), self.limit_bytes)
+        began, pause, warned = time.monotonic(), POLL_S, False
+        while True:
+            with self.lock:
+                block = self._take(capacity) if fits else None
+            if block is not None:
+                return block
+            waited = time.monotonic() - began
+            if not fits or waited >= self.wait_s:
+                raise ObjectMemoryFull(self._shortage(size, waited))
+            if waited >= WARN_AFTER_S and not warned:
+                warned = True
+                _log.warning("%s", self._shortage(size, waited))
+            time.sleep(min(pause, max(0.0, self.wait_s - waited)))
+            pause = min(2 * pause, MAX_POLL_S)
+
+    def check_owner(self) -> None:
+        """Raise ActorError in a fork: both processes would write."""
+        if os.getpid() != self._pid:
+            raise ActorError(
+                f"this object memory belongs to process {self._pid}, of which process {os.getpid()} is a fork; "
+                f"send from the process that opened the runtime."
+            )
+
+    def _shortage(self, size: int, waited_s: float) -> str:
+        held = ", ".join(f"{holder} {_mib(kept)}" for holder, kept in self.holders().items()) or "nobody"
+        return (
+            f"no room for a message of {_mib(size)} after {waited_s:.1f} s: of {_mib(self.limit_bytes)} object memory "
+            f"{_mib(self._used)} are held, by {held}; copy what is kept of received arrays, or raise object_memory."
+        )
+
+    def _take(self, capacity: int) -> Block | None:
+        if not self._warm.get(capacity):
+            self._reclaim()  # only now: with many lenders a look into every ledger for every message would cost
+        if offsets := self._warm.get(capacity):
+            offset, populated = offsets.pop(), True
+            self._retained -= capacity
+        else:
+            spare = self.limit_bytes - self._used - capacity
+            if spare < 0:
+                return None
+            self._trim(spare)
+            offset, populated = self._carve(capacity), False
+            if offset is None:
+                self._trim(0)
+                offset = self._carve(capacity)
+            if offset is None:
+                return None
+        self._used += capacity
+        self._trim(self.retain_bytes)
+        return Block(self, offset, capacity, populated)
+
+    def _reclaim(self) -> None:
+        for lender in self.lenders:
+            lender.collect()
+        while self._dead:
+            offset, capacity, populated, viewed = self._dead.popleft()
+            self._used -= capacity
+            if viewed:
+                del self._viewed[offset]
+                self._viewed_offsets.remove(offset)
+            if populated:
+                offsets = self._warm.pop(capacity, [])
+                offsets.append(offset)
+                self._warm[capacity] = offsets
+                self._retained += capacity
+            else:
+                self._cool(offset, capacity)
+
+    def _trim(self, retain_bytes: int) -> None:
+        """Give warm blocks back to the system until no more than `retain_bytes` are warm."""
+        while self._retained > retain_bytes:
+            capacity, offsets = next(iter(self._warm.items()))
+            if offsets:
+                self._cool(offsets.pop(0), capacity)
+                self._retained -= capacity
+            else:
+                del self._warm[capacity]
+
+    def _carve(self, capacity: int) -> int | None:
+        for index, (offset, size) in enumerate(self._cold):
+            if size >= capacity:
+                self._cold[index : index + 1] = [(offset + capacity, size - capacity)] if size > capacity else []
+                return offset
+        return None
+
+    def _cool(self, offset: int, size: int) -> None:
+        release(self._data[offset : offset + size])
+        index = bisect.bisect(self._cold, (offset, size))
+        if index < len(self._cold) and self._cold[index][0] == offset + size:
+            size += self._cold.pop(index)[1]
+        if index and sum(self._cold[index - 1]) == offset:
+            index -= 1
+            before = self._cold.pop(index)
+            offset, size = before[0], before[1] + size
+        self._cold.insert(index, (offset, size))
+
+    def _views(self, block: Block) -> list[memoryview]:
+        with self.lock:
+            if not block.viewed:
+                block.viewed = True
+                bisect.insort(self._viewed_offsets, block.offset)
+                self._viewed[block.offset] = weakref.ref(block)
+        base = self._data.view(_OwnLease)
+        base.flags.writeable = False
+        base.block = block
+        return cut(base, block.spans)
+
+
+class _OwnLease(np.ndarray):
+    """The owner's view of a block; keeps it."""
+
+    block: Block
+
+
+def capacity_for(size: int) -> int:
+    """Return the bytes of the block for a message of `size` bytes: at most an eighth more, in whole pages.
+
+    Few sizes, so that a freed block fits the next message although that is a little longer.
+    """
+    step = max(PAGE_BYTES, 1 << max(0, size.bit_length() - 4))
+    return max(1, -(-size // step)) * step
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
