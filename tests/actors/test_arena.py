@@ -232,6 +232,29 @@ def test_memory_beyond_what_is_retained_goes_back_to_the_system(memory):
     assert received(arena, lender, borrower, np.ones(250 * MIB, np.uint8)).all()
 
 
+def test_placing_gives_back_too(memory):
+    arena, lender, borrower = pair(memory, retain_bytes=8 * MIB)
+    held = [received(arena, lender, borrower, np.ones(4 * MIB, np.uint8)) for _ in range(10)]
+    held.clear()
+    arena.place([b"x"])
+    assert resident_bytes(memory) == 8 * MIB + 4096
+
+
+@pytest.mark.parametrize("virtual_bytes", [1 << 30, 64 * MIB, 48 * MIB])
+def test_warm_blocks_make_way_for_one_of_another_size(virtual_bytes):
+    """They count towards the limit, and where addresses are short (48 MiB) they lie in the way."""
+    memory = SharedMemory.create(virtual_bytes)
+    arena, lender, borrower = pair(memory, limit_bytes=64 * MIB)
+    held = [received(arena, lender, borrower, np.ones(4 * MIB, np.uint8)) for _ in range(12)]
+    held[::2] = [None] * 6  # the second half closes the gaps that the first has left
+    assert arena.reclaim() == 24 * MIB
+    held.clear()
+    assert arena.reclaim() == 0
+    assert resident_bytes(memory) == 48 * MIB
+    assert received(arena, lender, borrower, np.ones(48 * MIB, np.uint8)).all()
+    assert resident_bytes(memory) <= 64 * MIB
+
+
 def test_blocks_of_all_sizes_never_overlap_and_all_comes_back(memory):
     arena, lender, borrower = pair(memory, limit_bytes=64 * MIB, retain_bytes=2 * MIB)
     rng = np.random.default_rng(0)
