@@ -485,14 +485,15 @@ def test_an_interrupt_during_publish_leaves_the_channel_whole():
             interrupted += 1
         finally:
             sys.settrace(None)
-        version = channel.latest().version
-        check(channel.latest())
+        after = channel.latest()
+        version = after.version
         for _ in range(5):
             version = channel.publish(arrays(version + 1), version + 1)
             check(channel.latest())
             check(held)
+            check(after)
     assert interrupted > 15
-    del held
+    del held, after
     assert channel._publisher._arena.reclaim() == capacity_for(80_500)
 
 
