@@ -13,8 +13,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -22,11 +22,9 @@ from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.shared_memory import PAGE_BYTES, SharedMemory, Span, address_of, cut, populate, release
 from rlx.errors import ActorError, ObjectMemoryFull
 
-if TYPE_CHECKING:
-    from rlx.actors.engines.leases import Lender
-
 ALIGN_BYTES = 64  # of every span: a cache line, and the widest vector registers
 RETAIN_BYTES = 256 << 20
+ROOM = 2  # virtual bytes per byte of the limit: blocks of unlike sizes leave gaps, which cost nothing
 LARGE_BYTES = 4 << 20  # from here on a copy lets other threads run; below, waiting for them costs more than the copy
 
 WARN_AFTER_S = 1.0
@@ -56,6 +54,24 @@ class Block:
         return self._arena._views(self)
 
 
+class Holder(Protocol):
+    """Somebody who reads blocks from elsewhere; known to the arena by being in `Arena.lenders`."""
+
+    @property
+    def holder(self) -> str:
+        """Who that is, for messages."""
+        ...
+
+    @property
+    def lent(self) -> Mapping[int, Block]:
+        """What is held; changes under the arena's lock only."""
+        ...
+
+    def collect(self) -> None:
+        """Drop from `lent` what is no longer read. The arena's lock is the caller's."""
+        ...
+
+
 class Arena:
     """The sender's side: takes blocks from its memory, and takes them back."""
 
@@ -74,18 +90,19 @@ class Arena:
         waits for others to let go when the limit is reached.
         """
         self._memory, self._start = memory, start
-        self._data = memory.map(start, writable=True)
-        self._address = address_of(self._data)
+        self.data = memory.map(start, writable=True)
+        """What spans count in, uint8."""
+        self._address = address_of(self.data)
         self.limit_bytes = limit_bytes // PAGE_BYTES * PAGE_BYTES
         self.retain_bytes, self.wait_s = retain_bytes, wait_s
         self.lock = threading.Lock()
         """Guards the blocks, and the leases of every lender."""
-        self.lenders: list[Lender] = []
+        self.lenders: list[Holder] = []
         self._pid = os.getpid()
         self._dead: deque[tuple[int, int, bool, bool]] = deque()  # of blocks: offset, capacity, populated, viewed
         self._used = self._retained = 0
         self._warm: dict[int, list[int]] = {}  # by capacity, the one freed longest ago first: offsets, latest last
-        self._cold: list[Span] = [(0, len(self._data))]  # no pages behind them; by offset, no two adjacent
+        self._cold: list[Span] = [(0, len(self.data))]  # no pages behind them; by offset, no two adjacent
         self._viewed: dict[int, weakref.ref[Block]] = {}  # by offset: blocks that this process looks into itself
         self._viewed_offsets: list[int] = []  # sorted
 
@@ -115,24 +132,42 @@ class Arena:
 
         ObjectMemoryFull, naming who holds how much, after `wait_s`, or at once for what can never fit.
         """
-        spans, end = [], 0
-        for buffer in buffers:
-            spans.append((end, len(buffer)))
-            end += -(-len(buffer) // ALIGN_BYTES) * ALIGN_BYTES
+        spans, end = lay_out(map(len, buffers))
         block = self._allocate(end)
         if not block.populated:
-            whole = self._data[block.offset : block.offset + block.capacity]
+            whole = self.data[block.offset : block.offset + block.capacity]
             populate(self._memory, whole, self._start + block.offset)
             block.populated = True
-        data = self._data.data
+        data = self.data.data
         for (start, size), buffer in zip(spans, buffers, strict=True):
             start += block.offset
             block.spans.append((start, size))
             if size < LARGE_BYTES:
                 data[start : start + size] = buffer
             else:
-                np.copyto(self._data[start : start + size], np.frombuffer(buffer, np.uint8))
+                np.copyto(self.data[start : start + size], np.frombuffer(buffer, np.uint8))
         return block
+
+    def adopt(self, spans: Iterable[Span]) -> list[Block | None]:
+        """Take over the blocks at `spans` from an owner that has died; all else becomes free.
+
+        For an arena that has placed nothing yet. None for a span that overlaps an earlier one.
+        """
+        with self.lock:
+            blocks = [self._adopt(offset, min(capacity_for(size), self.limit_bytes)) for offset, size in spans]
+            for offset, size in self._cold:
+                release(self.data[offset : offset + size])
+        return blocks
+
+    def _adopt(self, offset: int, capacity: int) -> Block | None:
+        end = offset + capacity
+        for index, (start, size) in enumerate(self._cold):
+            if start <= offset and end <= start + size:
+                rest = [(start, offset - start), (end, start + size - end)]
+                self._cold[index : index + 1] = [span for span in rest if span[1]]
+                self._used += capacity
+                return Block(self, offset, capacity, True)
+        return None
 
     def find(self, buffer: Buffer) -> tuple[Block, Span] | None:
         """Return the block that `buffer` already lies in, and where: it can be lent without another copy.
@@ -188,7 +223,7 @@ class Arena:
             )
 
     def _shortage(self, size: int, waited_s: float) -> str:
-        held = ", ".join(f"{holder} {_mib(size)}" for holder, size in self.holders().items()) or "nobody"
+        held = ", ".join(f"{holder} {_mib(kept)}" for holder, kept in self.holders().items()) or "nobody"
         return (
             f"no room for a message of {_mib(size)} after {waited_s:.1f} s: of {_mib(self.limit_bytes)} object memory "
             f"{_mib(self._used)} are held, by {held}; copy what is kept of received arrays, or raise object_memory."
@@ -250,7 +285,7 @@ class Arena:
         return None
 
     def _cool(self, offset: int, size: int) -> None:
-        release(self._data[offset : offset + size])
+        release(self.data[offset : offset + size])
         index = bisect.bisect(self._cold, (offset, size))
         if index < len(self._cold) and self._cold[index][0] == offset + size:
             size += self._cold.pop(index)[1]
@@ -266,7 +301,7 @@ class Arena:
                 block.viewed = True
                 bisect.insort(self._viewed_offsets, block.offset)
                 self._viewed[block.offset] = weakref.ref(block)
-        base = self._data.view(_OwnLease)
+        base = self.data.view(_OwnLease)
         base.flags.writeable = False
         base.block = block
         return cut(base, block.spans)
@@ -276,6 +311,15 @@ class _OwnLease(np.ndarray):
     """The owner's view of a block; keeps it."""
 
     block: Block
+
+
+def lay_out(sizes: Iterable[int]) -> tuple[list[Span], int]:
+    """Return where parts of these sizes lie in a block, and where the last ends."""
+    spans, end = [], 0
+    for size in sizes:
+        spans.append((end, size))
+        end += -(-size // ALIGN_BYTES) * ALIGN_BYTES
+    return spans, end
 
 
 def capacity_for(size: int) -> int:

@@ -10,20 +10,17 @@ died: no message, no lock, so it may happen anywhere. The sender looks when it n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
 
-from rlx.actors.engines.arena import Arena, Block
-from rlx.actors.engines.shared_memory import PAGE_BYTES, SharedMemory, Span, cut
+from rlx.actors.engines.arena import ROOM, Arena, Block
+from rlx.actors.engines.shared_memory import PAGE_BYTES, Borrowed, SharedMemory, Span, cut
 from rlx.errors import ActorError
 
 LEASES = 4096  # of one link and direction; more are not lent, the message then travels in the frame
 LEDGER_BYTES = -(-LEASES // PAGE_BYTES) * PAGE_BYTES
 FREE, LENT, BORROWED, RELEASED = range(4)  # the sender writes FREE and LENT, the receiver the others
-
-ROOM = 2  # virtual bytes per byte of the limit: blocks of unlike sizes leave gaps, which cost nothing
 
 
 class Lender:
@@ -79,8 +76,9 @@ class Lender:
         states = bytes(self._ledger[: self._ever_used])
         lease = states.find(RELEASED)
         while lease >= 0:
+            known = self.lent.pop(lease, None) is not None  # else the ledger is corrupt
             self._ledger[lease] = FREE
-            if self.lent.pop(lease, None) is not None:  # a byte that nobody lent is a corrupt ledger's
+            if known:
                 self._unused.append(lease)
             lease = states.find(RELEASED, lease + 1)
 
@@ -90,10 +88,7 @@ class Borrower:
 
     def __init__(self, data: np.ndarray, ledger: np.ndarray) -> None:
         """Read from `data`, the sender's arena mapped read-only; `ledger` is the page that the two share."""
-        self._data = data.view(_Lease)
-        self._data.flags.writeable = False
-        self._ledger = ledger.data
-        self._pid = os.getpid()
+        self._data, self._ledger = data, ledger.data
 
     def borrow(self, lease: int, spans: Sequence[Span]) -> list[memoryview]:
         """Return read-only views of the spans; the lease ends when the last view of any of them has died.
@@ -106,25 +101,9 @@ class Borrower:
         for span in spans:
             if span[0] < 0 or span[1] < 0 or span[0] + span[1] > size:
                 raise ActorError(f"a frame names the span {span} of an object memory of {size} bytes; close the link.")
-        # A new base for each lease, and the views made through memoryview(base): numpy skips over arrays when it
-        # notes whose memory a view is, and a memoryview of a memoryview outlives the first. Only so does the base
-        # live exactly as long as everything made from it: slices, unpickled arrays, torch tensors.
-        base = self._data.view(_Lease)
+        base = Borrowed.of(self._data, self._ledger, lease, RELEASED)
         self._ledger[lease] = BORROWED
-        base.ledger, base.lease, base.pid = self._ledger, lease, self._pid
         return cut(base, spans)
-
-
-class _Lease(np.ndarray):
-    """Borrowed memory; gives the lease back when it dies."""
-
-    ledger: memoryview | None = None
-    lease: int
-    pid: int
-
-    def __del__(self) -> None:
-        if self.ledger is not None and self.pid == os.getpid():  # a fork's copy dies without a word
-            self.ledger[self.lease] = RELEASED
 
 
 # The memory of a link: the ledger of what the driver lends it, that of what it lends the driver, and what it sends.

@@ -134,6 +134,33 @@ def release(data: np.ndarray) -> None:
         _madvise(address_of(data), len(data), mmap.MADV_REMOVE)
 
 
+class Borrowed(np.ndarray):
+    """A view of mapped bytes that, when it dies, stores one value in memory that another process watches.
+
+    Views for the user are made through its memoryview, by `cut`: numpy skips over arrays when it notes whose memory a
+    view is, and a memoryview of a memoryview outlives the first. Only so does this object live exactly as long as all
+    that is made from it: slices, unpickled arrays, torch tensors.
+    """
+
+    _watched: memoryview | None = None
+    _index: int
+    _value: int
+    _pid: int
+
+    @classmethod
+    def of(cls, data: np.ndarray, watched: memoryview, index: int, value: int) -> Borrowed:
+        """Return all of `data`, read-only; `watched[index] = value` follows when it is no longer in use."""
+        base = data.view(cls)
+        base.flags.writeable = False
+        base._index, base._value, base._pid = index, value, os.getpid()
+        base._watched = watched
+        return base
+
+    def __del__(self) -> None:
+        if self._watched is not None and self._pid == os.getpid():  # a fork's copy dies without a word
+            self._watched[self._index] = self._value
+
+
 def cut(base: np.ndarray, spans: Sequence[Span]) -> list[memoryview]:
     """Return a view of each span, all through one memoryview of `base`: it lives as long as any of them."""
     whole = base.data
