@@ -82,8 +82,8 @@ class Failures:
         if text not in self._told and len(self._told) < MAX_WARNINGS:
             self._told.add(text)
             log.warning(
-                "%s failed at its step %d and is built anew (%s); errors like this one are only counted from now on, "
-                "as env_failures.",
+                "%s failed at its step %d and is built anew; this error will only be counted from now on, as "
+                "env_failures: %s",
                 *(where, step, text),
                 exc_info=error,
             )
