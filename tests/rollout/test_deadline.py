@@ -216,15 +216,15 @@ def test_a_debugger_has_time(make_runner):
 
 def test_a_runner_without_a_deadline_has_no_watchdog_and_a_runner_that_is_gone_leaves_none(make_runner):
     def watchdogs():
-        return [thread for thread in threading.enumerate() if thread.name == "rlx-env-watchdog"]
+        return {thread for thread in threading.enumerate() if thread.name == "rlx-env-watchdog"}
 
-    before = len(watchdogs())
+    before = watchdogs()
     runner = make_runner(stuck(), 1, on_env_error="rebuild")
     runner.sample(1)
-    assert len(watchdogs()) == before
+    assert watchdogs() <= before
     runner = make_runner(stuck(), 1, **WATCHED)
     runner.sample(1)
-    (thread,) = watchdogs()[before:]
+    (thread,) = watchdogs() - before
     del runner
     gc.collect()
     thread.join(5)
@@ -291,7 +291,6 @@ def test_calls_that_end_as_their_deadline_comes_are_hit_inside_or_not_at_all(qui
             raised += 1
         for _ in range(rng.randrange(3000)):
             assert watchdog.call is None
-    print(len(told), raised, sum(told))
     assert len(told) > 100 and 20 < raised < len(told) - 20
     # One that is hit after its last statement and before the store that ends it does not know of it.
     assert 0 <= raised - sum(told) <= 0.1 * raised
