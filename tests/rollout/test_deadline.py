@@ -222,7 +222,7 @@ def test_a_runner_without_a_deadline_has_no_watchdog_and_a_runner_that_is_gone_l
     runner = make_runner(stuck(), 1, on_env_error="rebuild")
     runner.sample(1)
     assert watchdogs() <= before
-    runner = make_runner(stuck(), 1, **WATCHED)
+    runner = make_runner(stuck(), 1, on_env_error="rebuild", env_step_timeout_s=600.0)
     runner.sample(1)
     (thread,) = watchdogs() - before
     del runner
@@ -243,6 +243,7 @@ def test_a_signal_that_comes_late_spares_the_next_call_also_if_it_looks_the_same
         assert watchdog.call == calls[0]
         deadline._late = (watchdog, calls[0])
         signal.raise_signal(deadline.INTERRUPT)
+        calls.append("spared")
         deadline._late = (watchdog, watchdog.call)
         signal.raise_signal(deadline.INTERRUPT)
         raise AssertionError("the second signal was for this call")
@@ -252,6 +253,7 @@ def test_a_signal_that_comes_late_spares_the_next_call_also_if_it_looks_the_same
     signal.raise_signal(deadline.INTERRUPT)
     with pytest.raises(EnvTimeout):
         watchdog.run("step", 0, second)
+    assert calls[1:] == ["spared"]
     signal.raise_signal(deadline.INTERRUPT)
 
 
