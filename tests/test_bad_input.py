@@ -302,6 +302,7 @@ def test_nan_in_an_env_runner_process_is_the_same_sentence(capsys):
 def test_an_environment_that_raises_keeps_its_traceback_and_the_run(capsys):
     """The traceback leads to the user's bug, so this one error is shown with it; the run can still go on."""
     arguments = ["train", "tiny.yaml", "--run-dir", "run", "--set", f"environment.id={MODULE}:Raises"]
+    arguments += ["--set", "fault_tolerance.on_env_error=raise"]
     with pytest.raises(ZeroDivisionError, match="a bug in the environment") as raised:
         main(arguments)
     assert "at step 18 of fragment 1 (32 steps)" in " ".join(raised.value.__notes__)  # after 50 = 32 + 18 steps
@@ -319,7 +320,7 @@ def test_an_error_in_the_middle_leaves_an_algorithm_that_trains_on():
             return super().step(action)
 
     config = PPOConfig().environment(RaisesOnce).training(epochs=1, minibatch_size=32)
-    config.env_runners(num_envs_per_env_runner=2, rollout_fragment_length=20)
+    config.env_runners(num_envs_per_env_runner=2, rollout_fragment_length=20).fault_tolerance(on_env_error="raise")
     with config.build() as algorithm:
         assert algorithm.train()["env_steps"] == 40
         with pytest.raises(ZeroDivisionError):

@@ -58,7 +58,7 @@ class Algorithm(ABC):
         self.config = config
         self.settings = s = config.settings
         self.training: Any = s.training
-        self.iteration = self.env_steps = self.episodes = 0
+        self.iteration = self.env_steps = self.episodes = self.env_failures = 0
         self.total_s = 0.0
         self.best_return: float | None = None
         self.best_iteration: int | None = None
@@ -108,6 +108,7 @@ class Algorithm(ABC):
         self._sample_metrics = {"age_mean": float(age.mean()), "age_max": int(age.max())}
         self.env_steps += sample.env_steps
         self.episodes += len(sample.episodes)
+        self.env_failures += sample.env_failures
         self.window.add(sample.episodes)
         if not self._advised and (advice := self.runners.advice()):
             log.warning(advice)
@@ -165,6 +166,7 @@ class Algorithm(ABC):
             "iteration": self.iteration,
             "env_steps": self.env_steps,
             "episodes": self.episodes,
+            "env_failures": self.env_failures,
             "gradient_steps": self.learners.gradient_steps,
             "weights_version": self.learners.version,
             "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
@@ -221,6 +223,7 @@ class Algorithm(ABC):
             "iteration": self.iteration,
             "env_steps": self.env_steps,
             "episodes": self.episodes,
+            "env_failures": self.env_failures,
             "total_s": self.total_s,
             "best_return": self.best_return,
             "best_iteration": self.best_iteration,
@@ -233,7 +236,8 @@ class Algorithm(ABC):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`; CheckpointError if it comes from another config."""
         check_resumable(type(self.config).from_dict(state["config"]), self.config, "the checkpoint")
-        for name in ("iteration", "env_steps", "episodes", "total_s", "best_return", "best_iteration"):
+        counters = ("iteration", "env_steps", "episodes", "env_failures")
+        for name in (*counters, "total_s", "best_return", "best_iteration"):
             setattr(self, name, state[name])
         self.window.set_state(state["window"])
         self.learners.set_state(state["learners"])
@@ -268,6 +272,9 @@ class Algorithm(ABC):
             seed=s.runtime.seed,
             start_timeout_s=s.fault_tolerance.start_timeout_s,
             sample_timeout_s=s.fault_tolerance.sample_timeout_s,
+            on_env_error=s.fault_tolerance.on_env_error,
+            max_env_failures=s.fault_tolerance.max_env_failures,
+            env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
             **s.environment.model_dump(exclude={"id"}),
         )
 

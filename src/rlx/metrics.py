@@ -24,6 +24,7 @@ METRICS: dict[str, str] = {
     "iteration": "Number of finished training iterations.",
     "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
     "episodes": "Episodes finished during training so far.",
+    "env_failures": "Failures of training environments so far: exceptions and hangs after which one was built anew.",
     "gradient_steps": "Optimizer steps so far.",
     "weights_version": "Number of updates whose weights were published to the env runners.",
     "env_steps_per_s": "Environment steps of this iteration over its wall time.",

@@ -265,7 +265,7 @@ class EvaluationSection(Section):
 
 
 class FaultToleranceSection(Section):
-    """Deadlines, in seconds: nothing waits for ever."""
+    """Deadlines, in seconds, so that nothing waits for ever; and what becomes of an environment that fails."""
 
     start_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time for an actor to start."""
@@ -273,6 +273,14 @@ class FaultToleranceSection(Section):
     """Longest time for a runner to collect one fragment."""
     update_timeout_s: float = Field(default=300.0, gt=0)
     """Longest time for the learners to do one update."""
+    on_env_error: Literal["rebuild", "raise"] = "rebuild"
+    """What follows when a training environment raises or hangs. rebuild: it is made anew and the step masked, which
+    env_failures counts; raise: the run ends, as it always does where one breaks the API, returns NaN or never works."""
+    max_env_failures: int = Field(default=10, gt=0)
+    """How often one environment may fail in a row, less than 100 steps apart, before its error ends the run."""
+    env_step_timeout_s: float | None = Field(default=60.0, gt=0)
+    """Longest time for a step or reset of an environment; below sample_timeout_s, which has to do where native code
+    cannot be interrupted. null: no limit."""
 
 
 class CheckpointingSection(Section):

@@ -18,7 +18,8 @@ from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
-from rlx.rollout.in_place import InPlaceEnvs
+from rlx.rollout.failures import Failures
+from rlx.rollout.in_place import FAILED, InPlaceEnvs
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
@@ -49,6 +50,8 @@ class Sample:
     """Seconds inside `sample`."""
     stepped_one_by_one: bool
     """Whether the environments' seconds add up: they are scalar ones in a loop."""
+    env_failures: int
+    """Failures of environments (an exception, a hang) since the sample before."""
     wait_s: float = 0.0
     """Of several runners: seconds that the slowest was busy longer than the mean."""
     transfer_s: float = 0.0
@@ -65,7 +68,8 @@ class EnvRunner:
 
     env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
     runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Images and Discrete observations are never normalised.
+    scaled by. Images and Discrete observations are never normalised. on_env_error, max_env_failures,
+    env_step_timeout_s: see `Failures`; the row of a step that failed is masked, and the one before it truncated.
     """
 
     def __init__(
@@ -82,9 +86,23 @@ class EnvRunner:
         normalize_obs: bool = False,
         normalize_reward: bool = False,
         obs_clip: float = 10.0,
+        on_env_error: str = "raise",
+        max_env_failures: int = 10,
+        env_step_timeout_s: float | None = None,
     ) -> None:
+        self._failures = Failures(
+            num_envs,
+            on_env_error=on_env_error,
+            max_env_failures=max_env_failures,
+            env_step_timeout_s=env_step_timeout_s,
+        )
         self._envs: Envs = make_envs(
-            *(env, num_envs), kwargs=kwargs, vectorization=vectorization, seed=seed, first_env_index=first_env_index
+            *(env, num_envs),
+            kwargs=kwargs,
+            vectorization=vectorization,
+            seed=seed,
+            first_env_index=first_env_index,
+            failures=self._failures,
         )
         self._obs_space = encoded_observation_space(self._envs.observation_space)
         policy = build_policy(self._obs_space, self._envs.action_space)
@@ -116,6 +134,7 @@ class EnvRunner:
         started = perf_counter()
         if self._version is None:
             raise RuntimeError("sample() before set_weights(): the runner does not know which weights to act with")
+        self._failures.watchdog.watch()
         if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
             self._restart()
         self._intact = False
@@ -127,11 +146,13 @@ class EnvRunner:
         fragment.inference_s += perf_counter() - inference_started
 
         done_T_B = fragment.terminated | fragment.truncated
-        mask_T_B = self._mask(done_T_B)
+        mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
-        episodes = self._ended_episodes(fragment.reward, done_T_B, mask_T_B)
+        episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
         obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
-        self._envs.record(fragment.action, done_T_B)
+        self._envs.record(fragment.action, done_T_B | fragment.failed)
+        # The last good observation is obs[t] of the failed row, so next_value[t - 1] is its value already.
+        fragment.truncated[:-1] |= fragment.failed[1:] & mask_T_B[:-1] & ~done_T_B[:-1]
         trajectory = Trajectory(
             obs=fragment.obs,
             action=fragment.action,
@@ -154,6 +175,7 @@ class EnvRunner:
             inference_s=fragment.inference_s,
             busy_s=perf_counter() - started,
             stepped_one_by_one=isinstance(self._envs, InPlaceEnvs),
+            env_failures=self._failures.take_count(),
         )
 
     def get_state(self) -> State:
@@ -171,6 +193,7 @@ class EnvRunner:
 
     def set_state(self, state: State) -> None:
         """Continue where `get_state` was called."""
+        self._failures.watchdog.watch()
         restored_B = self._envs.set_state(state["envs"])
         self._fragment = int(state["fragment"])
         self._return_B, self._length_B = state["return"].copy(), state["length"].copy()
@@ -225,7 +248,9 @@ class EnvRunner:
             inference_s += stepping_started - acting_started
             fragment.terminated[t], fragment.truncated[t] = terminated_B, truncated_B
             for index, obs in final_obs.items():
-                if truncated_B[index] and not terminated_B[index]:
+                if obs is FAILED:
+                    fragment.failed[t, index] = True
+                elif truncated_B[index] and not terminated_B[index]:
                     fragment.cuts.append((t, index, obs))
         fragment.env_s, fragment.inference_s = env_s, inference_s
         return fragment
@@ -256,15 +281,16 @@ class EnvRunner:
         return mask_T_B
 
     def _ended_episodes(
-        self, reward_T_B: np.ndarray, done_T_B: np.ndarray, mask_T_B: np.ndarray
+        self, reward_T_B: np.ndarray, done_T_B: np.ndarray, failed_T_B: np.ndarray, mask_T_B: np.ndarray
     ) -> list[tuple[float, int]]:
-        """Return (return, length) of the episodes that ended; running ones are carried over."""
+        """Return (return, length) of the episodes that ended; running ones are carried over, failed ones dropped."""
         episodes = []
         first_B = [0] * self._envs.num_envs
-        for t, index in np.argwhere(done_T_B).tolist():
+        for t, index in np.argwhere(done_T_B | failed_T_B).tolist():
             rows = slice(first_B[index], t + 1)
-            total = self._return_B[index] + reward_T_B[rows, index].sum()
-            episodes.append((float(total), int(self._length_B[index] + mask_T_B[rows, index].sum())))
+            if done_T_B[t, index]:
+                total = self._return_B[index] + reward_T_B[rows, index].sum()
+                episodes.append((float(total), int(self._length_B[index] + mask_T_B[rows, index].sum())))
             self._return_B[index], self._length_B[index], first_B[index] = 0.0, 0, t + 1
         for index, first in enumerate(first_B):
             self._return_B[index] += reward_T_B[first:, index].sum()
@@ -325,6 +351,8 @@ class _Fragment:
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    failed: np.ndarray
+    """True where the step failed: the row is no transition, and an episode begins after it."""
     cuts: list[tuple[int, int, Any]] = field(default_factory=list)
     """(t, index, raw final observation) of truncated episodes whose obs[t + 1] is of the next episode already."""
     env_s: float = 0.0
@@ -346,4 +374,5 @@ class _Fragment:
             reward=np.empty(shape),
             terminated=np.empty(shape, bool),
             truncated=np.empty(shape, bool),
+            failed=np.zeros(shape, bool),
         )

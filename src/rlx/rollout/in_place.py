@@ -7,6 +7,8 @@ state of an environment is its episode number and the actions since: no environm
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, SupportsFloat
 
 import gymnasium
@@ -14,15 +16,20 @@ import numpy as np
 from gymnasium import spaces
 
 from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.failures import Failures
 from rlx.rollout.spaces import check_spaces, env_action
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[int, Any]]
-"""obs_B (raw, after any reset), reward_B, terminated_B, truncated_B, and by index the final obs of ended episodes."""
+"""obs_B (raw, after any reset), reward_B, terminated_B, truncated_B, and by index the final obs of ended episodes.
+
+In place of a final obs stands FAILED where the step failed: it is no transition, obs_B is of another episode, and the
+last one ended in nothing."""
 
 NO_FINALS: dict[int, Any] = {}
+FAILED = object()
 RAISED = object()
 
 
@@ -32,11 +39,22 @@ def episode_seed(seed: int, env_index: int, episode: int) -> int:
 
 
 class InPlaceEnvs:
-    """B scalar environments that reset themselves in the step that ends an episode; arrays returned are reused."""
+    """B scalar environments that reset themselves in the step that ends an episode; arrays returned are reused.
+
+    make: returns one more such environment, to take the place of one that failed.
+    """
 
     resets_on_next_step = False
 
-    def __init__(self, envs: list[gymnasium.Env[Any, Any]], name: str, seed: int, first_env_index: int) -> None:
+    def __init__(
+        self,
+        envs: list[gymnasium.Env[Any, Any]],
+        name: str,
+        seed: int,
+        first_env_index: int,
+        make: Callable[[], gymnasium.Env[Any, Any]],
+        failures: Failures,
+    ) -> None:
         self.name = name
         self.num_envs = len(envs)
         self.observation_space = envs[0].observation_space
@@ -48,7 +66,9 @@ class InPlaceEnvs:
         self.envs = envs
         self.env_action = env_action(self.action_space)
         self._seed, self._first = seed, first_env_index
+        self._make, self._failures, self._watchdog = make, failures, failures.watchdog
         self._steps = [env.step for env in envs]
+        self._steps_begun = 0
         self._box_shape = shape if isinstance(self.observation_space, spaces.Box) else None
         self._unchecked = set(range(self.num_envs))
         self._reward_B = np.zeros(self.num_envs)
@@ -68,8 +88,14 @@ class InPlaceEnvs:
         """Return what followed the policy's actions."""
         reward_B, terminated_B, truncated_B = self._reward_B, self._terminated_B, self._truncated_B
         final_obs = NO_FINALS
+        self._steps_begun += 1
         for index, action in enumerate(self.env_action(action_B)):
-            reward, terminated, truncated = self.step_one(index, action)
+            try:
+                reward, terminated, truncated = self.step_one(index, action)
+            except Exception as error:
+                self._recover(index, error)
+                reward, terminated, truncated = 0.0, False, False
+                final_obs = {**final_obs, index: FAILED}
             reward_B[index], terminated_B[index], truncated_B[index] = reward, terminated, truncated
             if terminated or truncated:
                 final_obs = {**final_obs, index: self.obs_B[index].copy()}
@@ -79,8 +105,13 @@ class InPlaceEnvs:
     def step_one(self, index: int, action: Any) -> tuple[float, bool, bool]:
         """Return reward, terminated and truncated of one environment's step; its observation goes to obs_B."""
         returned: Any = RAISED
+        watchdog = self._watchdog
         try:
-            returned = self._steps[index](action)
+            try:
+                watchdog.call = ("step", index)
+                returned = self._steps[index](action)
+            finally:
+                watchdog.call = None
             obs, reward, terminated, truncated, _ = returned
             if index in self._unchecked:
                 self._check_step(index, returned)
@@ -95,7 +126,7 @@ class InPlaceEnvs:
         """Begin an episode with `seed` in one environment; its observation goes to obs_B."""
         returned: Any = RAISED
         try:
-            returned = self.envs[index].reset(seed=seed)
+            returned = self._watchdog.run("reset", index, self.envs[index].reset, seed=seed)
             if not isinstance(returned, tuple):  # a bare array of two numbers would unpack
                 raise TypeError("not a tuple")
             obs, _ = returned
@@ -120,6 +151,7 @@ class InPlaceEnvs:
         return {
             "kind": "in_place",
             "episode": list(self._episode),
+            "rebuilds": list(self._failures.rebuilds),
             "length": lengths,
             "action": joined,
             "obs": self.obs_B.copy(),
@@ -132,6 +164,7 @@ class InPlaceEnvs:
                 f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has "
                 f"{self.num_envs} in_place; resume with the num_envs and vectorization of the saved run."
             )
+        self._failures.rebuilds = list(state["rebuilds"])
         restored_B = np.ones(self.num_envs, bool)
         ends = np.cumsum(state["length"])
         for index, end in enumerate(ends):
@@ -157,28 +190,52 @@ class InPlaceEnvs:
             env.close()
 
     def _begin_episode(self, index: int) -> None:
+        try:
+            self._reset_to_next(index)
+        except Exception as error:
+            if self._episode[index] == 0 and not self._failures.rebuilds[index]:
+                raise  # it has never worked: a mistake, not a mishap
+            self._recover(index, error)
+
+    def _reset_to_next(self, index: int) -> None:
         self._episode[index] += 1
         self.reset_one(index, episode_seed(self._seed, self._first + index, self._episode[index]))
 
+    def _recover(self, index: int, error: Exception) -> None:
+        """Begin an episode in a new environment in the place of one that failed with `error`, or raise it."""
+        where = self._where(index)
+        renew = partial(self._renew, index, where)
+        self._failures.recover(error, renew, where=where, index=index, step=self._steps_begun)
+
+    def _renew(self, index: int, where: str) -> None:
+        self._failures.close(self.envs[index].close, where, index)
+        self.envs[index] = self._watchdog.run("__init__", index, self._make)
+        self._steps[index] = self.envs[index].step
+        self._unchecked.add(index)
+        self._reset_to_next(index)
+
     def _replay(self, index: int, actions: np.ndarray) -> bool:
         for action in self.env_action(actions) if len(actions) else ():
-            _, terminated, truncated = self.step_one(index, action)
+            try:
+                _, terminated, truncated = self.step_one(index, action)
+            except Exception as error:
+                self._recover(index, error)
+                return False
             if terminated or truncated:
                 return False  # the saved episode went on here
         return True
+
+    def _where(self, index: int) -> str:
+        return f"{self.name}, environment {self._first + index}"
 
     def _check_step(self, index: int, returned: tuple[Any, ...]) -> None:
         obs, reward, terminated, truncated, _ = returned
         self._check_obs(index, "step", obs)
         if not isinstance(reward, SupportsFloat):
-            raise EnvError(
-                f"{self.name}, environment {index}: step() returned the reward {reward!r}; gymnasium asks for a number."
-            )
+            raise EnvError(f"{self._where(index)}: step() returned the reward {reward!r}; gymnasium asks for a number.")
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
             if not isinstance(flag, (bool, np.bool_)):
-                raise EnvError(
-                    f"{self.name}, environment {index}: step() returned {name} {flag!r}; gymnasium asks for a bool."
-                )
+                raise EnvError(f"{self._where(index)}: step() returned {name} {flag!r}; gymnasium asks for a bool.")
         self._unchecked.discard(index)
 
     def _check_obs(self, index: int, method: str, obs: Any) -> None:
@@ -192,7 +249,7 @@ class InPlaceEnvs:
             good = good and np.can_cast(obs.dtype, self.obs_B.dtype, "same_kind")
         if not good:
             raise EnvError(
-                f"{self.name}, environment {index}: {method}() returned the observation {describe(obs)}; "
+                f"{self._where(index)}: {method}() returned the observation {describe(obs)}; "
                 f"its observation_space is {space}."
             )
 
@@ -201,15 +258,15 @@ class InPlaceEnvs:
         if returned is RAISED:
             if method == "reset" and isinstance(error, TypeError) and "'seed'" in str(error):
                 raise EnvError(
-                    f"{self.name}, environment {index}: {error}; gymnasium asks for reset(*, seed=None, options=None)."
+                    f"{self._where(index)}: {error}; gymnasium asks for reset(*, seed=None, options=None)."
                 ) from error
-            error.add_note(f"in {method}() {how} of environment {index} of {self.name}")
+            error.add_note(f"in {method}() {how} of environment {self._first + index} of {self.name}")
             raise error
         if isinstance(error, EnvError):
             raise error
         asked = {"step": "(obs, reward, terminated, truncated, info)", "reset": "(obs, info)"}[method]
         raise EnvError(
-            f"{self.name}, environment {index}: {method}() returned {describe(returned)}; gymnasium asks for {asked} "
+            f"{self._where(index)}: {method}() returned {describe(returned)}; gymnasium asks for {asked} "
             f"with observations of {self.observation_space}."
         ) from error
 

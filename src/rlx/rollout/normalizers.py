@@ -101,7 +101,7 @@ class DiscountedReturn:
         """Return the moments of a fragment's discounted returns; masked rows do not count."""
         return_T_B = np.empty(reward_T_B.shape)
         for t in range(len(reward_T_B)):
-            # A masked row follows a done row: its return is 0 already, and must stay so.
+            # A masked row belongs to no episode; one that failed before it leaves nothing behind.
             self.return_B = np.where(mask_T_B[t], self.return_B * self.gamma + reward_T_B[t], 0.0)
             return_T_B[t] = self.return_B
             self.return_B[done_T_B[t]] = 0.0

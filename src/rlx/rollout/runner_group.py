@@ -110,6 +110,7 @@ class RunnerGroup:
             inference_s=mean(sample.inference_s for sample in samples),
             busy_s=mean(busy_s),
             stepped_one_by_one=samples[0].stepped_one_by_one,
+            env_failures=sum(sample.env_failures for sample in samples),
             wait_s=max(busy_s) - mean(busy_s),
             transfer_s=0.0 if self._local is not None else max(0.0, wall_s - max(busy_s)),
         )

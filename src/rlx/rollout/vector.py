@@ -7,15 +7,18 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_state import CannotCapture, capture, restore
-from rlx.rollout.in_place import NO_FINALS, InPlaceEnvs, State, Step, describe, episode_seed
+from rlx.rollout.failures import Failures
+from rlx.rollout.in_place import FAILED, NO_FINALS, InPlaceEnvs, State, Step, describe, episode_seed
 from rlx.rollout.spaces import Space, check_spaces, env_action
 
 log = logging.getLogger(__name__)
@@ -68,32 +71,40 @@ def make_envs(
     vectorization: str = "auto",
     seed: int = 0,
     first_env_index: int = 0,
+    failures: Failures | None = None,
 ) -> Envs:
     """Return `num_envs` environments made from `env`.
 
     vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
-    a loop, "auto" prefers the native one where it exists and can be made.
+    a loop, "auto" prefers the native one where it exists and can be made. failures: what becomes of an environment
+    that fails; by default its error is raised.
     """
     source, name = resolve(env)
     options = dict(kwargs or {})
+    common = (name, seed, first_env_index)
+    failures = failures or Failures(num_envs)
     native: AnyVectorEnv | None = None
+    make: Callable[[], Any] | None = None
     if isinstance(source, VectorEnv):
         native = source
     elif isinstance(source, str):
         native = _native(source, num_envs, options, vectorization)
+        make = partial(_native, source, num_envs, options, "native")
     elif "num_envs" in _parameters(source):
-        native = source(num_envs=num_envs, **options)
+        make = partial(source, num_envs=num_envs, **options)
+        native = make()
         if not isinstance(native, VectorEnv):
             raise EnvError(f"{name} takes num_envs but made a {type(native).__name__}, not a gymnasium VectorEnv.")
     if native is not None:
-        return VectorEnvAdapter(native, name, num_envs, seed, first_env_index)
-    scalars = [make_scalar(source, options, name)]
-    if isinstance(scalars[0], VectorEnv):
-        return VectorEnvAdapter(scalars[0], name, num_envs, seed, first_env_index)
-    scalars += [make_scalar(source, options, name) for _ in range(num_envs - 1)]
+        return VectorEnvAdapter(native, num_envs, *common, make, failures)
+    make = partial(make_scalar, source, options, name)
+    first = make()
+    if isinstance(first, VectorEnv):
+        return VectorEnvAdapter(first, num_envs, *common, make, failures)
+    scalars = [first] + [make() for _ in range(num_envs - 1)]
     if len(set(map(id, scalars))) < num_envs:
         raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
-    return InPlaceEnvs(scalars, name, seed, first_env_index)
+    return InPlaceEnvs(scalars, *common, make, failures)
 
 
 def resolve(env: EnvSource) -> tuple[Any, str]:
@@ -171,9 +182,22 @@ def _parameters(source: Any) -> Mapping[str, inspect.Parameter]:
 
 
 class VectorEnvAdapter:
-    """Any gymnasium VectorEnv, in whichever autoreset mode its metadata states."""
+    """Any gymnasium VectorEnv, in whichever autoreset mode its metadata states.
 
-    def __init__(self, env: AnyVectorEnv, name: str, num_envs: int, seed: int, first_env_index: int) -> None:
+    A failure concerns all of its environments, also where only the reset of an ended episode failed: the step is lost
+    for all, and `make` builds the whole anew; where that is None it is only reset.
+    """
+
+    def __init__(
+        self,
+        env: AnyVectorEnv,
+        num_envs: int,
+        name: str,
+        seed: int,
+        first_env_index: int,
+        make: Callable[[], Any] | None,
+        failures: Failures,
+    ) -> None:
         if env.num_envs != num_envs:
             raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
         mode = env.metadata.get("autoreset_mode")
@@ -193,15 +217,26 @@ class VectorEnvAdapter:
         self.obs_B = np.zeros((num_envs, *(self.observation_space.shape or ())), self.observation_space.dtype)
         self._mode = mode
         self._seed, self._first, self._resets = seed, first_env_index, 0
+        self._make, self._failures = make, failures
+        self._steps_begun = 0
         self._checked = False
 
     def reset(self) -> np.ndarray:
         """Return the first observations of a new episode in every environment."""
-        return self._reset(episode_seed(self._seed, self._first, self._resets))
+        try:
+            self._reset_all()
+        except Exception as error:
+            if self._resets == 1:
+                raise  # it has never worked: a mistake, not a mishap
+            self._recover(error)
+        return self.obs_B
+
+    def _reset_all(self) -> None:
+        self._resets += 1
+        self._reset(episode_seed(self._seed, self._first, self._resets - 1))
 
     def _reset(self, seed: int | None, reset_mask: np.ndarray | None = None) -> np.ndarray:
         """Return the observations after a reset with `seed`, of all environments or those in `reset_mask` [B]."""
-        self._resets += reset_mask is None
         options = None if reset_mask is None else {"reset_mask": reset_mask}
         returned = self._call("reset", seed=seed, options=options)
         if not (isinstance(returned, tuple) and len(returned) == 2):
@@ -213,6 +248,15 @@ class VectorEnvAdapter:
 
     def step(self, action_B: np.ndarray) -> Step:
         """Return what followed the policy's actions."""
+        self._steps_begun += 1
+        try:
+            return self._step(action_B)
+        except Exception as error:
+            self._recover(error)
+        none_B = np.zeros(self.num_envs, bool)
+        return self.obs_B, np.zeros(self.num_envs), none_B, none_B, dict.fromkeys(range(self.num_envs), FAILED)
+
+    def _step(self, action_B: np.ndarray) -> Step:
         returned = self._call("step", self.env_action(action_B))
         if not self._checked:
             self._check_step(returned)
@@ -250,6 +294,7 @@ class VectorEnvAdapter:
         state: State = {
             "kind": "vector",
             "resets": self._resets,
+            "rebuilds": list(self._failures.rebuilds),
             "obs": self.obs_B.copy(),
             "env": None,
             "obstacle": None,
@@ -268,6 +313,7 @@ class VectorEnvAdapter:
                 f"{self.num_envs} of kind vector; resume with the num_envs and vectorization of the saved run."
             )
         self._resets = int(state["resets"])
+        self._failures.rebuilds = list(state["rebuilds"])
         obstacle = state["obstacle"]
         self.reset()
         if state["env"] is not None:
@@ -289,9 +335,25 @@ class VectorEnvAdapter:
         """Close the vector environment."""
         self.env.close()
 
+    def _recover(self, error: Exception) -> None:
+        """Begin episodes in a new vector environment in the place of one that failed with `error`, or raise it."""
+        where = f"the vector environment {self.name}"
+        renew = partial(self._renew, where, isinstance(error, EnvTimeout))
+        self._failures.recover(error, renew, where=where, index=0, step=self._steps_begun)
+
+    def _renew(self, where: str, is_stuck: bool) -> None:
+        if self._make is not None:
+            close = self.env.close
+            if is_stuck and isinstance(self.env.unwrapped, AsyncVectorEnv):
+                close = partial(close, terminate=True)  # it would wait for the process that hangs
+            self._failures.close(close, where, 0)
+            self.env = self._failures.watchdog.run("__init__", 0, self._make)
+            self._checked = False
+        self._reset_all()
+
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            return getattr(self.env, method)(*args, **kwargs)
+            return self._failures.watchdog.run(method, 0, getattr(self.env, method), *args, **kwargs)
         except Exception as error:
             error.add_note(f"in {method}() of the vector environment {self.name}, called with {args or kwargs}")
             raise
