@@ -10,7 +10,8 @@ RlxError
     ├── ActorDied      its process ended: says which signal or exit code, and during which method
     ├── RemoteError    its method raised an exception that could not be rebuilt here
     ├── CallTimeout    no reply within the deadline; the call goes on           (also a TimeoutError)
-    └── CallCancelled  the call was cancelled before it ran
+    ├── CallCancelled  the call was cancelled before it ran
+    └── Infeasible     it asks for resources that this runtime does not have, whoever ends
 
 A message is one sentence that says what is wrong, the value seen, what is allowed, and what to do.
 An exception raised inside an actor's method arrives as itself, with the remote traceback as a note;
@@ -60,3 +61,7 @@ class CallTimeout(ActorError, TimeoutError):
 
 class CallCancelled(ActorError):
     """The call was cancelled before it ran."""
+
+
+class Infeasible(ActorError):
+    """It asks for more resources than this runtime has in all; no waiting would help."""

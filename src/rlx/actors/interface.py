@@ -47,7 +47,8 @@ class Listener:
     """Whom an engine tells what happens to one actor. Called from the engine's own thread: must return at once."""
 
     exited: Callable[[Answer], None]
-    """Once, with why it ended."""
+    """Once, with why it ended. Told before the calls that are left fail, so that who hears of a death from a call, and
+    calls again, finds the actor restarting."""
     failed: Callable[[Answer], None]
     """With the error of each one-way call that failed."""
     stalled: Callable[[Stall], None]
@@ -60,15 +61,22 @@ class ActorState:
 
     name: str
     status: str
-    """starting (also while __init__ runs), alive, failed (__init__ raised), or dead."""
+    """pending (waits for resources), starting (also while __init__ runs), alive, restarting (from its death until the
+    next __init__ has returned), failed (__init__ raised), or dead."""
     pid: int | None
     """The process it runs in; None until that is known."""
     pending: int
-    """Calls that have no answer yet."""
+    """Calls that have no answer yet, also those that wait until it is started."""
     method: str | None
     """The method that runs, or is the next to run; None when idle."""
     error: str | None
-    """Why it ended; None while it lives."""
+    """Why it ended, or had to be restarted; None while it lives."""
+    restarts: int = 0
+    """How often it was started again."""
+    waiting: str | None = None
+    """What it waits for while pending, and who holds that; None otherwise."""
+    resources: str = ""
+    """What it asked for, in words."""
 
 
 class EngineActor(Protocol):
@@ -83,8 +91,8 @@ class EngineActor(Protocol):
         """
         ...
 
-    def kill(self, timeout_s: float) -> None:
-        """End the actor and return when it is gone; CallTimeout otherwise."""
+    def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
+        """End the actor and return when it is gone; CallTimeout otherwise. Its error says `how` it ended."""
         ...
 
     def state(self) -> ActorState:

@@ -58,13 +58,14 @@ class InlineActor:
         self._lock = threading.RLock()
         self._running: str | None = None
         self._death: BaseException | None = None
+        self._init_error: BaseException | None = None
         self.ready: Future[None] = Future(spec.name, "__init__")
         outcome = self._run("__init__", spec.make, message, keep_result=True)
         self._instance = outcome.value if isinstance(outcome, Ok) else None
         self._init_error = outcome.error if isinstance(outcome, Err) else None
         self.ready.settle(lambda: outcome if isinstance(outcome, Err) else Ok(None))
-        if self._init_error is not None:
-            self.end("is gone, because its __init__ raised")
+        if self._init_error is not None and self._death is None:
+            self._listener.exited(lambda: outcome)
 
     def post(self, method: str, message: Any, future: Future[Any] | None) -> None:
         """Run the method now."""
@@ -81,13 +82,13 @@ class InlineActor:
         elif isinstance(outcome, Err):
             self._listener.failed(lambda: outcome)
 
-    def kill(self, timeout_s: float) -> None:
+    def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Let go of the object; a method that runs in another thread runs on, to no effect."""
-        self.end("was ended by kill()")
+        self.end(how)
 
     def end(self, how: str) -> None:
         """Be dead from now on."""
-        if self._death is None:
+        if self._death is None and self._init_error is None:
             error = self._death = ActorDied(f"actor {self._spec.name} {how}.")
             self._instance = None
             self._listener.exited(lambda: Err(error))

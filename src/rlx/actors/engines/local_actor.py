@@ -45,7 +45,7 @@ class LocalActor:
         self._lock = threading.Lock()  # of the outbox, and of the moment after which no call is answered
         self._pending: dict[int, Future[Any]] = {}  # by call id, oldest first
         self._calls = 0
-        self._killed = False
+        self._killed: str | None = None  # how the error of a wanted death describes it
         self._end: Callable[[], Err] | None = None  # what every call gets from that moment on
         self._init_failed = False
         self._how: str | None = None  # how the process ended
@@ -95,11 +95,11 @@ class LocalActor:
         else:
             self._listener.failed(end)
 
-    def kill(self, timeout_s: float) -> None:
+    def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Kill the process and return when it is gone."""
         if self.gone.is_set():
             return
-        self._killed = True
+        self._killed = how
         self._engine.kill(self._number, timeout_s)
         if not self.gone.wait(timeout_s):
             raise CallTimeout(f"actor {self._name} (process {self.pid}) is not gone {timeout_s:g} s after kill().")
@@ -134,13 +134,15 @@ class LocalActor:
         self._drain()
         self._how = how
         if self._killed and "SIGKILL" in how:
-            self._how = "was ended by kill()"
+            self._how = self._killed
         elif self._engine.closing:
             self._how = "was closed with its runtime"
         with self._lock:
             method = self._current_method()
             text = describe(self._name, self.pid, self._how, method, len(self._pending) - 1, self._lines)
-            died = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
+        died = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
+        self._listener.exited(self._end or died)  # first: who hears of the death from a call may call again at once
+        with self._lock:
             self._fail_all(died)
             for fd in self._watched:
                 self._engine.reactor.unregister(fd)
@@ -150,7 +152,6 @@ class LocalActor:
         self._engine.reactor.clear_deadline(self)
         self._engine.forget(self._number)
         self.gone.set()
-        self._listener.exited(self._end or died)
 
     def _write(self, parts: list[pickling.Buffer]) -> None:
         """Write what the socket takes; the reactor writes the rest. Holds the lock."""
