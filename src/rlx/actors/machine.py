@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def cpu_count() -> float:
@@ -62,7 +63,7 @@ def _cpu_quotas() -> Iterator[tuple[str, str]]:
 def _cgroup_values(controller: str, file: str) -> Iterator[str]:
     """Yield the file's content in this process's cgroup and in all above it; version 2 has the controller ""."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
         return  # no Linux
     for line in lines:

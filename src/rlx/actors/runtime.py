@@ -210,7 +210,8 @@ class Runtime:
     def restart(self, actor: ActorHandle) -> None:
         """End the actor now and have it started again, at the cost of one restart; for one that hangs.
 
-        Returns when the old incarnation is gone; `ready()` waits for the next. ValueError if it was spawned without restart=.
+        Returns when the old incarnation is gone; `ready()` waits for the next. ValueError if no
+        `restart` was given for it.
         """
         if actor._actor.supervisor is None:
             raise ValueError(f"actor {actor.name} cannot be restarted; spawn it with restart=Restart().")

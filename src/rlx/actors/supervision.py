@@ -78,9 +78,8 @@ class Supervisor:
         together: bool,
         work: EventThread,
         kill_timeout_s: float,
-        budget: RestartBudget | None = None,
     ) -> None:
-        self._budget = budget or RestartBudget(rule)
+        self._budget = RestartBudget(rule)
         self._members, self._together = list(members), together
         self._work, self._kill_timeout_s = work, kill_timeout_s
         self._handled: dict[ActorLife, int] = {}  # the last incarnation whose end has been dealt with
