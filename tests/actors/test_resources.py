@@ -163,7 +163,10 @@ def test_without_limits_it_is_the_machine(monkeypatch, tmp_path):
     assert machine.memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU")
+HAS_GPU = os.path.exists("/dev/nvidiactl")
+
+
+@pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_a_machine_without_gpus_says_so_when_asked_for_one():
     with (
         actors.runtime("inline") as runtime,
@@ -173,6 +176,7 @@ def test_a_machine_without_gpus_says_so_when_asked_for_one():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="this machine has no GPU")
 def test_the_gpus_of_this_machine_are_counted_and_can_be_hidden(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     names, _ = machine.gpus()

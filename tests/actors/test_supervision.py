@@ -1,17 +1,20 @@
 """Actors that are started again: real kills, and budgets counted by hand."""
 
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 
 import cloudpickle
 import psutil
 import pytest
 
 from rlx import actors
-from rlx.actors import Err, Ok, Restart
+from rlx.actors import Err, Ok, Restart, Stall
+from rlx.actors.monitor import EventThread
 from rlx.actors.supervision import RestartBudget
 from rlx.errors import ActorDied, CallCancelled
 
@@ -304,3 +307,63 @@ def test_close_in_a_back_off_leaves_nothing():
     assert heard(0) == []
     assert {child.pid for child in psutil.Process().children(recursive=True)} == before
     assert threading.active_count() == threads
+
+
+def test_a_call_beyond_max_pending_waits_while_the_actor_restarts(rt):
+    actor = rt.spawn(Clerk, max_pending=2, restart=Restart(backoff_s=30, max_backoff_s=30))
+    with pytest.raises(ActorDied):
+        actor.die.call().result(T)
+    futures = [actor.pid.call() for _ in range(2)]
+    third = threading.Thread(target=lambda: futures.append(actor.pid.call()))
+    third.start()
+    third.join(0.1)
+    assert third.is_alive() and len(futures) == 2
+    assert futures[0].cancel()  # which makes room
+    third.join(T)
+    assert not third.is_alive() and len(futures) == 3
+    rt.kill(actor)
+    assert all(future.done() for future in futures)
+
+
+def test_what_an_ended_actor_was_made_of_is_let_go(rt):
+    made_of = Clerk()
+    alive = weakref.ref(made_of)
+    actor = rt.spawn(Keeper, made_of, restart=QUICK)
+    actor.ready(T)
+    del made_of
+    gc.collect()
+    assert alive() is not None  # it is needed to start it again
+    rt.kill(actor)
+    gc.collect()
+    assert alive() is None
+
+
+class Keeper:
+    def __init__(self, thing):
+        self.thing = thing
+
+
+def test_a_stall_reaches_the_monitor_and_the_log_if_the_actor_does_not_respond(rt, caplog):
+    heard, told = [], threading.Event()
+    actor = rt.spawn(Clerk)
+    rt.monitor(actor, on_stall=lambda who, stall: (heard.append((who, stall)), told.set()))
+    stall = Stall(actor.name, 7, "hang", 5.5, "stopped by a signal", responsive=False)
+    actor._watchers.stalled(stall)
+    assert told.wait(T) and heard == [(actor, stall)]
+    assert f"{actor.name} has been in hang() for 5.5 s: stopped by a signal" in caplog.text
+    rt.kill(actor)
+
+
+def test_an_event_thread_keeps_the_order_of_time_and_drops_what_is_for_later():
+    thread, ran, last = EventThread("test-events"), [], threading.Event()
+    thread.after(0.02, lambda: (ran.append("later"), last.set()))
+    thread.after(60, ran.append, "never")
+    for name in ("first", "second"):
+        thread.post(ran.append, name)
+    assert last.wait(T)
+    thread.post(ran.append, "at the end")
+    start = time.monotonic()
+    thread.close(T)
+    assert ran == ["first", "second", "later", "at the end"] and time.monotonic() - start < 10
+    thread.post(ran.append, "after")
+    assert len(ran) == 4

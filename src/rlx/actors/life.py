@@ -151,9 +151,9 @@ class ActorLife:
         with self._lock:
             if self._end is not None:
                 return
-            self.body, self._body_ended = None, False
+            self.body, self._body_ended, spec = None, False, self._spec
         listener = Listener(self._on_exit, self._watchers.failed, self._watchers.stalled)
-        body = self._engine.spawn(self._spec, listener)
+        body = self._engine.spawn(spec, listener)
         with self._lock:
             self.body = body
             ended, stray = self._body_ended, self._end is not None
@@ -226,6 +226,7 @@ class ActorLife:
             if self._end is not None:
                 return
             self._end, self._open, self._phase = end, None, None
+            self._spec = dataclasses.replace(self._spec, make=object, args=(), kwargs={})  # they may be large
             held, self._held = list(self._held), collections.deque()
             self._changed.notify_all()
             if not self.ready.done():

@@ -168,24 +168,26 @@ class TaskPool:
             self._work.after(IDLE_S, self._reap)
 
     def _reap(self) -> None:
-        """End the workers that have been idle for long."""
+        """End the workers that have been idle for long; look again when the next one will have been."""
         now = time.monotonic()
         with self._lock:
-            names = [name for name, since in self._idle.items() if now - since >= IDLE_S]
-            workers = [self._workers[name] for name in names]
-            for name in names:
+            leaving = [name for name, since in self._idle.items() if now - since >= IDLE_S]
+            workers = [self._workers[name] for name in leaving]
+            for name in leaving:
                 del self._idle[name]
-            next_s = min(self._idle.values(), default=now) + IDLE_S - now
-            self._reaps = len(self._workers) > len(names)
-            again = self._reaps
-        for worker in workers:
-            if worker is not None:
+            oldest = min(self._idle.values(), default=now)
+            self._reaps = len(self._workers) > len(leaving)
+            if self._reaps:
+                self._work.after(oldest + IDLE_S - now, self._reap)
+        try:
+            for worker in workers:
+                assert worker is not None  # only while it is being spawned
                 self._runtime.kill(worker)
-        with self._lock:
-            for name in names:
-                del self._workers[name]
-        if again:
-            self._work.after(next_s, self._reap)
+        finally:
+            with self._lock:
+                for name in leaving:
+                    del self._workers[name]
+            self._dispatch()  # tasks that came meanwhile may have found every place taken
 
     def _cancel(self, task: _Task) -> None:
         with self._lock:

@@ -1,15 +1,18 @@
 """Actors in the caller's own thread: every call is run before it returns, so a debugger sees one stack.
 
-What needs a process is not here: a crash is the program's crash, a timeout cannot cut a method short, `threads` has
-nothing to act on. `strict` sends every message through pickle, so that what would break elsewhere breaks here.
+What needs a process is not here: a crash is the program's crash, a timeout cannot cut a method short, no call overtakes
+another whatever `concurrency` says, none stalls, and `threads` has nothing to act on. `strict` sends every message
+through pickle, so that what would break elsewhere breaks here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from rlx.actors.engines import pickling
@@ -57,6 +60,7 @@ class InlineActor:
         self._listener = listener
         self._lock = threading.RLock()
         self._running: str | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # of its `async def` methods, from the first call on
         self._death: BaseException | None = None
         self._init_error: BaseException | None = None
         self.ready: Future[None] = Future(spec.name, "__init__")
@@ -91,6 +95,7 @@ class InlineActor:
         if self._death is None and self._init_error is None:
             error = self._death = ActorDied(f"actor {self._spec.name} {how}.")
             self._instance = None
+            self._close_loop()
             self._listener.exited(lambda: Err(error))
 
     def state(self) -> ActorState:
@@ -107,6 +112,26 @@ class InlineActor:
             None if error is None else str(error),
         )
 
+    # A stream of items would be made here, beside `post`, when an engine has to have streams; put() and channels
+    # belong to InlineEngine.
+
+    def _run_to_the_end(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Return its result, from a loop of the actor's own that it keeps: what it awaits may outlive the call."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        # The caller may be a coroutine itself. Its loop stands still meanwhile, as its thread does.
+        callers = asyncio._get_running_loop()
+        asyncio._set_running_loop(None)
+        try:
+            return self._loop.run_until_complete(coroutine)
+        finally:
+            coroutine.close()  # unfinished where the loop refused it: the actor was calling itself
+            asyncio._set_running_loop(callers)
+
+    def _close_loop(self) -> None:
+        if self._loop is not None and not self._loop.is_running():
+            self._loop.close()
+
     def _run(self, method: str, function: Callable[..., Any], message: Any, keep_result: bool = False) -> Outcome[Any]:
         where = f"{self._spec.name}.{method}()"
         before, self._running = self._running, method
@@ -114,6 +139,8 @@ class InlineActor:
             args, kwargs = _received(message) if self._strict else message
             with _environment(self._spec.env):
                 result = function(*args, **kwargs)
+                if inspect.iscoroutine(result):
+                    result = self._run_to_the_end(result)
             if self._strict and not keep_result:
                 result = _received(pickling.dumps(result, f"the result of {where}"))
             outcome = Ok(result)
@@ -127,6 +154,8 @@ class InlineActor:
             return Err(error)
         finally:
             self._running = before
+            if self._death is not None:
+                self._close_loop()
         if self._death is not None:
             return Err(ActorDied(f"{self._death} It was running {method}()."))
         return outcome
