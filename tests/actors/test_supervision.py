@@ -172,12 +172,14 @@ def test_sys_exit_is_a_death_like_any_other(rt):
 def test_a_start_that_fails_twice_is_tried_a_third_time_and_the_calls_wait_for_it(rt, tmp_path):
     fails = tmp_path / "fails"
     fails.write_text("2")
-    actor = rt.spawn(Clerk, str(fails), restart=QUICK)
+    actor = rt.spawn(Clerk, str(fails), restart=Restart(max=5, backoff_s=0.01))
     assert actor.note.call(1).result(T) == [1]
     assert actor.incarnation == 2
-    with pytest.raises(ActorDied):  # the failures in a row are forgotten: two more do no harm, for the budget's third
+    fails.write_text("2")  # the failures before are forgotten, so that these are not the third and fourth in a row
+    with pytest.raises(ActorDied):
         actor.die.call().result(T)
     assert actor.note.call(2).result(T) == [2]
+    assert actor.incarnation == 5
     rt.kill(actor)
 
 
@@ -243,6 +245,18 @@ def test_one_for_all_takes_the_others_down_and_says_because_of_whom(rt):
     assert all(isinstance(outcome, Err) for outcome in outcomes)
     with pytest.raises(ActorDied, match=r"actor ring/2 was restarted 3 times within 60 s"):
         members[1].pid.call().result(T)
+
+
+def test_who_hears_of_a_death_and_calls_another_member_reaches_its_next_incarnation(rt):
+    members = [rt.spawn(Clerk) for _ in range(2)]
+    rt.group(members, restart=Restart(max=50, backoff_s=0.001, max_backoff_s=0.001), strategy="one_for_all")
+    for incarnation in range(20):
+        before = members[1].pid.call().result(T)
+        members[0].die.call().exception(T)
+        assert members[1].pid.call().result(T) != before
+        assert members[1].incarnation == incarnation + 1
+    for member in members:
+        rt.kill(member)
 
 
 def test_one_for_one_restarts_the_dead_member_alone(rt):
