@@ -54,6 +54,7 @@ class ActorLife:
         self._open: EngineActor | None = None  # the body, once it takes calls
         self._phase: str | None = "starting"  # as in ActorState; None: as the body says
         self._body_ended = False
+        self._is_doomed = False  # the body lives, and will be ended with its group
         self._retired = False  # the next end is final
         self._is_final = False  # the last end was
         self._death: Answer | None = None  # of the last incarnation
@@ -151,7 +152,7 @@ class ActorLife:
         with self._lock:
             if self._end is not None:
                 return
-            self.body, self._body_ended, spec = None, False, self._spec
+            self.body, self._body_ended, self._is_doomed, spec = None, False, False, self._spec
         listener = Listener(self._on_exit, self._watchers.failed, self._watchers.stalled)
         body = self._engine.spawn(spec, listener)
         with self._lock:
@@ -193,7 +194,7 @@ class ActorLife:
         """Keep calls for the next incarnation from now on."""
         with self._lock:
             if self._end is None and not self._retired:
-                self._open, self._phase = None, "restarting"
+                self._open, self._phase, self._is_doomed = None, "restarting", True
                 if self.ready.done():
                     self.ready = Future(self.name, "__init__")
 
@@ -272,7 +273,7 @@ class ActorLife:
         if not isinstance(body.ready.outcome(), Ok):
             return
         with self._lock:
-            if self.body is not body or self._body_ended or self._end is not None:
+            if self.body is not body or self._is_doomed or self._body_ended or self._end is not None:
                 return
             assert self.supervisor is not None
             self.supervisor.member_ready(self)
