@@ -259,6 +259,20 @@ def test_who_hears_of_a_death_and_calls_another_member_reaches_its_next_incarnat
         rt.kill(member)
 
 
+def test_a_welcome_that_comes_after_the_death_of_another_member_lets_no_call_in(rt):
+    busy = threading.Event()
+    rt._work.post(busy.wait, T)  # the thread that welcomes is late
+    members = [rt.spawn(Clerk) for _ in range(2)]
+    rt.group(members, restart=QUICK, strategy="one_for_all")
+    before = members[1].pid.call().result(T)
+    members[0].die.call().exception(T)
+    after = members[1].pid.call()
+    busy.set()
+    assert after.result(T) != before
+    for member in members:
+        rt.kill(member)
+
+
 def test_one_for_one_restarts_the_dead_member_alone(rt):
     members = [rt.spawn(Clerk) for _ in range(2)]
     group = rt.group(members, restart=QUICK)
