@@ -12,7 +12,8 @@ RlxError
     ├── ActorBusy      it has as many unanswered calls as it may, and finishes none
     ├── CallTimeout    no reply within the deadline; the call goes on           (also a TimeoutError)
     ├── CallCancelled  the call was cancelled before it ran
-    └── ObjectMemoryFull   no shared memory for a message: says who holds how much
+    ├── ObjectMemoryFull   no shared memory for a message: says who holds how much
+    └── Infeasible     it asks for resources that this runtime does not have, whoever ends
 
 A message is one sentence that says what is wrong, the value seen, what is allowed, and what to do.
 An exception raised inside an actor's method arrives as itself, with the remote traceback as a note;
@@ -70,3 +71,7 @@ class CallCancelled(ActorError):
 
 class ObjectMemoryFull(ActorError):
     """There is no shared memory left for a message; the receivers that hold it are in the message."""
+
+
+class Infeasible(ActorError):
+    """It asks for more resources than this runtime has in all; no waiting would help."""

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from rlx import actors
-from rlx.actors import Err, Ok
-from rlx.errors import ActorDied, ActorError, ConfigError, NotSupported, RemoteError
+from rlx.actors import Err, Future, GroupFuture, Ok, Resources, Restart
+from rlx.actors.future import as_completed
+from rlx.errors import ActorDied, ActorError, CallTimeout, ConfigError, Infeasible, NotSupported, RemoteError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
@@ -92,6 +93,24 @@ class Counter:
 
     def variable(self, name):
         return os.environ.get(name)
+
+
+class Waiter:
+    """Its methods are coroutines, and its lock belongs to the loop they run in."""
+
+    def __init__(self):
+        self.lock = asyncio.Lock()
+        self.count = 0
+
+    async def add(self, number):
+        async with self.lock:
+            await asyncio.sleep(0)
+            self.count += number
+        return self.count
+
+    async def refuse(self):
+        await asyncio.sleep(0)
+        raise Refused(7, why="closed")
 
 
 class Broken:
@@ -221,6 +240,92 @@ def test_wait_returns_done_and_pending_in_the_order_given(rt, counter):
         rt.wait(futures, count=6)
 
 
+def test_as_completed_yields_each_future_once_and_names_who_is_late(rt, counter):
+    futures = [counter.add.call(1) for _ in range(5)]
+    assert {id(future) for future in rt.as_completed(futures, timeout_s=T)} == {id(future) for future in futures}
+    assert list(rt.as_completed([])) == []
+    twice = list(rt.as_completed([futures[0], futures[0]]))
+    assert twice == [futures[0], futures[0]]
+    late = Future("nobody", "answers")
+    results = rt.as_completed([late, futures[0]], timeout_s=0.01)
+    assert next(results) is futures[0]
+    with pytest.raises(CallTimeout, match=r"1 of 2 calls have not answered within 0.01 s: nobody.answers\(\)"):
+        next(results)
+
+
+def test_as_completed_yields_in_the_order_of_arrival():
+    futures = [Future("actor", f"number {number}") for number in range(3)]
+    arriving = as_completed(futures, timeout_s=T)
+    futures[2].settle(lambda: Ok(2))
+    assert next(arriving) is futures[2]
+    threading.Timer(0.01, lambda: [futures[1].settle(lambda: Ok(1)), futures[0].settle(lambda: Ok(0))]).start()
+    assert list(arriving) == [futures[1], futures[0]]
+
+
+def test_the_answers_of_a_group_come_with_their_member(rt, counter):
+    ten, broken = rt.spawn(Counter, 10), rt.spawn(Broken, "way")
+    answers = dict(rt.group([counter, ten, broken]).add.call().as_completed(T))
+    assert answers[counter] == Ok(4) and answers[ten] == Ok(11)
+    assert isinstance(answers[broken], Err) and isinstance(answers[broken].error, LookupError)
+    by_name = GroupFuture([counter.add.call(), ten.add.call()]).as_completed(T)
+    assert dict(by_name) == {counter.name: Ok(5), ten.name: Ok(12)}
+
+
+def test_lookup_finds_an_actor_by_name_or_names_the_nearest(rt, counter):
+    assert rt.lookup(counter.name) is counter
+    near = counter.name.replace("counter", "cuonter")
+    with pytest.raises(ActorError, match=rf"there is no actor named '{near}'; the nearest are .*counter/"):
+        rt.lookup(near)
+    with pytest.raises(ActorError, match=r"no actor named 'xyzzy'; there are \d+, see state\(\)"):
+        rt.lookup("xyzzy")
+
+
+def test_a_dead_actor_is_started_again_and_takes_the_calls_that_waited(rt):
+    actor = rt.spawn(Counter, 3, restart=Restart(max=1, backoff_s=0.01))
+    heard, told = [], threading.Event()
+    rt.monitor(
+        actor,
+        on_restart=lambda who, error: heard.append(("restart", str(error))),
+        on_exit=lambda who, error: (heard.append(("exit", str(error))), told.set()),
+    )
+    assert actor.add.call(1).result(T) == 4
+    with pytest.raises(ActorDied, match=r"exit code 3 in leave\(\)"):
+        actor.leave.call(3).result(T)
+    assert [actor.add.call(1).result(T) for _ in range(2)] == [4, 5]
+    actor.ready(T)
+    state = rt.state()[actor.name]
+    assert (actor.incarnation, state.restarts, state.status) == (1, 1, "alive")
+    with pytest.raises(ActorDied, match="exit code 4"):
+        actor.leave.call(4).result(T)
+    with pytest.raises(ActorDied, match="was restarted 1 times within 60 s"):
+        actor.add.call(1).result(T)
+    assert told.wait(T)
+    assert [kind for kind, _ in heard] == ["restart", "exit"] and "exit code 3" in heard[0][1]
+    assert rt.state()[actor.name].status == "dead"
+
+
+def test_an_actor_whose_init_always_raises_is_tried_three_times(rt):
+    actor = rt.spawn(Broken, "such file", restart=Restart(max=10, backoff_s=0.01))
+    with pytest.raises(LookupError, match="no such file") as caught:
+        actor.add.call().result(T)
+    assert "failed 3 times in a row" in "".join(caught.value.__notes__)
+    assert rt.state()[actor.name].status == "failed" and actor.incarnation == 2
+
+
+def test_resources_are_waited_for_in_order(rt):
+    name, options = next(v for k, v in ENGINES.items() if v[0] == ("local" if rt.capabilities else "inline"))
+    with actors.runtime(name, resources=Resources(gpu=1), **options) as other:
+        first = other.spawn(Counter, 0, resources=Resources(gpu=1))
+        second = other.spawn(Counter, 5, resources=Resources(gpu=1))
+        call = second.variable.call("CUDA_VISIBLE_DEVICES")
+        assert first.variable.call("CUDA_VISIBLE_DEVICES").result(T) == "0"
+        assert other.state()[second.name].status == "pending" and not call.done()
+        other.kill(first)
+        assert call.result(T) == "0"
+        with pytest.raises(Infeasible, match="2 GPUs"):
+            other.spawn(Counter, 0, resources=Resources(gpu=2))
+
+
 def test_futures_can_be_awaited_in_any_loop(rt, counter):
     async def main():
         one = await counter.add.call(1)
@@ -339,6 +444,25 @@ def test_a_closed_runtime_refuses_and_its_actors_are_dead(rt):
 def test_an_unknown_engine_is_refused_by_name():
     with pytest.raises(ConfigError, match="engine 'lcoal' is not an actor engine; use 'local' or 'inline'"):
         actors.runtime("lcoal")
+
+
+# What engine "inline" does with coroutines; other engines follow.
+
+in_the_caller = pytest.mark.parametrize("rt", ["inline", "strict"], indirect=True)
+
+
+@in_the_caller
+def test_coroutine_methods_run_to_the_end_in_one_loop_also_below_a_running_one(rt):
+    actor = rt.spawn(Waiter, concurrency=4)
+    assert [actor.add.call(number).result(T) for number in (1, 2)] == [1, 3]
+    with pytest.raises(Refused, match="7"):
+        actor.refuse.call().result(T)
+
+    async def main():
+        return await actor.add.call(4), asyncio.get_running_loop() is not None
+
+    assert asyncio.run(main()) == (7, True)
+    rt.kill(actor)  # and its loop is closed: an open one would warn
 
 
 # Messages: what goes through pickle on the engines that have it.

@@ -137,10 +137,10 @@ def test_answers_sent_before_the_death_are_not_lost(rt):
 
     def hear_of_the_death_first():
         assert wait_gone([pid]) == []
-        victim._actor.die("was killed by SIGKILL")
+        victim._actor.body.die("was killed by SIGKILL")
 
     # In the reader's own thread, so that all the answers are still unread when the news comes.
-    victim._actor._engine.reactor.set_deadline("test", 0.0, hear_of_the_death_first)
+    victim._actor.body._engine.reactor.set_deadline("test", 0.0, hear_of_the_death_first)
     futures = [victim.blob.call(40_000) for _ in range(4)]
     last = victim.die.call(signal.SIGKILL)
     assert isinstance(last.exception(T), ActorDied)

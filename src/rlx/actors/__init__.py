@@ -15,31 +15,72 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlx.actors.channel import Channel, Published, Staleness
+from rlx.actors.context import Context, current
 from rlx.actors.future import Err, Future, GroupFuture, Ok
 from rlx.actors.handle import ActorHandle, Group
-from rlx.actors.interface import ActorState
+from rlx.actors.interface import ActorState, Stall
 from rlx.actors.monitor import EventThread
+from rlx.actors.ref import Ref
+from rlx.actors.resources import Pool, Reservation, Resources
 from rlx.actors.runtime import Runtime
+from rlx.actors.stream import Stream
+from rlx.actors.supervision import Restart
 from rlx.errors import ConfigError
 
-__all__ = ["ActorHandle", "ActorState", "Err", "Future", "Group", "GroupFuture", "Ok", "Runtime", "runtime"]
+__all__ = [
+    "ActorHandle",
+    "ActorState",
+    "Channel",
+    "Context",
+    "Err",
+    "Future",
+    "Group",
+    "GroupFuture",
+    "Ok",
+    "Published",
+    "Ref",
+    "Reservation",
+    "Resources",
+    "Restart",
+    "Runtime",
+    "Staleness",
+    "Stall",
+    "Stream",
+    "current",
+    "runtime",
+]
 
 
-def runtime(engine: str = "local", *, system_timeout_s: float = 30.0, **options: Any) -> Runtime:
+def runtime(
+    engine: str = "local",
+    *,
+    system_timeout_s: float = 30.0,
+    resources: Resources | None = None,
+    pending_timeout_s: float | None = None,
+    max_actors: int = 1000,
+    **options: Any,
+) -> Runtime:
     """Return a running runtime; close it, or use it in a `with` block.
 
     engine: "local" gives every actor a process; its option is `preload=("numpy", "torch")`, the modules that are
     imported once and shared by all actors. "inline" runs actors in the caller's thread, for debugging; its option
     `strict=True` pickles every message, which shows what would not survive the way to another process.
     system_timeout_s bounds what the runtime itself waits for (a start, a kill, a close), never a method.
+    resources: what actors may ask for in all; what is 0 is as the machine, its cgroup and CUDA_VISIBLE_DEVICES have it.
+    pending_timeout_s: how long an actor or a reservation may wait for resources; None is without end, with a warning.
+    max_actors: how many may live at once.
     """
-    events = EventThread()
+    if engine not in ("inline", "local"):
+        raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local' or 'inline'.")
+    pool = Pool.of_this_machine(resources) if resources is not None else None
+    events = EventThread("rlx-actor-events")
     if engine == "inline":
         from rlx.actors.engines.inline import InlineEngine
 
-        return Runtime(InlineEngine(**options), events, system_timeout_s)
-    if engine == "local":
+        opened = InlineEngine(**options)
+    else:
         from rlx.actors.engines.local import LocalEngine
 
-        return Runtime(LocalEngine(events, system_timeout_s, **options), events, system_timeout_s)
-    raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local' or 'inline'.")
+        opened = LocalEngine(events, system_timeout_s, **options)
+    return Runtime(opened, events, system_timeout_s, pool, pending_timeout_s, max_actors)

@@ -12,6 +12,7 @@ import pickle
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from rlx.actors.engines.channel_memory import (
 )
 from rlx.actors.engines.publisher import Publisher, checked
 from rlx.actors.engines.shared_memory import Borrowed, SharedMemory, Span, cut
-from rlx.errors import ActorError
+from rlx.errors import ActorError, NotSupported
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,15 @@ class Channel:
         """Close the descriptor. What was read stays."""
         self._memory.memory.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickling.met_channels.get()[self.name] = self
+        except LookupError:
+            raise NotSupported(
+                f"channel {self.name!r} can be sent to an actor only, as an argument, and not come back as a result."
+            ) from None
+        return arrive, (self.name,)
+
     def _take(self, row: memoryview, place: int) -> Published | None:
         """Return the version at `place`; None if it ceased to be the newest before it was claimed."""
         # The first cell is kept for a moment: when all others are taken, the version is copied under its protection.
@@ -195,6 +205,26 @@ class Channel:
         raise ActorError(f"channel {self.name!r} has {self._memory.row_count} readers, its maximum; raise max_readers.")
 
 
+receive_descriptor: Callable[[], tuple[dict[str, Any], int]] | None = None
+"""Set in an actor: the next channel that its driver has given it, and its descriptor."""
+_arrived: dict[str, Channel] = {}
+"""In an actor: by name, its ends of channels."""
+
+
+_inline: weakref.WeakValueDictionary[int, InlineChannel] = weakref.WeakValueDictionary()
+"""By id: what a strict engine's pickles refer to."""
+
+
+def arrive(name: str) -> Channel:
+    """Return this process' end of a channel that has come in a message."""
+    while name not in _arrived:
+        if receive_descriptor is None:
+            raise ActorError(f"channel {name!r} has come to a process that is no actor.")
+        label, fd = receive_descriptor()
+        _arrived[label["channel"]] = Channel.attach(label["channel"], fd, label["row"])
+    return _arrived[name]
+
+
 class InlineChannel:
     """The same for actors in one process: nothing is shared with another, so nothing has to be claimed."""
 
@@ -202,6 +232,7 @@ class InlineChannel:
         """`strict` sends values through pickle, so that what could not be sent elsewhere cannot be sent here."""
         self.name = name
         self._strict = strict
+        _inline[id(self)] = self
         self._count = self._taken = 0
         self._taken_at = 0.0
         self._newest: Published | None = None
@@ -231,9 +262,16 @@ class InlineChannel:
         seconds = time.monotonic() - self._taken_at
         return {"this process": Staleness(self._last.version, self._count - self._taken, seconds)}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find_inline, (id(self),)
+
     def close(self) -> None:
         """Let go of the newest version."""
         self._newest = self._last = None
+
+
+def _find_inline(identity: int) -> InlineChannel:
+    return _inline[identity]
 
 
 def _copy(base: np.ndarray, spans: list[Span]) -> list[memoryview]:

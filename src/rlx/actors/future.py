@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from rlx.errors import ActorDied, CallTimeout
@@ -135,8 +136,9 @@ class Future(Generic[T]):
 class GroupFuture(Generic[T]):
     """The answers of a group's members, in the order of the members."""
 
-    def __init__(self, futures: Sequence[Future[T]]) -> None:
+    def __init__(self, futures: Sequence[Future[T]], members: Sequence[Any] | None = None) -> None:
         self.futures = list(futures)
+        self._members = [future.actor for future in self.futures] if members is None else list(members)
 
     def result(self, timeout_s: float | None = None) -> list[Outcome[T]]:
         """Return one Ok or Err per member; who is late after `timeout_s` (for all together) is Err(CallTimeout)."""
@@ -157,6 +159,15 @@ class GroupFuture(Generic[T]):
             error.add_note(f"{method}() failed in {len(failed)} of {len(outcomes)} actors: {', '.join(failed)}")
             raise error
         return [outcome.value for outcome in outcomes if isinstance(outcome, Ok)]
+
+    def as_completed(self, timeout_s: float | None = None) -> Iterator[tuple[Any, Outcome[T]]]:
+        """Yield (member, outcome) as the answers arrive: its handle, or its name where no group made the call.
+
+        CallTimeout is raised when `timeout_s`, for all together, is over.
+        """
+        members = dict(zip(map(id, self.futures), self._members, strict=True))
+        for future in as_completed(self.futures, timeout_s):
+            yield members[id(future)], future.outcome()
 
     def done(self) -> bool:
         """True once every member has answered."""
@@ -180,6 +191,30 @@ def wait(
     return [f for f, d in zip(futures, done, strict=True) if d], [
         f for f, d in zip(futures, done, strict=True) if not d
     ]
+
+
+def as_completed(futures: Iterable[Future[T]], timeout_s: float | None = None) -> Iterator[Future[T]]:
+    """Yield the futures in the order in which they are done; CallTimeout naming the late once `timeout_s` is over."""
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    late = dict(enumerate(futures))
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    callbacks = {number: partial(arrived.put, number) for number in late}
+    for number, future in late.items():
+        future.when_done(callbacks[number])
+    try:
+        while late:
+            try:
+                number = arrived.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                names = ", ".join(f"{future.actor}.{future.method}()" for future in late.values())
+                raise CallTimeout(
+                    f"{len(late)} of {len(callbacks)} calls have not answered within {timeout_s:g} s: {names}; "
+                    f"they go on: wait for them again, or kill() their actors."
+                ) from None
+            yield late.pop(number)
+    finally:
+        for number, future in late.items():
+            future.forget(callbacks[number])
 
 
 def _wait(futures: Sequence[Future[Any]], count: int, timeout_s: float | None) -> bool:
@@ -207,7 +242,7 @@ def _wait(futures: Sequence[Future[Any]], count: int, timeout_s: float | None) -
             if len(missing) <= spare and gate.locked():
                 gate.release()
 
-    arrivals = [functools.partial(arrive, index) for index in range(len(late))]
+    arrivals = [partial(arrive, index) for index in range(len(late))]
     for future, arrival in zip(late, arrivals, strict=True):
         future.when_done(arrival)
     try:

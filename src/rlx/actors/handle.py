@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlx.actors.future import Answer, Err, Future, GroupFuture
-from rlx.actors.interface import Engine, EngineActor, Listener, Stall
-from rlx.actors.monitor import logger
-from rlx.errors import NotSupported
+from rlx.actors.future import Future, GroupFuture
+from rlx.actors.interface import Engine
+from rlx.actors.life import ActorLife
+from rlx.actors.monitor import Watchers
+from rlx.actors.stream import Stream
+from rlx.errors import CallTimeout, NotSupported
 
 if TYPE_CHECKING:
     from rlx.actors.runtime import Runtime
-
-OnExit = Callable[["ActorHandle", BaseException], None]
 
 
 class ActorHandle:
     """An actor, from outside: `handle.method.call(...)` and `handle.method.send(...)`."""
 
-    _actor: EngineActor
+    _actor: ActorLife
+    _watchers: Watchers[ActorHandle]
 
     def __init__(self, runtime: Runtime, name: str) -> None:
         self.name = name
         self._runtime = runtime
-        self._lock = threading.Lock()
-        self._on_exit: list[OnExit] = []
-        self._on_failure: list[OnExit] = []
-        self._exit: Answer | None = None
+
+    @property
+    def incarnation(self) -> int:
+        """How often the actor was started again: 0 is the first."""
+        return self._actor.incarnation
 
     def ready(self, timeout_s: float | None = None) -> None:
-        """Return when the actor's __init__ has returned; raise what it raised. The default is the system timeout."""
-        self._actor.ready.result(self._runtime.system_timeout_s if timeout_s is None else timeout_s)
+        """Return when the __init__ of the present incarnation has returned; raise what it raised.
+
+        The default is the system timeout. An actor that waits for resources is late and says for what.
+        """
+        timeout_s = self._runtime.system_timeout_s if timeout_s is None else timeout_s
+        try:
+            self._actor.ready.result(timeout_s)
+        except CallTimeout as error:
+            waiting = self._actor.state().waiting
+            if waiting is None:
+                raise
+            raise CallTimeout(f"actor {self.name} is not ready after {timeout_s:g} s: it {waiting}.") from error
 
     def __getattr__(self, method: str) -> Method:
         if method.startswith("_"):
@@ -44,48 +55,6 @@ class ActorHandle:
 
     def __repr__(self) -> str:
         return f"<ActorHandle {self.name}>"
-
-    def _watch(self, on_exit: OnExit | None, on_failure: OnExit | None) -> None:
-        with self._lock:
-            if on_failure is not None:
-                self._on_failure.append(on_failure)
-            if on_exit is not None and self._exit is None:
-                self._on_exit.append(on_exit)
-                on_exit = None
-        if on_exit is not None and self._exit is not None:
-            self._runtime._events.post(self._tell, [on_exit], self._exit)
-
-    def _listener(self) -> Listener:
-        return Listener(self._note_exit, self._note_failure, self._note_stall)
-
-    def _note_stall(self, stall: Stall) -> None:
-        pass
-
-    def _note_exit(self, why: Answer) -> None:
-        """Called by the engine, once, when the actor has ended."""
-        with self._lock:
-            self._exit, callbacks = why, self._on_exit
-        if callbacks and not self._runtime._closed:
-            self._runtime._events.post(self._tell, callbacks, why)
-
-    def _note_failure(self, why: Answer) -> None:
-        """Called by the engine when a one-way call has failed."""
-        self._runtime._events.post(self._tell_failure, why)
-
-    def _tell_failure(self, why: Answer) -> None:
-        outcome = why()
-        assert isinstance(outcome, Err)
-        logger.error("a one-way call to %s failed", self.name, exc_info=outcome.error)
-        self._tell(self._on_failure, lambda: outcome)
-
-    def _tell(self, callbacks: list[OnExit], why: Answer) -> None:
-        outcome = why()
-        assert isinstance(outcome, Err)
-        for callback in callbacks:
-            try:
-                callback(self, outcome.error)
-            except Exception:
-                logger.exception("a monitor callback of %s failed", self.name)
 
 
 class Method:
@@ -99,6 +68,13 @@ class Method:
         """Run the method in the actor; return its future at once. TypeError if an argument cannot be sent."""
         message = self._handle._runtime._engine.pack(args, kwargs)
         return _call(self._handle, self._name, message)
+
+    def stream(self, *args: Any, credits: int = 8, **kwargs: Any) -> Stream[Any]:
+        """Run a generator method in the actor; return its items as they come, `credits` ahead at most."""
+        message = self._handle._runtime._engine.pack(args, kwargs)
+        stream: Stream[Any] = Stream(self._handle.name, self._name, credits)
+        self._handle._actor.stream(self._name, message, stream)
+        return stream
 
     def send(self, *args: Any, **kwargs: Any) -> None:
         """Run the method in the actor without an answer; what it raises reaches the monitor and the log."""
@@ -132,7 +108,8 @@ class GroupMethod:
     def call(self, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Run the method in every member with the same arguments, which are pickled once."""
         message = self._group._engine.pack(args, kwargs)
-        return GroupFuture([_call(actor, self._name, message) for actor in self._group.actors])
+        actors = self._group.actors
+        return GroupFuture([_call(actor, self._name, message) for actor in actors], actors)
 
     def map(self, *arguments: Iterable[Any]) -> GroupFuture[Any]:
         """Like the builtin: member i runs the method with the i-th item of each iterable as its arguments."""
@@ -140,8 +117,9 @@ class GroupMethod:
         if len(rows) != len(self._group):
             raise ValueError(f"map() got {len(rows)} arguments for {len(self._group)} members; give one to each.")
         messages = [self._group._engine.pack(row, {}) for row in rows]  # all, before any is sent
-        actors = zip(self._group.actors, messages, strict=True)
-        return GroupFuture([_call(actor, self._name, message) for actor, message in actors])
+        actors = self._group.actors
+        pairs = zip(actors, messages, strict=True)
+        return GroupFuture([_call(actor, self._name, message) for actor, message in pairs], actors)
 
     def send(self, *args: Any, **kwargs: Any) -> None:
         """Run the method in every member without an answer."""

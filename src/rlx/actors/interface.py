@@ -6,8 +6,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlx.actors.channel import Channel, InlineChannel
 from rlx.actors.future import Answer, Future
+from rlx.actors.ref import Ref
 from rlx.actors.stream import Stream
+
+AnyChannel = Channel | InlineChannel
+
+
+class Slot(Protocol):
+    """One actor on the board that `rlx ps` and its kin read."""
+
+    serial: int
+
+    def sent(self) -> None:
+        """Note one more call."""
+        ...
+
+    def update(self, **news: Any) -> None:
+        """Note status, pid, restarts, sent, resources, waiting, error: any of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,8 @@ class ActorSpec:
     """Unanswered calls at which the next one waits."""
     stall_after_s: float = 5.0
     """Seconds that one call may run before `Listener.stalled` is told."""
+    slot: Slot | None = None
+    """Where the engine notes process and calls."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,8 @@ class Stall:
     running_s: float
     reason: str
     """In words: stopped by a signal, busy on the CPU, sleeping or waiting, waiting for the disk ..."""
+    stopped: bool
+    """Whether the process cannot run at all, stopped or stuck in the kernel; else the method may be merely long."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +68,8 @@ class Listener:
     """Whom an engine tells what happens to one actor. Called from the engine's own thread: must return at once."""
 
     exited: Callable[[Answer], None]
-    """Once, with why it ended."""
+    """Once, with why it ended. Told before the calls that are left fail, so that who hears of a death from a call, and
+    calls again, finds the actor restarting."""
     failed: Callable[[Answer], None]
     """With the error of each one-way call that failed."""
     stalled: Callable[[Stall], None]
@@ -59,15 +82,22 @@ class ActorState:
 
     name: str
     status: str
-    """starting (also while __init__ runs), alive, failed (__init__ raised), or dead."""
+    """pending (waits for resources), starting (also while __init__ runs), alive, restarting (from its death until the
+    next __init__ has returned), failed (__init__ raised), or dead."""
     pid: int | None
     """The process it runs in; None until that is known."""
     pending: int
-    """Calls that have no answer yet."""
+    """Calls that have no answer yet, also those that wait until it is started."""
     method: str | None
     """The method that runs, or is the next to run; None when idle."""
     error: str | None
-    """Why it ended; None while it lives."""
+    """Why it ended, or had to be restarted; None while it lives."""
+    restarts: int = 0
+    """How often it was started again."""
+    waiting: str | None = None
+    """What it waits for while pending, and who holds that; None otherwise."""
+    resources: str = ""
+    """What it asked for, in words."""
 
 
 class EngineActor(Protocol):
@@ -86,8 +116,8 @@ class EngineActor(Protocol):
         """Like `post`, for a method whose items the stream takes one by one."""
         ...
 
-    def kill(self, timeout_s: float) -> None:
-        """End the actor and return when it is gone; CallTimeout otherwise."""
+    def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
+        """End the actor and return when it is gone; CallTimeout otherwise. Its error says `how` it ended."""
         ...
 
     def state(self) -> ActorState:
@@ -103,6 +133,18 @@ class Engine(Protocol):
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments as a message that can go to any number of actors; TypeError if they cannot go."""
+        ...
+
+    def put(self, value: Any) -> Ref:
+        """Keep the value where all actors can read it."""
+        ...
+
+    def channel(self, name: str) -> AnyChannel:
+        """Return the channel of that name, new at the first call."""
+        ...
+
+    def slot(self, name: str) -> Slot:
+        """Return where to note, for who looks from outside, what becomes of a new actor."""
         ...
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> EngineActor:

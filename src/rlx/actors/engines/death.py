@@ -43,13 +43,13 @@ def describe_exit(exitcode: int) -> str:
         return f"was killed by signal {-exitcode}"
 
 
-def activity(pid: int) -> str:
-    """Return what the kernel says that the process does."""
+def activity(pid: int) -> tuple[str, bool]:
+    """Return what the kernel says that the process does, and whether it cannot run."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
-        return "gone"
-    return _STATES.get(state, f"in state {state}")
+        return "gone", True
+    return _STATES.get(state, f"in state {state}"), state in "TtD"
 
 
 def count_oom_kills() -> int:

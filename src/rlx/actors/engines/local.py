@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from rlx.actors.board import Board, RuntimeFolder
+from rlx.actors.channel import Channel
 from rlx.actors.engines import pickling
 from rlx.actors.engines.death import count_oom_kills, describe_exit
 from rlx.actors.engines.forkserver import MAX_MESSAGE
 from rlx.actors.engines.local_actor import LocalActor
 from rlx.actors.engines.memory import DriverMemory, Parcel, default_object_memory
 from rlx.actors.engines.reactor import Reactor
-from rlx.actors.interface import ActorSpec, Listener
+from rlx.actors.interface import ActorSpec, Listener, Slot
 from rlx.actors.logs import Damper, LogFolder, LogFollower
 from rlx.actors.monitor import EventThread
 from rlx.actors.ref import Ref
@@ -69,6 +70,7 @@ class LocalEngine:
         self._folder = RuntimeFolder.create(log_folder)
         self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
         self._follower = LogFollower(self.logs, Damper(self.logs, lambda text: events.post(_print_to_stderr, text)))
+        self._channels: dict[str, Channel] = {}
         self._start_forkserver(preload)
         self.reactor = Reactor()
         self.reactor.register(self._control.fileno(), self._on_control)
@@ -83,6 +85,17 @@ class LocalEngine:
     def put(self, value: Any) -> Ref:
         """Copy the value into shared memory, once, for any number of actors."""
         return self.memory.put(pickling.dumps(value, "the value"))
+
+    def channel(self, name: str) -> Channel:
+        """Return the channel of that name; its versions share the memory of one process."""
+        with self._lock:
+            if name not in self._channels:
+                self._channels[name] = Channel.create(name, self.memory.limit_bytes)
+            return self._channels[name]
+
+    def slot(self, name: str) -> Slot:
+        """Return a new line of the board."""
+        return self.board.add(name)
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> LocalActor:
         """Ask the forkserver for a process, and put its first frame into its socket."""
@@ -142,6 +155,8 @@ class LocalEngine:
         self.board.close()
         self._folder.remove()
         self.memory.close()
+        for channel in self._channels.values():
+            channel.close()
 
     def kill(self, number: int, timeout_s: float) -> None:
         """Have the forkserver kill the actor: only a parent knows that the process id is still the actor's."""

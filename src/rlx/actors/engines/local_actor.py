@@ -7,10 +7,11 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rlx.actors.channel import Channel
 from rlx.actors.engines import descriptors, pickling, wire
 from rlx.actors.engines.death import activity, describe
 from rlx.actors.engines.link import Link
@@ -31,7 +32,8 @@ class LocalActor:
     """The driver's end of an actor: the EngineActor methods are for callers, the others for the reactor's thread."""
 
     def __init__(self, engine: LocalEngine, number: int, spec: ActorSpec, listener: Listener) -> None:
-        self._engine, self._number, self._spec, self._name = engine, number, spec, spec.name
+        self._engine, self._number, self._name = engine, number, spec.name
+        self._max_pending, self._stall_after_s = spec.max_pending, spec.stall_after_s
         self._listener = listener
         self.pid: int | None = None
         self.ready: Future[None] = Future(spec.name, "__init__")
@@ -39,7 +41,7 @@ class LocalActor:
         self._lock = threading.Lock()  # of the order of frames, and of the moment after which no call is answered
         self._pending: dict[int, Future[Any] | _OpenStream] = {}  # by call id, oldest first
         self._calls = 0
-        self._killed = False
+        self._killed: str | None = None  # how the error of a wanted death describes it
         self._end: Callable[[], Err] | None = None  # what every call gets from that moment on
         self._init_failed = False
         self._how: str | None = None  # how the process ended
@@ -48,7 +50,9 @@ class LocalActor:
         self._link = Link(engine.reactor, self._take, self._lose_link)
         self._descriptors, self._descriptors_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._memory = engine.memory.link(spec.name)
-        self.slot = engine.board.add(spec.name)
+        self.slot = spec.slot or engine.slot(spec.name)
+        self.slot.update(pid=0, sent=0)  # of this process
+        self._rows: dict[str, tuple[Channel, int]] = {}  # by name: the channels it can read
         self._log = engine.logs.open(spec.name)
 
     def start(self, settings: str, parcel: Parcel, patience_s: float) -> list[int]:
@@ -57,6 +61,7 @@ class LocalActor:
         self._link.open()
         self.ready.lead = self._link.lead
         self.slot.sent()  # for __init__
+        self._hand_over(parcel.channels)
         self._link.write(wire.encode(wire.SPAWN, 0, settings, parcel.message, self._memory.lend(parcel)))
         return [self._link.far_end.fileno(), self._descriptors_end.fileno(), *self._memory.fds, self._log]
 
@@ -79,6 +84,7 @@ class LocalActor:
             end = self._end
             if end is None:
                 call_id = self._next_call()
+                self._hand_over(message.channels)
                 if future is not None:
                     self._pending[call_id] = future
                     future.lead = self._link.lead
@@ -99,6 +105,7 @@ class LocalActor:
             end = self._end
             if end is None:
                 call_id = self._next_call()
+                self._hand_over(message.channels)
                 self._pending[call_id] = _OpenStream(method, weakref.ref(stream))
                 stream.grant, stream.cancel = partial(self._grant, call_id), partial(self._cancel, call_id)
                 text = f"{stream.credits} {method}"
@@ -106,15 +113,11 @@ class LocalActor:
                 return
         stream.finish(end)
 
-    def hand_over(self, label: dict[str, Any], fd: int) -> None:
-        """Give the actor a file descriptor; it takes it when what it belongs to arrives."""
-        descriptors.send(self._descriptors, label, fd)
-
-    def kill(self, timeout_s: float) -> None:
+    def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Kill the process and return when it is gone."""
         if self.gone.is_set():
             return
-        self._killed = True
+        self._killed = how
         self._engine.kill(self._number, timeout_s)
         if not self.gone.wait(timeout_s):
             raise CallTimeout(f"actor {self._name} (pid {self.pid}) is not gone {timeout_s:g} s after kill().")
@@ -147,14 +150,14 @@ class LocalActor:
         """Tell the listener if one call has run for long; it is told once."""
         with self._lock:
             running_s = now - self._progress
-            if self._end is not None or running_s < self._spec.stall_after_s or self.pid is None:
+            if self._end is not None or running_s < self._stall_after_s or self.pid is None:
                 return
             call_id = next(iter(self._pending), None) if self.ready.done() else 0
             if call_id is None or (call_id == self._stalled_call and self._stalled_call):
                 return
             method = self._current_method() or "__init__"
             self._stalled_call, self._progress = call_id, self._progress if call_id else now
-        self._listener.stalled(Stall(self._name, self.pid, method, running_s, activity(self.pid)))
+        self._listener.stalled(Stall(self._name, self.pid, method, running_s, *activity(self.pid)))
 
     def die(self, how: str) -> None:
         """The process has ended: give out what it still sent, then fail every call that is left."""
@@ -162,7 +165,7 @@ class LocalActor:
             return
         self._how = how
         if self._killed and "SIGKILL" in how:
-            self._how = "was ended by kill()"
+            self._how = self._killed
         elif self._engine.closing:
             self._how = "was closed with its runtime"
         self._engine.reactor.clear_deadline(self)
@@ -175,18 +178,20 @@ class LocalActor:
             method = self._current_method()
             oom = self._engine.new_oom_kills() if "SIGKILL" in self._how else 0
             text = describe(self._name, self.pid, self._how, method, len(self._pending) - 1, oom, tail)
-            died = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
+        died = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
+        self._listener.exited(self._end or died)  # first: who hears of the death from a call may call again at once
+        with self._lock:
             self._fail_all(died)
         self._link.close()
         self._descriptors.close()
         self._memory.drop()
-        self.slot.update(status="failed" if self._init_failed else "dead", error=self._how)
+        for channel, row in self._rows.values():
+            channel.remove_reader(row)
         self.gone.set()
-        self._listener.exited(self._end or died)
 
     def _wait_for_room(self) -> None:
         """Wait while the actor has too many unanswered calls, or leaves too much unread."""
-        timeout_s, limit = self._engine.system_timeout_s, self._spec.max_pending
+        timeout_s, limit = self._engine.system_timeout_s, self._max_pending
         deadline = time.monotonic() + timeout_s
         while len(self._pending) >= limit:
             with self._lock:
@@ -209,6 +214,14 @@ class LocalActor:
             self._progress = time.monotonic()
         self.slot.sent()
         return self._calls
+
+    def _hand_over(self, channels: Sequence[Channel]) -> None:
+        """Give the actor the descriptors of channels that are new to it; it takes them when it unpickles one."""
+        for channel in channels:
+            if channel.name not in self._rows:
+                row = channel.add_reader(self._name)
+                self._rows[channel.name] = channel, row
+                descriptors.send(self._descriptors, {"channel": channel.name, "row": row}, channel.fd)
 
     def _cancel(self, call_id: int) -> None:
         self._tell(wire.CANCEL, call_id, "")
@@ -235,7 +248,6 @@ class LocalActor:
         kind, call_id, text = frame.kind, frame.call_id, frame.text
         self._progress = time.monotonic()
         if kind == wire.READY:
-            self.slot.update(status="alive")
             self.ready.settle(lambda: Ok(None))
             return
         message = frame.open(self._memory.borrow)

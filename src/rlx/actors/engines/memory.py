@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
+from functools import partial
 from typing import Any
 
+from rlx.actors import channel, machine
 from rlx.actors.engines import descriptors
 from rlx.actors.engines.arena import Arena, Block, Span
 from rlx.actors.engines.leases import Lender, actor_ends, driver_ends, driver_memory, link_memory
@@ -15,6 +16,7 @@ from rlx.actors.engines.shared_memory import SharedMemory
 from rlx.actors.engines.wire import Lent
 from rlx.actors.ref import Ref
 
+DESCRIPTOR_TIMEOUT_S = 30.0  # it was sent before the frame that needs it
 SHARED_BYTES = (
     64 * 1024
 )  # a message with less in its buffers goes through the socket: two copies cost less than a lease
@@ -58,7 +60,7 @@ class Parcel:
 
 def default_object_memory() -> int:
     """Return how many bytes a process may lend at a time where nobody has set it: three tenths of the memory."""
-    return int(0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return int(0.3 * machine.memory_bytes())
 
 
 def _place(arena: Arena, buffers: list[Buffer] | Any) -> list[tuple[Block, Span] | None]:
@@ -132,8 +134,7 @@ class ActorMemory:
         own, driver = SharedMemory(own_fd), SharedMemory(driver_fd)
         self._arena, self._lender, self._borrower = actor_ends(own, driver, limit_bytes)
         driver.close()
-        self._later = later
-        self._channels: dict[int, Any] = {}
+        channel.receive_descriptor = partial(descriptors.receive, later, DESCRIPTOR_TIMEOUT_S)
 
     def lend(self, message: Message) -> tuple[Message, list[Lent | None] | None]:
         """Return the message as it travels, and the places of its buffers."""
@@ -143,7 +144,3 @@ class ActorMemory:
     def borrow(self, lease: int, spans: Any) -> list[memoryview]:
         """Return views of what the driver has lent."""
         return self._borrower.borrow(lease, spans)
-
-    def receive_descriptor(self, timeout_s: float) -> tuple[dict[str, Any], int]:
-        """Return the next descriptor that the driver has sent."""
-        return descriptors.receive(self._later, timeout_s)

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import cloudpickle
@@ -27,6 +28,8 @@ Message = tuple[Buffer, Sequence[Buffer]]
 
 EMPTY: Message = (b"", ())
 OUT_OF_BAND_BYTES = 16 * 1024  # below, one more copy is cheaper than one more part; it may be written to
+met_channels: ContextVar[dict[str, Any]] = ContextVar("rlx_met_channels")
+"""By name: the channels among what is being pickled, where it can take them along."""
 MAX_TEXT = 20_000  # characters of a traceback that travel
 
 
@@ -41,8 +44,12 @@ def dumps(value: Any, what: str) -> Message:
 
 
 def dumps_with_channels(value: Any, what: str) -> tuple[Message, tuple[Any, ...]]:
-    """Like `dumps`; also return the channels that were met."""
-    return dumps(value, what), ()
+    """Like `dumps`, for what goes to an actor; also return the channels that it will have to be given."""
+    token = met_channels.set({})
+    try:
+        return dumps(value, what), tuple(met_channels.get().values())
+    finally:
+        met_channels.reset(token)
 
 
 def loads(message: Message) -> Any:

@@ -1,0 +1,325 @@
+"""What actors ask for, who holds what, and who waits: a ledger, first come first served."""
+
+from __future__ import annotations
+
+import collections
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from rlx.actors import machine
+from rlx.actors.monitor import logger
+from rlx.errors import ActorError, CallTimeout, Infeasible
+
+WAIT_WARNING_S = 5.0  # until the log says what somebody waits for
+EPSILON = 1e-9  # so that three thirds of a GPU are one
+Amounts = dict[str, float]
+Devices = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an actor asks for, or what a runtime has. The ledger counts; it does not fence anybody in.
+
+    An actor that asks for GPUs sees its own and no others: the runtime sets CUDA_VISIBLE_DEVICES for it.
+    """
+
+    cpu: float = 0
+    gpu: float = 0
+    """A fraction up to 1 of a device that is shared, or a whole number of devices to itself."""
+    memory: int = 0
+    """Bytes."""
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """Anything else that is scarce: {"license": 1}."""
+
+    def __post_init__(self) -> None:
+        for name, amount in self.amounts().items():
+            if not (isinstance(amount, int | float) and math.isfinite(amount) and amount >= 0):
+                raise ValueError(f"Resources: {name}={amount!r} must be a number of at least 0.")
+        if self.gpu > 1 and self.gpu != int(self.gpu):
+            raise ValueError(f"Resources: gpu={self.gpu} must be a fraction up to 1 or a whole number.")
+        if names := self.custom.keys() & {"cpu", "gpu", "memory"}:
+            raise ValueError(f"Resources: custom={dict(self.custom)} names {min(names)!r}; that is a field of its own.")
+
+    def amounts(self) -> Amounts:
+        """Return everything by name."""
+        return {"cpu": self.cpu, "gpu": self.gpu, "memory": self.memory, **self.custom}
+
+    def __bool__(self) -> bool:
+        return any(self.amounts().values())
+
+    def __str__(self) -> str:
+        return ", ".join(_amount(name, amount) for name, amount in self.amounts().items() if amount) or "nothing"
+
+
+class Pool:
+    """What can be given out. Claims are granted in order, so a large one waits for its turn and not for ever."""
+
+    def __init__(self, name: str, total: Resources, devices: Mapping[str, float], no_gpu: str = "") -> None:
+        self.name = name
+        self.total = total
+        self._no_gpu = no_gpu
+        self._devices = dict(devices)
+        self._free, self._free_devices = total.amounts(), dict(devices)
+        self._lock = threading.Lock()
+        self._holding: list[Claim] = []
+        self._waiting: collections.deque[Claim] = collections.deque()
+        self._closed: str | None = None
+
+    @classmethod
+    def of_this_machine(cls, given: Resources) -> Pool:
+        """Return what the machine has; what `given` says goes first."""
+        no_gpu = ""
+        if given.gpu:
+            visible = machine.visible_gpus()
+            names = [str(index) for index in range(int(given.gpu))] if visible is None else visible
+            if len(names) < given.gpu or given.gpu != int(given.gpu):
+                raise ValueError(f"the runtime cannot have gpu={given.gpu}: CUDA_VISIBLE_DEVICES lists {names}.")
+            names = names[: int(given.gpu)]
+        else:
+            names, no_gpu = machine.gpus()
+        total = Resources(
+            given.cpu or machine.cpu_count(), len(names), given.memory or machine.memory_bytes(), given.custom
+        )
+        return cls("this runtime", total, dict.fromkeys(names, 1.0), no_gpu)
+
+    def claim(self, holder: str, wants: Sequence[Resources]) -> Claim:
+        """Return a claim to all of `wants` or nothing, granted or waiting; Infeasible if that can never be."""
+        claim = Claim(self, holder, wants)
+        with self._lock:
+            if self._closed is not None:
+                raise ActorError(f"{holder} cannot have {claim}: {self._closed}.")
+            if _place(self.total.amounts(), self._devices, wants) is None:
+                raise Infeasible(f"{holder} asks for {claim}, {self._shortage(wants)}.")
+            self._waiting.append(claim)
+        self.grant_waiting()
+        return claim
+
+    def grant_waiting(self) -> None:
+        """Grant what has become possible."""
+        granted: list[Claim] = []
+        with self._lock:
+            while self._waiting:
+                placed = _place(self._free, self._free_devices, self._waiting[0].wants)
+                if placed is None:
+                    break
+                claim = self._waiting.popleft()
+                claim.devices = placed
+                self._book(claim, -1)
+                self._holding.append(claim)
+                granted.append(claim)
+        for claim in granted:
+            claim.decide(None)
+
+    def give_back(self, claim: Claim) -> None:
+        """Take back what the claim holds, or its wish."""
+        with self._lock:
+            if claim in self._waiting:
+                self._waiting.remove(claim)
+            elif claim in self._holding:
+                self._holding.remove(claim)
+                self._book(claim, 1)
+        self.grant_waiting()
+
+    def close(self, why: str) -> None:
+        """Grant nothing more; who holds something keeps it."""
+        with self._lock:
+            self._closed = why
+            waiting, self._waiting = list(self._waiting), collections.deque()
+        for claim in waiting:
+            claim.decide(ActorError(f"{claim.holder} cannot have {claim}: {why}."))
+
+    def in_use(self) -> bool:
+        """True while somebody holds something."""
+        with self._lock:
+            return bool(self._holding)
+
+    def waiting_for(self, claim: Claim) -> str | None:
+        """Return what the claim waits for, in words; None if it does not wait."""
+        with self._lock:
+            if claim not in self._waiting:
+                return None
+            first = self._waiting[0]
+            asked = _sum(claim.wants)
+            short = [name for name, amount in asked.items() if amount > self._free[name] + EPSILON] or list(asked)
+            holders = [f"{one.holder} ({one})" for one in self._holding if any(_sum(one.wants).get(n) for n in short)]
+            free = ", ".join(f"{_amount(n, self._free[n])} of {self.total.amounts()[n]:g} free" for n in short)
+        text = f"waits for {claim}: {free}; held by {', '.join(holders) or 'nobody'}"
+        return text if claim is first else f"{text}; {first.holder} ({first}) is first in the queue"
+
+    def _book(self, claim: Claim, sign: int) -> None:
+        for name, amount in _sum(claim.wants).items():
+            self._free[name] = round(self._free[name] + sign * amount, 9)
+        for want, devices in zip(claim.wants, claim.devices, strict=True):
+            for device in devices:
+                self._free_devices[device] = round(self._free_devices[device] + sign * min(want.gpu, 1.0), 9)
+
+    def _shortage(self, wants: Sequence[Resources]) -> str:
+        total = self.total.amounts()
+        short = [name for name, amount in _sum(wants).items() if amount > total.get(name, 0) + EPSILON]
+        if not short:
+            return f"which does not fit on the GPUs of {self.name}, because a share of a GPU lies on one device"
+        has = ", ".join(_amount(name, total.get(name, 0)) for name in short)
+        return f"and {self.name} has {has}" + (f" ({self._no_gpu})" if "gpu" in short and self._no_gpu else "")
+
+
+class Claim:
+    """What one holder asked for: waiting, then granted, then released."""
+
+    def __init__(self, pool: Pool, holder: str, wants: Sequence[Resources]) -> None:
+        self.holder = holder
+        self.wants = list(wants)
+        self.devices: list[Devices] = []
+        """The GPUs of each of `wants`, once granted."""
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._decision: list[Exception | None] = []
+        self._tell: Callable[[Exception | None], None] | None = None
+
+    @property
+    def granted(self) -> bool:
+        """True once it has what it asked for."""
+        return self._decision == [None]
+
+    def when_decided(self, tell: Callable[[Exception | None], None]) -> None:
+        """Call `tell(None)` once it is granted, or `tell(error)` if it never will be; `tell` must return at once."""
+        with self._lock:
+            self._tell = tell
+            decision = list(self._decision)
+        for error in decision:
+            tell(error)
+
+    def decide(self, error: Exception | None) -> None:
+        """It is granted, or refused (for the pool)."""
+        with self._lock:
+            self._decision.append(error)
+            tell = self._tell
+        if tell is not None:
+            tell(error)
+
+    def waiting(self) -> str | None:
+        """Return what it waits for and who holds it, None if it does not wait."""
+        return self._pool.waiting_for(self)
+
+    def release(self) -> None:
+        """Give back what was granted, or step out of the queue; twice is fine."""
+        self._pool.give_back(self)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that show an actor its GPUs; none if it asked for none."""
+        devices = [device for one in self.devices for device in one]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+
+    def __str__(self) -> str:
+        return " + ".join(str(want) for want in self.wants)
+
+
+class Reservation:
+    """Bundles of resources, got all or none; actors draw from them: `rt.spawn(..., reservation=reservation[0])`.
+
+    `release()`, or the end of its `with` block, ends no actor: no more can be spawned from it, and what it reserved
+    is free again when the last actor that draws from it has ended.
+    """
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._bundles = [
+            Bundle(self, f"bundle {index} of the reservation", want, dict.fromkeys(devices, min(want.gpu, 1.0)))
+            for index, (want, devices) in enumerate(zip(claim.wants, claim.devices, strict=True))
+        ]
+        self._released = False
+
+    @classmethod
+    def wait_for(cls, claim: Claim, timeout_s: float | None) -> Reservation:
+        """Return the reservation once the claim is granted; CallTimeout otherwise."""
+        decided, errors = threading.Event(), []
+        claim.when_decided(lambda error: (errors.append(error), decided.set())[1])
+        first_s = WAIT_WARNING_S if timeout_s is None else min(WAIT_WARNING_S, timeout_s)
+        try:
+            if not decided.wait(first_s):
+                logger.warning("%s %s", claim.holder, claim.waiting())
+                if not decided.wait(None if timeout_s is None else timeout_s - first_s):
+                    raise CallTimeout(f"{claim.holder} was not granted within {timeout_s:g} s: it {claim.waiting()}.")
+            if errors[0] is not None:
+                raise errors[0]
+        except BaseException:
+            claim.release()
+            raise
+        return cls(claim)
+
+    def release(self) -> None:
+        """Spawn nothing more from it; twice is fine."""
+        self._released = True
+        for bundle in self._bundles:
+            bundle.close("the reservation has been released")
+        self.return_unused()
+
+    def return_unused(self) -> None:
+        """Return everything if it has been released and nobody draws from it any more."""
+        if self._released and not any(bundle.in_use() for bundle in self._bundles):
+            self._claim.release()
+
+    def __getitem__(self, index: int) -> Bundle:
+        return self._bundles[index]
+
+    def __len__(self) -> int:
+        return len(self._bundles)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+class Bundle(Pool):
+    """One bundle of a reservation: a small pool."""
+
+    def __init__(self, reservation: Reservation, name: str, total: Resources, devices: Mapping[str, float]) -> None:
+        super().__init__(name, total, devices)
+        self._reservation = reservation
+
+    def give_back(self, claim: Claim) -> None:
+        """Take back what the claim holds."""
+        super().give_back(claim)
+        self._reservation.return_unused()
+
+
+def _place(free: Amounts, free_devices: Mapping[str, float], wants: Sequence[Resources]) -> list[Devices] | None:
+    """Return the GPUs for each of `wants`, None if they do not all fit.
+
+    Whole devices go first, then the larger shares; a share goes where it leaves the least, so that whole devices
+    stay whole.
+    """
+    if any(amount > free.get(name, 0) + EPSILON for name, amount in _sum(wants).items()):
+        return None
+    left, placed = dict(free_devices), {}
+    for index in sorted(range(len(wants)), key=lambda index: -wants[index].gpu):
+        share = min(wants[index].gpu, 1.0)
+        count = math.ceil(wants[index].gpu)
+        fitting = sorted((room, number) for number, room in enumerate(left.values()) if room + EPSILON >= share)
+        if len(fitting) < count:
+            return None
+        names = list(left)
+        placed[index] = tuple(names[number] for _, number in fitting[:count])
+        for name in placed[index]:
+            left[name] -= share
+    return [placed[index] for index in range(len(wants))]
+
+
+def _sum(wants: Sequence[Resources]) -> Amounts:
+    total: Amounts = {}
+    for want in wants:
+        for name, amount in want.amounts().items():
+            if amount:
+                total[name] = total.get(name, 0) + amount
+    return total
+
+
+def _amount(name: str, amount: float) -> str:
+    if name == "memory":
+        return f"{amount / 2**30:.3g} GiB memory"
+    unit = {"cpu": "CPU", "gpu": "GPU"}.get(name, name)
+    return f"{amount:g} {unit}{'s' * (amount != 1 and unit in ('CPU', 'GPU'))}"
