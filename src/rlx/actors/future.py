@@ -105,9 +105,10 @@ class Future(Generic[T]):
             if self._answer is None:
                 self._answer = answer
         self.request_cancel = None
-        for callback in self._callbacks[:]:  # nothing is added any more
-            callback()
-        self._callbacks.clear()
+        if self._callbacks:
+            for callback in self._callbacks[:]:  # nothing is added any more
+                callback()
+            self._callbacks.clear()
 
     def when_done(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the answer is here, twice if an interrupt cuts it; it must be quick and not raise."""

@@ -20,6 +20,7 @@ from rlx.actors.engines.wire import Frame, FrameReader, Outbox
 from rlx.actors.future import Future
 from rlx.errors import ActorError
 
+CORK_BYTES = 32 * 1024  # of frames that wait for company
 BACKLOG_BYTES = 64 * 2**20  # of frames that the socket has not taken, above which writers wait
 
 
@@ -39,6 +40,7 @@ class Link:
         self._poll.register(self._fd, READ)
         self._lock = threading.Lock()  # of what follows
         self._watched = False  # by the reactor
+        self._corked = 0  # bytes of frames that the reactor will write, together, in a moment
         self._backlogged = False  # the rest of the outbox is the reactor's to write
         self._leader: int | None = None  # the thread that reads, if it is not the reactor's
         self._finished: Callable[[], None] | None = None
@@ -51,23 +53,26 @@ class Link:
             self._watched = True
             self._reactor.register(self._fd, self._on_ready)
 
-    def write(self, parts: list[Buffer]) -> None:
-        """Write what the socket takes; the reactor writes the rest. The caller sees to the order."""
+    def write(self, parts: list[Buffer], urgent: bool = True) -> None:
+        """Write what the socket takes; the reactor writes the rest. The caller sees to the order.
+
+        A frame that is not urgent, because the actor is busy with others, may wait half a millisecond for company:
+        one system call and one wake-up for many frames.
+        """
         with self._lock:
             self._outbox.add(parts)
             if self._backlogged or not self._watched:
                 return
-            finished = False
-            try:
-                finished = self._outbox.flush()
-            except ConnectionError:
-                finished = True  # the end of the link is seen by who reads, and settles every call
-            finally:  # also after a KeyboardInterrupt: the frame is queued, and a torn one would spoil the link
-                if not finished:
-                    self._backlogged = True
-                    self._arm()
-                    if self._outbox.waiting_bytes() > BACKLOG_BYTES:
-                        self._room.clear()
+            if not urgent and self._corked < CORK_BYTES:
+                if not self._corked:
+                    self._reactor.soon(self._uncork)
+                self._corked += sum(map(len, parts))
+                return
+            self._flush()
+
+    def full(self) -> bool:
+        """Return whether so much waits for the socket that writers should."""
+        return not self._room.is_set()
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until the backlog is small; False after timeout_s."""
@@ -80,6 +85,8 @@ class Link:
             with self._lock:
                 if self._leader not in (None, me) or not self._watched or self._finished is not None:
                     return
+                if self._corked:
+                    self._flush()
                 self._leader = me
                 self._arm()
             while not future.done():
@@ -168,6 +175,25 @@ class Link:
             self._reactor.unregister(self._fd)
             self._room.set()
         self._lost(how)
+
+    def _uncork(self) -> None:
+        with self._lock:
+            if self._corked and not self._backlogged and self._watched:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Write what the socket takes, and have the reactor write the rest. Holds the lock."""
+        finished, self._corked = False, 0
+        try:
+            finished = self._outbox.flush()
+        except ConnectionError:
+            finished = True  # the end of the link is seen by who reads, and settles every call
+        finally:  # also after a KeyboardInterrupt: the frame is queued, and a torn one would spoil the link
+            if not finished:
+                self._backlogged = True
+                self._arm()
+                if self._outbox.waiting_bytes() > BACKLOG_BYTES:
+                    self._room.clear()
 
     def _write_rest(self) -> None:
         with self._lock:

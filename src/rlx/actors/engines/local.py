@@ -26,7 +26,7 @@ from rlx.actors.engines import pickling
 from rlx.actors.engines.death import count_oom_kills, describe_exit
 from rlx.actors.engines.forkserver import MAX_MESSAGE
 from rlx.actors.engines.local_actor import LocalActor
-from rlx.actors.engines.memory import DriverMemory, Parcel, default_object_memory
+from rlx.actors.engines.memory import NO_ARGUMENTS, DriverMemory, Parcel, default_object_memory
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.interface import ActorSpec, Listener, Slot
 from rlx.actors.logs import Damper, LogFolder, LogFollower
@@ -80,6 +80,8 @@ class LocalEngine:
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parcel:
         """Return the arguments as a message; its buffers are views, so they may not change before the answer."""
+        if not args and not kwargs:
+            return NO_ARGUMENTS
         return Parcel(*pickling.dumps_with_channels((args, kwargs), "arguments"))
 
     def put(self, value: Any) -> Ref:

@@ -17,7 +17,7 @@ from rlx.actors.engines.death import activity, describe
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.wire import Frame
-from rlx.actors.future import Answer, Err, Future, Ok, wait
+from rlx.actors.future import Answer, Err, Future, Ok, Outcome, wait
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Stall
 from rlx.actors.stream import Stream
 from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout
@@ -84,13 +84,15 @@ class LocalActor:
             end = self._end
             if end is None:
                 call_id = self._next_call()
-                self._hand_over(message.channels)
+                if message.channels:
+                    self._hand_over(message.channels)
+                urgent = not self._pending
                 if future is not None:
                     self._pending[call_id] = future
                     future.lead = self._link.lead
                     future.request_cancel = partial(self._cancel, call_id)
                 kind = wire.SEND if future is None else wire.CALL
-                self._link.write(wire.encode(kind, call_id, method, message.message, places))
+                self._link.write(wire.encode(kind, call_id, method, message.message, places), urgent)
                 return
         if future is not None:
             future.settle(end)
@@ -192,7 +194,7 @@ class LocalActor:
     def _wait_for_room(self) -> None:
         """Wait while the actor has too many unanswered calls, or leaves too much unread."""
         timeout_s, limit = self._engine.system_timeout_s, self._max_pending
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s if len(self._pending) >= limit else 0.0
         while len(self._pending) >= limit:
             with self._lock:
                 oldest = [call for call in self._pending.values() if isinstance(call, Future)][:1]
@@ -201,7 +203,7 @@ class LocalActor:
                     f"{self._name} has {limit} unanswered calls and finished none within {timeout_s:g} s; wait for "
                     f"results before calling on, or raise max_pending at spawn."
                 )
-        if not self._link.wait_for_room(timeout_s):
+        if self._link.full() and not self._link.wait_for_room(timeout_s):
             raise ActorBusy(
                 f"{self._name} has read nothing for {timeout_s:g} s and much is waiting for it; look at what it does "
                 f"with `rlx why {self._name}`, or kill() it."
@@ -258,22 +260,25 @@ class LocalActor:
         elif kind == wire.SEND_FAILED:
             self._listener.failed(partial(pickling.load_error, text, message))
         elif waiting := self._pending.get(call_id):
-            what = f"the result of {self._name}.{waiting.method}()"
             if kind == wire.ITEM:
                 assert isinstance(waiting, _OpenStream)
-                waiting.feed(int(text), partial(pickling.load_outcome, message, f"item {text} in {what}"))
+                waiting.feed(int(text), partial(self._value, message, waiting.method))
                 return
-            waiting.settle(self._answer(kind, text, message, what))
+            waiting.settle(self._answer(kind, text, message, waiting.method))
             with self._lock:  # `state` may be looking
                 self._pending.pop(call_id, None)
 
-    def _answer(self, kind: int, text: str, message: pickling.Message, what: str) -> Answer:
+    def _answer(self, kind: int, text: str, message: pickling.Message, method: str) -> Answer:
         if kind == wire.REPLY:
-            return partial(pickling.load_outcome, message, what)
+            return partial(self._value, message, method)
         if kind == wire.ERROR:
             return partial(pickling.load_error, text, message)
-        cancelled = f"{what.removeprefix('the result of ')} was cancelled {text}."
-        return lambda: Err(CallCancelled(cancelled))
+        return lambda: Err(CallCancelled(f"{self._name}.{method}() was cancelled {text}."))
+
+    def _value(self, message: pickling.Message, method: str) -> Outcome[Any]:
+        if not message[0]:
+            return Ok(None)
+        return pickling.load_outcome(message, f"what {self._name}.{method}() returned")
 
     def _fail_all(self, end: Callable[[], Err]) -> None:
         """From now on every call gets `end`, unless an earlier end holds already. Holds the lock."""

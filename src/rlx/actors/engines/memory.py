@@ -11,7 +11,7 @@ from rlx.actors import channel, machine
 from rlx.actors.engines import descriptors
 from rlx.actors.engines.arena import Arena, Block, Span
 from rlx.actors.engines.leases import Lender, actor_ends, driver_ends, driver_memory, link_memory
-from rlx.actors.engines.pickling import Buffer, Message
+from rlx.actors.engines.pickling import EMPTY, Buffer, Message
 from rlx.actors.engines.shared_memory import SharedMemory
 from rlx.actors.engines.wire import Lent
 from rlx.actors.ref import Ref
@@ -56,6 +56,9 @@ class Parcel:
                 lease = leases[block.offset]
             places.append(None if place is None or lease is None else (size, offset, lease))
         return places
+
+
+NO_ARGUMENTS = Parcel(EMPTY)
 
 
 def default_object_memory() -> int:
@@ -138,6 +141,8 @@ class ActorMemory:
 
     def lend(self, message: Message) -> tuple[Message, list[Lent | None] | None]:
         """Return the message as it travels, and the places of its buffers."""
+        if not message[1] and len(message[0]) < SHARED_BYTES:
+            return message, None
         parcel = Parcel(message)
         return parcel.message, parcel.lend(self._arena, self._lender)
 

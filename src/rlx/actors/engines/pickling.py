@@ -106,7 +106,9 @@ def _dumps(value: Any) -> Message:
 
     try:
         body = _pickle(pickle.Pickler, value, keep_in_band, copyreg.dispatch_table)
-        if not any(name in body for name in _by_value_modules()):
+        # What the other side cannot import by name goes by value, which plain pickle cannot do.
+        by_value = cloudpickle.list_registry_pickle_by_value()
+        if b"__main__" not in body and not (by_value and any(name.encode() in body for name in by_value)):
             return body, buffers
     except (pickle.PicklingError, AttributeError, TypeError):
         pass  # a lambda, a local class: cloudpickle's work; what it cannot do either, it reports
@@ -124,13 +126,6 @@ def _pickle(pickler_class: Any, value: Any, buffer_callback: Callable[..., bool]
         pickler.dispatch_table = {**dispatch_table, **own}
     pickler.dump(value)
     return stream.getvalue()
-
-
-def _by_value_modules() -> Iterator[bytes]:
-    """Names of modules that the other side cannot import; plain pickle would refer to their classes by name."""
-    yield b"__main__"
-    for name in cloudpickle.list_registry_pickle_by_value():
-        yield name.encode()
 
 
 def _reduce_tensor(tensor: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from rlx.actors.monitor import logger
 
+RUSH_S = 0.0005
 READ, WRITE = 1, 4  # EPOLLIN and EPOLLOUT, which `select` has on Linux only
 
 
@@ -21,6 +22,8 @@ class Reactor:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, READ)
         self._handlers: dict[int, Callable[[int], object]] = {}
+        self._soon: list[Callable[[], object]] = []
+        self._rushing = False  # it comes round by itself
         self._deadlines: dict[object, tuple[float, Callable[[], object]]] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="rlx-actor-reader", daemon=True)
@@ -45,6 +48,13 @@ class Reactor:
         self._deadlines[key] = (time.monotonic() + in_s, handler)
         os.eventfd_write(self._wake, 1)
 
+    def soon(self, handler: Callable[[], object]) -> None:
+        """Call `handler()` within about RUSH_S; many of these cost one wake-up."""
+        self._soon.append(handler)
+        if not self._rushing:
+            self._rushing = True
+            os.eventfd_write(self._wake, 1)
+
     def clear_deadline(self, key: object) -> None:
         """Forget the deadline."""
         self._deadlines.pop(key, None)
@@ -67,13 +77,25 @@ class Reactor:
                     os.eventfd_read(self._wake)
                 elif handler := self._handlers.get(fd):  # an earlier handler of this round may have closed it
                     _guarded(handler, events)
+            if self._rushing:
+                self._hurry()
             now = time.monotonic()
             for key, (deadline, handler) in list(self._deadlines.items()):
                 if deadline <= now:
                     self._deadlines.pop(key, None)
                     _guarded(handler)
 
+    def _hurry(self) -> None:
+        """Do what is wanted soon; when nothing was, fall asleep again."""
+        if not self._soon:
+            self._rushing = False
+        soon, self._soon = self._soon, []  # after the line above: who comes in between wakes us, or is in here
+        for handler in soon:
+            _guarded(handler)
+
     def _patience_s(self) -> float | None:
+        if self._rushing:
+            return RUSH_S
         if not self._deadlines:
             return None
         nearest = min(deadline for deadline, _ in list(self._deadlines.values()))

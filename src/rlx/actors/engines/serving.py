@@ -9,8 +9,10 @@ import inspect
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from rlx.actors.context import Context, current_call
@@ -21,6 +23,7 @@ from rlx.actors.timesheet import Timesheet
 from rlx.errors import CallCancelled
 
 READ_AHEAD_FRAMES = 1024
+LOOK_EVERY_S = 0.0005
 TASKS = 1000  # at once, of an actor with `async def` methods, where nothing else was asked for
 
 
@@ -34,12 +37,14 @@ class ActorLink:
         self._cancelled: set[int] = set()  # calls that wait or run
         self._open: set[int] = set()  # calls that have come in and are not answered
         self._credits: dict[int, int] = {}
+        self._looked_at = 0.0
         self._sending = threading.Lock()
         self.news = threading.Condition()  # of cancellations and credits, for other threads than the reading one
 
     def receive(self) -> Frame | None:
         """Return the next call, None when the driver is gone."""
-        if 0 < len(self._frames) < READ_AHEAD_FRAMES:  # so that a cancellation overtakes the call it is for
+        # So that a cancellation overtakes the call it is for; not before every one of many short calls.
+        if 0 < len(self._frames) < READ_AHEAD_FRAMES and time.monotonic() > self._looked_at + LOOK_EVERY_S:
             self.look()
         while not self._frames:
             if not self.read():
@@ -48,6 +53,7 @@ class ActorLink:
 
     def look(self) -> None:
         """Take in what has arrived, without waiting."""
+        self._looked_at = time.monotonic()
         with contextlib.suppress(BlockingIOError):
             self.read(socket.MSG_DONTWAIT)
 
@@ -88,10 +94,11 @@ class ActorLink:
 
     def close_call(self, call_id: int) -> None:
         """The call has been answered."""
-        with self.news:
-            self._open.discard(call_id)
-            self._cancelled.discard(call_id)
-            self._credits.pop(call_id, None)
+        self._open.discard(call_id)
+        if self._cancelled or self._credits:
+            with self.news:
+                self._cancelled.discard(call_id)
+                self._credits.pop(call_id, None)
 
     def _accept(self, frame: Frame) -> None:
         if frame.kind == wire.CANCEL:
@@ -129,11 +136,11 @@ class Server:
         call_id, method = frame.call_id, frame.text
         running = self.sheet.begin(method)
         failed = True
-        token = current_call.set(Context(self.name, lambda: self._is_cancelled(call_id)))
+        current_call.set(Context(self.name, partial(self._is_cancelled, call_id)))
         try:
             if self.link.is_cancelled(call_id):
                 raise CallCancelled("before it ran")
-            args, kwargs = pickling.loads(frame.open(self.link.memory.borrow))
+            args, kwargs = self._arguments(frame)
             result = getattr(self.instance, method)(*args, **kwargs)
             if frame.kind == wire.STREAM:
                 for index, item in enumerate(self._items(result, method)):
@@ -144,16 +151,25 @@ class Server:
                 result = None
             failed = False
             if frame.kind != wire.SEND:
-                message = pickling.dumps(result, f"the result of {self.name}.{method}()")
-                self.link.send(wire.REPLY, call_id, "", message)
+                self._send_result(call_id, result, method)
         except SystemExit:
             raise
         except BaseException as error:
             self.report(frame, error)
         finally:
-            current_call.reset(token)
             self.link.close_call(call_id)
             self.sheet.end(running, not failed)
+
+    def _arguments(self, frame: Frame) -> Any:
+        message = frame.open(self.link.memory.borrow)
+        return pickling.loads(message) if message[0] else ((), {})
+
+    def _send_result(self, call_id: int, result: Any, method: str) -> None:
+        """Send what the method returned; None is an empty message."""
+        message = pickling.EMPTY
+        if result is not None:
+            message = pickling.dumps(result, f"the result of {self.name}.{method}()")
+        self.link.send(wire.REPLY, call_id, "", message)
 
     def report(self, frame: Frame, error: BaseException) -> None:
         """Send the error of a call."""
@@ -281,12 +297,12 @@ class TaskServer(Server):
     async def _run(self, frame: Frame) -> None:
         call_id, method = frame.call_id, frame.text
         running = self.sheet.begin(method)
-        current_call.set(Context(self.name, lambda: self.link.is_cancelled(call_id)))
+        current_call.set(Context(self.name, partial(self.link.is_cancelled, call_id)))
         failed = True
         try:
             if self.link.is_cancelled(call_id):
                 raise CallCancelled("before it ran")
-            args, kwargs = pickling.loads(frame.open(self.link.memory.borrow))
+            args, kwargs = self._arguments(frame)
             result = getattr(self.instance, method)(*args, **kwargs)
             if inspect.isawaitable(result):
                 result = await result
@@ -295,8 +311,7 @@ class TaskServer(Server):
                 result = None
             failed = False
             if frame.kind != wire.SEND:
-                message = pickling.dumps(result, f"the result of {self.name}.{method}()")
-                self.link.send(wire.REPLY, call_id, "", message)
+                self._send_result(call_id, result, method)
         except SystemExit:
             raise
         except BaseException as error:
