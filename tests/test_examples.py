@@ -83,3 +83,9 @@ def test_an_example_is_short(example):
 def test_every_example_has_a_test():
     tested = {name[5:7] for name in globals() if name.startswith("test_0")}
     assert {path.name[:2] for path in EXAMPLES.glob("[0-9]*")} == tested
+
+
+def test_06_shows_every_verb_of_the_actor_core(tmp_path):
+    printed = run(tmp_path, EXAMPLES / "06_actors.py")
+    assert number("after publishing:", printed) == 5.0
+    assert "was killed by SIGKILL in draw()" in printed and "restarts: 1" in printed
