@@ -19,14 +19,17 @@ class Sampler:
         self.random, self.channel = np.random.default_rng(seed), channel
 
     def draw(self, count):
+        """Return `count` draws around the newest mean."""
         mean = self.channel.latest()  # the newest version, read in place: no message, no copy
         return self.random.normal(mean.value["mean"], 1.0, count)
 
     def batches(self, count):
+        """Yield draws without end."""
         while True:
             yield self.draw(count)
 
     def score(self, points):
+        """Return a number made of all points."""
         return float(points.sum())
 
 
