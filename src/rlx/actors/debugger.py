@@ -84,7 +84,8 @@ class _Breakpoint:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         frame = sys._getframe(1)
         if self._thread == threading.get_ident() and self._session is not None:
-            self._session.set_trace(frame)  # somebody is here already, and came by this one with `c` or `p f()`
+            sys.settrace(None)  # somebody is here already, and would see the next call from the inside
+            self._session.set_trace(frame)
             return
         self._lock.acquire()
         self._thread = threading.get_ident()
