@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import rlx
-from rlx import commands
+from rlx import commands, inspection
 from rlx.errors import RlxError
 
 log = logging.getLogger("rlx")
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plot(group)
     _add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
     _add_config(group)
+    _add_inspection(group)
     return parser
 
 
@@ -191,6 +192,72 @@ def _add_config(group: Any) -> None:
     )
     schema.add_argument(
         "algorithm", metavar="ALGORITHM", nargs="?", default="ppo", help="name, module or file (default: ppo)"
+    )
+
+
+def _add_inspection(group: Any) -> None:
+    """Commands that look at running actors from another terminal; all of them read files only."""
+    ps = _add_command(
+        group, "ps", inspection.ps, "Show the running runtimes and what their actors do.", "rlx ps --json"
+    )
+    top = _add_command(group, "top", inspection.top, "Show what `rlx ps` shows, again every second.", "rlx top")
+    top.add_argument("--once", action="store_true", help="show it once, as without a terminal or with --json")
+    why = _add_command(
+        group,
+        "why",
+        inspection.why,
+        "Say why ACTOR does not answer: what it runs, waits for, or died of.",
+        "rlx why env/3",
+    )
+    stack = _add_command(
+        group,
+        "stack",
+        inspection.stack,
+        "Show where ACTOR is in its Python code, all threads. Without ACTOR: all actors, equal stacks once.",
+        "rlx stack env/3",
+    )
+    logs = _add_command(
+        group, "logs", inspection.logs, "Show the last lines that ACTOR has printed.", "rlx logs env/3 -n 100 --follow"
+    )
+    trace = _add_command(
+        group,
+        "trace",
+        inspection.trace,
+        "Write the latest calls of all actors as a trace. Open it at https://ui.perfetto.dev or chrome://tracing.",
+        "rlx trace -o trace.json",
+    )
+    debug = _add_command(
+        group,
+        "debug",
+        inspection.debug,
+        "Debug ACTOR, which waits at a breakpoint(), with pdb: n, s, p x; c goes on, q ends the method.",
+        "rlx debug env/3",
+    )
+    trace.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, default=Path("trace.json"), help="(default: trace.json)"
+    )
+    for parser in (why, logs, debug):
+        parser.add_argument("actor", metavar="ACTOR", help="name of the actor (see `rlx ps`)")
+    which = stack.add_mutually_exclusive_group()
+    which.add_argument("actor", metavar="ACTOR", nargs="?", help="name of the actor (see `rlx ps`)")
+    which.add_argument("--all", action="store_true", help="all actors, as without ACTOR")
+    logs.add_argument("-n", "--lines", metavar="N", type=_positive, default=20, help="how many lines (default: 20)")
+    source = logs.add_mutually_exclusive_group()
+    source.add_argument("--run", metavar="RUN", type=Path, help="folder of a finished run to take the log from")
+    _add_runtime(source)
+    form = logs.add_mutually_exclusive_group()
+    form.add_argument("-f", "--follow", action="store_true", help="go on until the actor ends, or Ctrl-C")
+    for parser in (ps, top, why, stack, trace, debug):
+        _add_runtime(parser)
+    for parser in (ps, top, why, stack, trace, form):
+        parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+
+def _add_runtime(parser: Any) -> None:
+    parser.add_argument(
+        "--runtime",
+        metavar="RUNTIME",
+        help="process id of a driver, or folder of a runtime (default: the one that runs)",
     )
 
 

@@ -154,7 +154,7 @@ class Board:
 
     def _recycle(self, slot: Slot) -> None:
         self._slots.remove(slot)
-        self._free.append(slot.detach())
+        self._free.insert(0, slot.detach())  # for the next one, which overwrites it
         for file in self.folder.glob(f"{slot.serial}.*"):
             file.unlink(missing_ok=True)
 

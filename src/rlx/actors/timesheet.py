@@ -19,10 +19,12 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
+from rlx.actors import processes
+
 RING = 4096
 RECORD = struct.Struct("=dd40s?7x")
 HEADER_BYTES, TEXT_START = 512, 64
-VERSION, PID, DONE, LANES, DEBUGGING = range(5)  # 64-bit numbers at the start of the header
+VERSION, PID, START_TICKS, DONE, LANES, DEBUGGING = range(6)  # 64-bit numbers at the start of the header
 LAYOUT = 0x726C7801  # at VERSION: "rlx", layout 1
 
 Running = tuple[int, float, bytes]
@@ -49,7 +51,10 @@ class Timesheet:
         self._ring = HEADER_BYTES + lanes * RECORD.size
         self._memory[: self._ring] = bytes(self._ring)
         self._words = memoryview(self._memory).cast("Q")
-        self._words[VERSION], self._words[PID], self._words[LANES] = LAYOUT, os.getpid(), lanes
+        own = processes.stat(os.getpid())
+        assert own is not None
+        for place, number in ((VERSION, LAYOUT), (PID, os.getpid()), (START_TICKS, own.start_ticks), (LANES, lanes)):
+            self._words[place] = number
         self._spare = self._ring - RECORD.size
         self._free = list(range(HEADER_BYTES, self._spare, RECORD.size))
         self._lock = threading.Lock()
@@ -111,6 +116,8 @@ class Calls:
 
     pid: int
     """The process that wrote it: an earlier one's sheet says nothing about a restarted actor."""
+    start_ticks: int
+    """When that process started, see processes.Stat."""
     done: int
     """Calls that have ended, cancelled ones too."""
     running: list[Span]
@@ -128,7 +135,7 @@ def read_calls(folder: Path, serial: int, ended: bool = False) -> Calls | None:
             header = file.read(HEADER_BYTES)
             if len(header) < HEADER_BYTES:
                 return None
-            words = struct.unpack_from("=5Q", header)
+            words = struct.unpack_from("=6Q", header)
             if words[VERSION] != LAYOUT:
                 return None
             lanes = file.read(words[LANES] * RECORD.size)
@@ -136,7 +143,7 @@ def read_calls(folder: Path, serial: int, ended: bool = False) -> Calls | None:
     except FileNotFoundError:
         return None
     place = header[TEXT_START:].rstrip(b"\0").decode("utf-8", "replace") if words[DEBUGGING] else None
-    return Calls(words[PID], words[DONE], _spans(lanes), _spans(ring), place)
+    return Calls(words[PID], words[START_TICKS], words[DONE], _spans(lanes), _spans(ring), place)
 
 
 def sheet_file(folder: Path, serial: int) -> Path:
