@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from rlx.actors.debugger import install_breakpoint
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.memory import ActorMemory
 from rlx.actors.engines.serving import ActorLink, server_for
+from rlx.actors.stacks import install_stack_dumps
 from rlx.actors.timesheet import Timesheet
 
 DESCRIPTORS = 5
@@ -55,6 +57,8 @@ def _serve(link: ActorLink, name: str) -> int:
     _settle_in(settings["env"], settings["cwd"], settings["path"], settings["threads"])
     concurrency = settings["concurrency"]
     sheet = Timesheet(Path(settings["folder"]), settings["serial"], name, lanes=concurrency or 1)
+    install_stack_dumps(sheet)
+    install_breakpoint(sheet)
     running, made = sheet.begin("__init__"), False
     try:
         make, args, kwargs = pickling.loads(first.open(link.memory.borrow))
