@@ -208,6 +208,18 @@ def test_more_than_can_be_read_is_left_out_and_told(folder, follower, screen):
     os.close(fd)
 
 
+def test_the_rest_of_an_ended_actor_is_read_in_whole(folder, follower, screen):
+    fd = folder.open("a")
+    follower.follow("a")
+    os.write(fd, b"".join(b"%099d\n" % number for number in range(5000)))  # 500,000 bytes: two readings
+    os.close(fd)
+    follower.finish("a")
+    follower.close()
+    first, told = screen.take()
+    assert first == f"[a] {'0' * 99}"
+    assert told.startswith("[a] 4,999 more lines within 5 s like ")
+
+
 def test_a_busy_printer_wakes_the_loop_at_its_pace_only(folder, screen):
     screen.damper = Damper(folder, screen.show)
     follower = LogFollower(folder, screen.damper)

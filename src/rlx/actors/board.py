@@ -64,7 +64,7 @@ class RuntimeFolder:
             home.mkdir(mode=0o700)
         _check_ours(home)
         for left in list_runtimes():
-            if not left.alive and left.here:
+            if not left.alive:
                 shutil.rmtree(left.folder, ignore_errors=True)  # another driver may be removing it too
         path = _new_folder(home)
         logs = path / "logs" if log_folder is None else Path(log_folder).absolute()
