@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return options.command(options) or 0
     except RlxError as error:
         return commands.report(error)
+    except BrokenPipeError:  # `rlx ps | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 0
     except KeyboardInterrupt:
         print("rlx: interrupted", file=sys.stderr)
         return commands.INTERRUPTED

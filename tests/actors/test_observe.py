@@ -88,7 +88,10 @@ def test_the_reason_is_told_of_a_stopped_actor(toy):
 @pytest.mark.parametrize(
     ("update", "text"),
     [
-        ({"status": "pending", "waiting": "gpu 1, held by b", "pid": 0}, "is pending: it waits for gpu 1, held by b."),
+        (
+            {"status": "pending", "waiting": "waits for gpu 1, held by b", "pid": 0},
+            "is pending: it waits for gpu 1, held by b.",
+        ),
         ({"status": "pending", "pid": 0}, "is pending: it waits for its turn."),
         ({"status": "starting"}, "is starting; no call waits. The process is sleeping"),
         ({"sent": 3}, "is alive and runs nothing; 2 more calls wait. The process is sleeping"),

@@ -247,7 +247,7 @@ def _of_status(actor: ActorView) -> str:
     if actor.status in ("failed", "dead"):
         return f"{who} is {actor.status}: {actor.error or 'the reason is not known'}"
     if actor.status == "pending":
-        return f"{who} is pending: it waits for {actor.waiting or 'its turn'}."
+        return f"{who} is pending: it {actor.waiting or 'waits for its turn'}."
     if actor.status == "restarting":
         reason = f" It died because: {actor.error}" if actor.error else ""
         return f"{who} is restarting, {actor.restarts} restarts so far; {_calls(actor.pending)}.{reason}"
