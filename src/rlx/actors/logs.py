@@ -249,7 +249,7 @@ class Damper:
             room = max(0, self._per_second - flood.shown)
             key = re.sub(r"\d+", "0", "\n".join(paragraph))
             repeated = self._repeated.get(key)
-            if repeated is not None:
+            if repeated is not None and not paragraph[0].startswith("breakpoint in "):  # each waits for a person
                 repeated.lines += len(paragraph)
                 repeated.actors += [name] if name not in repeated.actors else []
                 continue

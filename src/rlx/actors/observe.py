@@ -245,6 +245,8 @@ def _state_of(pid: int, start_ticks: int = 0) -> str:
 def _of_status(actor: ActorView) -> str:
     who = f"{actor.name} (process {actor.pid})" if actor.pid else actor.name
     if actor.status in ("failed", "dead"):
+        if actor.error and actor.error.startswith(actor.name):  # a whole sentence, of the engine
+            return actor.error
         return f"{who} is {actor.status}: {actor.error or 'the reason is not known'}"
     if actor.status == "pending":
         return f"{who} is pending: it {actor.waiting or 'waits for its turn'}."
@@ -308,5 +310,8 @@ def _events(serial: int, ended: list[Span], running: list[Span], now: float) -> 
 
 
 def _choice(infos: Iterable[RuntimeInfo]) -> str:
-    lines = [f"\n  {info.folder}  {' '.join(info.command)[:80]}{'' if info.alive else ' (ended)'}" for info in infos]
+    lines = []
+    for info in infos:
+        command = " ".join(Path(part).name for part in info.command)[:80]
+        lines.append(f"\n  {info.folder}  {command}{'' if info.alive else ' (ended)'}")
     return "".join(lines) or " None is there."
