@@ -79,7 +79,7 @@ def watch(process: Any, seconds: float) -> dict[str, Any]:
     root = psutil.Process(process.pid)
     samples, started, busy_before = [], time.perf_counter(), _processor_s(root)
     while time.perf_counter() - started < seconds:
-        samples.append([member.memory_full_info().pss / 1e6 for member in _tree(root)])
+        samples.append([member.memory_full_info().pss / 1e6 for member in tree(root)])
         time.sleep(INTERVAL_S)
     busy = (_processor_s(root) - busy_before) / (time.perf_counter() - started)
     totals = [sum(sample) for sample in samples]
@@ -88,7 +88,7 @@ def watch(process: Any, seconds: float) -> dict[str, Any]:
         "median_mb": median(totals),
         "by_process_mb": samples[-1],
         "busy_cores": busy,
-        "strangers": _strangers(root),
+        "strangers": strangers(root),
     }
 
 
@@ -109,13 +109,14 @@ def page(conditions: dict[str, Any], states: dict[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{RUNNERS} env runners, config `ppo`. {describe(conditions)}"
 
 
-def _tree(root: psutil.Process) -> list[psutil.Process]:
+def tree(root: psutil.Process) -> list[psutil.Process]:
+    """Return a process and all its descendants."""
     return [root, *root.children(recursive=True)]
 
 
-def _strangers(root: psutil.Process) -> int:
+def strangers(root: psutil.Process) -> int:
     """Return how many processes outside of the tree have torch loaded."""
-    own = {member.pid for member in _tree(root)}
+    own = {member.pid for member in tree(root)}
     maps = [process / "maps" for process in Path("/proc").glob("[0-9]*") if int(process.name) not in own]
     return sum("libtorch_cpu.so" in _text(file) for file in maps)
 
@@ -129,7 +130,7 @@ def _text(file: Path) -> str:
 
 
 def _processor_s(root: psutil.Process) -> float:
-    return sum(sum(member.cpu_times()[:2]) for member in _tree(root))
+    return sum(sum(member.cpu_times()[:2]) for member in tree(root))
 
 
 def _parse() -> argparse.Namespace:
