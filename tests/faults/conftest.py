@@ -1,4 +1,4 @@
-"""Around every test of this folder: a census before and after, and a watchdog that makes a hang a failure with stacks."""
+"""Around every test of this folder: a census, and a watchdog that makes a hang a failure with stacks."""
 
 import contextlib
 import gc

@@ -162,7 +162,7 @@ def test_a_stopped_actor_stalls_honours_timeouts_and_can_be_killed(rt, tmp_path,
 
 
 def test_the_answer_of_an_earlier_incarnation_is_nobodys(rt, until):
-    """The reply lies in the socket when the process is known to be dead, and the next one has begun the same call id."""
+    """Replies are still in the socket when the process has died, and the next one counts its calls from 1 again."""
     victim = rt.spawn(Victim, restart=Restart(max=100, backoff_s=0.0))
     for _ in range(5):
         pid = victim.pid.call().result(T)
@@ -200,7 +200,7 @@ def test_a_dead_forkserver_ends_its_actors_and_the_next_runtime_works(rt, gone):
     for victim in victims:
         with pytest.raises(ActorError, match=rf"forkserver of this runtime \(process {server}\) was killed by SIGKILL"):
             victim.pid.call().result(T)
-    with pytest.raises(ActorError, match="cannot be started: the forkserver .* open a new runtime"):
+    with pytest.raises(ActorError, match=r"cannot be started: the forkserver .* open a new runtime"):
         rt.spawn(Victim)
     with actors.runtime("local", preload=()) as other:
         assert other.spawn(Victim).pid.call().result(T) not in pids
