@@ -67,7 +67,7 @@ def _serve(link: ActorLink, name: str) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        link.send(wire.INIT_FAILED, 0, *pickling.dump_error(error, f"{name}.__init__(), process {os.getpid()}"))
+        link.send_error(wire.INIT_FAILED, 0, error, f"{name}.__init__(), process {os.getpid()}")
         return 1
     finally:
         sheet.end(running, made)

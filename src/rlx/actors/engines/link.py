@@ -44,6 +44,7 @@ class Link:
         self._backlogged = False  # the rest of the outbox is the reactor's to write
         self._leader: int | None = None  # the thread that reads, if it is not the reactor's
         self._finished: Callable[[], None] | None = None
+        self._how_lost = "closed its link"
         self._room = threading.Event()
         self._room.set()
 
@@ -143,8 +144,8 @@ class Link:
         except ConnectionError:
             return False
         except ActorError as error:
-            how = f"sent what is no frame ({error})"
-            self._reactor.set_deadline(self, 0.0, lambda: self._lose(how))
+            self._how_lost = f"sent what is no frame ({error})"
+            self._reactor.set_deadline(self, 0.0, self._lose)
             return False
 
     def _on_ready(self, events: int) -> None:
@@ -164,9 +165,9 @@ class Link:
             with self._lock:
                 self._leader = None
         if not more:
-            self._lose("closed its link")
+            self._lose()
 
-    def _lose(self, how: str) -> None:
+    def _lose(self) -> None:
         """Stop watching a link on which nothing comes any more."""
         with self._lock:
             if not self._watched:
@@ -174,7 +175,7 @@ class Link:
             self._watched = False
             self._reactor.unregister(self._fd)
             self._room.set()
-        self._lost(how)
+        self._lost(self._how_lost)
 
     def _uncork(self) -> None:
         with self._lock:

@@ -20,7 +20,7 @@ from rlx.actors.engines.wire import Frame
 from rlx.actors.future import Answer, Err, Future, Ok, Outcome, wait
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Stall
 from rlx.actors.stream import Stream
-from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout
+from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, CallTimeout
 
 if TYPE_CHECKING:
     from rlx.actors.engines.local import LocalEngine
@@ -249,6 +249,8 @@ class LocalActor:
     def _take(self, frame: Frame) -> None:
         kind, call_id, text = frame.kind, frame.call_id, frame.text
         self._progress = time.monotonic()
+        if not wire.READY <= kind <= wire.ITEM:
+            raise ActorError(f"a frame has the kind {kind}, which no actor sends; close the link.")
         if kind == wire.READY:
             self.ready.settle(lambda: Ok(None))
             return
@@ -261,7 +263,8 @@ class LocalActor:
             self._listener.failed(partial(pickling.load_error, text, message))
         elif waiting := self._pending.get(call_id):
             if kind == wire.ITEM:
-                assert isinstance(waiting, _OpenStream)
+                if not (isinstance(waiting, _OpenStream) and text.isdecimal()):
+                    raise ActorError(f"a frame is item {text[:20]!r} of {waiting.method}(), no stream; close the link.")
                 waiting.feed(int(text), partial(self._value, message, waiting.method))
                 return
             waiting.settle(self._answer(kind, text, message, waiting.method))

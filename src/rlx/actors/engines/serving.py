@@ -20,7 +20,7 @@ from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.memory import ActorMemory
 from rlx.actors.engines.wire import Frame, FrameReader, Outbox
 from rlx.actors.timesheet import Timesheet
-from rlx.errors import CallCancelled
+from rlx.errors import CallCancelled, ObjectMemoryFull
 
 READ_AHEAD_FRAMES = 1024
 LOOK_EVERY_S = 0.0005
@@ -78,6 +78,14 @@ class ActorLink:
         with self._sending:
             self._outbox.add(wire.encode(kind, call_id, text, message, places))
             self._outbox.flush()
+
+    def send_error(self, kind: int, call_id: int, error: BaseException, where: str) -> None:
+        """Send an error and its traceback; only the text if it carries more than the object memory holds."""
+        text, message = pickling.dump_error(error, where)
+        try:
+            self.send(kind, call_id, text, message)
+        except ObjectMemoryFull as full:
+            self.send(kind, call_id, f"{text}\n(the error itself cannot be sent: {full})")
 
     def is_cancelled(self, call_id: int) -> bool:
         """Return whether the caller has taken the call back."""
@@ -176,8 +184,8 @@ class Server:
         if isinstance(error, CallCancelled | asyncio.CancelledError) and self.link.is_cancelled(frame.call_id):
             self.link.send(wire.CANCELLED, frame.call_id, str(error) or "while it ran")
             return
-        text, message = pickling.dump_error(error, f"{self.name}.{frame.text}(), process {os.getpid()}")
-        self.link.send(wire.SEND_FAILED if frame.kind == wire.SEND else wire.ERROR, frame.call_id, text, message)
+        kind = wire.SEND_FAILED if frame.kind == wire.SEND else wire.ERROR
+        self.link.send_error(kind, frame.call_id, error, f"{self.name}.{frame.text}(), process {os.getpid()}")
 
     def wait_for_credit(self, call_id: int) -> bool:
         """Return once the stream may send one item more; False if the caller has closed it."""
