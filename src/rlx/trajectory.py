@@ -40,8 +40,8 @@ class Trajectory:
     """[T, B] int64: version of the weights that chose action[t]."""
 
     def tensors(self) -> Batch:
-        """Return every field as a tensor [T, B, ...] that shares this trajectory's memory."""
-        return Batch(**{field.name: torch.from_numpy(getattr(self, field.name)) for field in fields(self)})
+        """Return every field as a tensor [T, B, ...]: writable, of this trajectory's memory where that is writable."""
+        return Batch(**{field.name: _tensor(getattr(self, field.name)) for field in fields(self)})
 
     @staticmethod
     def concatenate(parts: list[Trajectory]) -> Trajectory:
@@ -50,6 +50,11 @@ class Trajectory:
             return parts[0]
         names = [field.name for field in fields(Trajectory)]
         return Trajectory(**{name: np.concatenate([getattr(p, name) for p in parts], axis=1) for name in names})
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    # A tensor cannot be read-only: one of another process' memory would let an assignment crash this process.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 class Batch:

@@ -109,7 +109,7 @@ def test_an_error_in_one_runner_names_it_and_ends_no_other(runtime, weights):
     group.publish(0, weights[:-1])
     with pytest.raises(Exception, match="size") as caught:
         group.sample(3)
-    assert "set_weights() failed in 2 of 2 actors: env_runner/0, env_runner/1" in "\n".join(caught.value.__notes__)
+    assert "sample() failed in 2 of 2 actors: env_runner/0, env_runner/1" in "\n".join(caught.value.__notes__)
     group.publish(1, weights)
     assert group.sample(3).env_steps == 12
     group.close()

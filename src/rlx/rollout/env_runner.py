@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import numpy as np
 from gymnasium import spaces
 
+from rlx.actors import Published
+from rlx.actors.interface import AnyChannel
 from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
@@ -29,6 +31,8 @@ BuildPolicy = Callable[[spaces.Box, Space], Policy]
 
 # Separates the runner's noise from other generators that are seeded with the same run seed.
 ACTING_STREAM = 1
+NUMBERS_PER_CALL = 1 << 20
+"""More fragments and episodes of one environment than any call begins: from call to call no number comes twice."""
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Sample:
     """Whether the environments' seconds add up: they are scalar ones in a loop."""
     env_failures: int
     """Failures of environments (an exception, a hang) since the sample before."""
+    runner_restarts: int = 0
+    """Of several runners: how often one was started again since the sample before."""
     wait_s: float = 0.0
     """Of several runners: seconds that the slowest was busy longer than the mean."""
     transfer_s: float = 0.0
@@ -68,7 +74,8 @@ class EnvRunner:
 
     env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
     runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Images and Discrete observations are never normalised. on_env_error, max_env_failures,
+    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights and statistics
+    are published, as {"weights", "normalizer"}; a sample begins with the newest. on_env_error, max_env_failures,
     env_step_timeout_s: see `Failures`; the row of a step that failed is masked, and the one before it truncated.
     """
 
@@ -89,6 +96,7 @@ class EnvRunner:
         on_env_error: str = "raise",
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
+        policy_channel: AnyChannel | None = None,
     ) -> None:
         self._failures = Failures(
             num_envs,
@@ -112,8 +120,11 @@ class EnvRunner:
         self._normalizer = ObsNormalizer(RunningMoments(), obs_clip) if normalize_obs and is_float_box else None
         self._discounted = DiscountedReturn(num_envs, gamma) if normalize_reward else None
         self._seed, self._first = seed, first_env_index
+        self._channel = policy_channel
+        self._published: Published | None = None  # the last one taken
         self._version: int | None = None
         self._fragment = 0
+        self._is_new = True
         self._intact = False
         self._forget(np.ones(num_envs, bool))
 
@@ -129,14 +140,20 @@ class EnvRunner:
             moments = Normalizer.from_state(normalizer_state).obs or RunningMoments()
             self._normalizer = ObsNormalizer(moments, self._normalizer.clip)
 
-    def sample(self, num_steps: int) -> Sample:
-        """Return the next `num_steps` steps of every environment."""
+    def sample(self, num_steps: int, call: int = 0) -> Sample:
+        """Return the next `num_steps` steps of every environment.
+
+        call: the number of this call in the whole run. A runner without a past numbers its episodes and fragments,
+        which decide all random draws, by it: one that is started again in mid-run does not live through the run's
+        first episodes once more.
+        """
         started = perf_counter()
+        self._take_newest()
         if self._version is None:
             raise RuntimeError("sample() before set_weights(): the runner does not know which weights to act with")
         self._failures.watchdog.watch()
         if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
-            self._restart()
+            self._restart(call)
         self._intact = False
         fragment = self._collect(num_steps)
         self._check_finite(fragment)
@@ -178,10 +195,13 @@ class EnvRunner:
             env_failures=self._failures.take_count(),
         )
 
-    def get_state(self) -> State:
-        """Return all that `set_state` needs to go on exactly, as plain values and arrays; the weights stand apart."""
+    def get_state(self, call: int = 0) -> State:
+        """Return all that `set_state` needs to go on exactly, as plain values and arrays; the weights stand apart.
+
+        call: as in `sample`.
+        """
         if not self._intact:
-            self._restart()
+            self._restart(call)
         return {
             "fragment": self._fragment,
             "envs": self._envs.get_state(),
@@ -201,13 +221,23 @@ class EnvRunner:
         if self._discounted is not None and state["discounted_return"] is not None:
             self._discounted.return_B = state["discounted_return"].copy()
         self._forget(~restored_B)
-        self._intact = True
+        self._is_new, self._intact = False, True
 
     def close(self) -> None:
         """Release the environments."""
         self._envs.close()
 
-    def _restart(self) -> None:
+    def _take_newest(self) -> None:
+        published = self._channel.latest() if self._channel is not None else None
+        if published is not None and published is not self._published:
+            self.set_weights(published.version, published.value["weights"], published.value["normalizer"])
+            self._published = published
+
+    def _restart(self, call: int) -> None:
+        if self._is_new:
+            self._fragment = call * NUMBERS_PER_CALL
+            self._envs.begin_at(self._fragment)
+            self._is_new = False
         self._envs.reset()
         self._forget(np.ones(self._envs.num_envs, bool))
         self._intact = True

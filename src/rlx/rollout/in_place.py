@@ -77,6 +77,10 @@ class InPlaceEnvs:
         self._episode = [-1] * self.num_envs
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
 
+    def begin_at(self, episode: int) -> None:
+        """Take the episodes before number `episode` as done."""
+        self._episode = [episode - 1] * self.num_envs
+
     def reset(self) -> np.ndarray:
         """Return the first observations of a new episode in every environment."""
         for index in range(self.num_envs):

@@ -59,6 +59,10 @@ class Envs(Protocol):
         """Return a bool [B]: True where the running episode was restored, False where a new one had to begin."""
         ...
 
+    def begin_at(self, episode: int) -> None:
+        """Number the episodes from `episode` on, which decides their seeds; before the first reset."""
+        ...
+
     def close(self) -> None:
         """Release the environments."""
 
@@ -220,6 +224,10 @@ class VectorEnvAdapter:
         self._make, self._failures = make, failures
         self._steps_begun = 0
         self._checked = False
+
+    def begin_at(self, episode: int) -> None:
+        """Take the resets before number `episode` as done."""
+        self._resets = episode
 
     def reset(self) -> np.ndarray:
         """Return the first observations of a new episode in every environment."""
