@@ -281,7 +281,7 @@ class LocalActor:
     def _value(self, message: pickling.Message, method: str) -> Outcome[Any]:
         if not message[0]:
             return Ok(None)
-        return pickling.load_outcome(message, f"what {self._name}.{method}() returned")
+        return pickling.load_outcome(message, f"the result of {self._name}.{method}()")
 
     def _fail_all(self, end: Callable[[], Err]) -> None:
         """From now on every call gets `end`, unless an earlier end holds already. Holds the lock."""
