@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,11 +16,12 @@ import numpy as np
 import torch
 
 from rlx import actors
-from rlx.checkpoint import is_run, load_state, save_checkpoint
+from rlx.checkpoint import is_run, load_newest, load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.errors import RlxError
 from rlx.inference import evaluation_metrics, policy_builder
-from rlx.learner.learner_group import LearnerGroup
+from rlx.interrupts import deferred_interrupt
+from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.metrics import Clock, EpisodeWindow, Metrics
 from rlx.nets.flat import FlatParameters
 from rlx.progress import progress_display
@@ -32,6 +31,9 @@ from rlx.run import Run, check_resumable
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
+
+COUNTERS = ("iteration", "env_steps", "episodes", "env_failures", "runner_restarts", "learner_restarts")
+"""Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
 class Algorithm(ABC):
@@ -58,7 +60,8 @@ class Algorithm(ABC):
         self.config = config
         self.settings = s = config.settings
         self.training: Any = s.training
-        self.iteration = self.env_steps = self.episodes = self.env_failures = 0
+        self.iteration = self.env_steps = self.episodes = 0
+        self.env_failures = self.runner_restarts = self.learner_restarts = 0
         self.total_s = 0.0
         self.best_return: float | None = None
         self.best_iteration: int | None = None
@@ -72,6 +75,7 @@ class Algorithm(ABC):
         self._advised = False
         self._restored_run: Path | None = None
         self._saved_iteration: int | None = None
+        self._kept_state: dict[str, Any] | None = None  # to go back to, without a run folder
         self._clock = Clock()
         self._sample_metrics: Metrics = {}
         build = policy_builder(s)
@@ -109,6 +113,7 @@ class Algorithm(ABC):
         self.env_steps += sample.env_steps
         self.episodes += len(sample.episodes)
         self.env_failures += sample.env_failures
+        self.runner_restarts += sample.runner_restarts
         self.window.add(sample.episodes)
         if not self._advised and (advice := self.runners.advice()):
             log.warning(advice)
@@ -147,7 +152,17 @@ class Algorithm(ABC):
         """Make one iteration and return its metrics (names and units: rlx.metrics.METRICS).
 
         An interrupt or an error in the middle leaves the algorithm usable: the next call starts a clean fragment.
+        If the learners are lost and may be started again, it is the iteration after the last checkpoint, or without
+        a run folder after the last of every checkpointing.interval iterations.
         """
+        while True:
+            try:
+                self._keep_state()
+                return self._train_once()
+            except LearnersLost as lost:
+                self._go_back(lost)
+
+    def _train_once(self) -> Metrics:
         self._clock = Clock()
         before, window_before = (self.env_steps, self.episodes), self.window.get_state()
         try:
@@ -163,10 +178,7 @@ class Algorithm(ABC):
         times = self._clock.summary()
         self.total_s += float(times["time/iteration_s"] or 0)
         return {
-            "iteration": self.iteration,
-            "env_steps": self.env_steps,
-            "episodes": self.episodes,
-            "env_failures": self.env_failures,
+            **{name: getattr(self, name) for name in COUNTERS},
             "gradient_steps": self.learners.gradient_steps,
             "weights_version": self.learners.version,
             "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
@@ -186,9 +198,13 @@ class Algorithm(ABC):
         self.settings.stop.require_limit()
         self._open_run()
         metrics: Metrics = {}
-        with _deferred_interrupt() as interrupted, progress_display(self.settings) as progress:
+        with deferred_interrupt() as interrupted, progress_display(self.settings) as progress:
             while not (reason := "interrupted" if interrupted() else self._reason_to_stop()):
-                metrics = self._iterate()
+                try:
+                    metrics = self._iterate()
+                except LearnersLost as lost:  # in an evaluation or a checkpoint
+                    self._go_back(lost)
+                    continue
                 progress.update(metrics)
         self.stop_reason = reason
         self._save_to_run()
@@ -220,10 +236,7 @@ class Algorithm(ABC):
         """Return the whole state as a tree of plain values and numpy arrays."""
         return {
             "config": self.config.to_dict(),
-            "iteration": self.iteration,
-            "env_steps": self.env_steps,
-            "episodes": self.episodes,
-            "env_failures": self.env_failures,
+            **{name: getattr(self, name) for name in COUNTERS},
             "total_s": self.total_s,
             "best_return": self.best_return,
             "best_iteration": self.best_iteration,
@@ -236,14 +249,13 @@ class Algorithm(ABC):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`; CheckpointError if it comes from another config."""
         check_resumable(type(self.config).from_dict(state["config"]), self.config, "the checkpoint")
-        counters = ("iteration", "env_steps", "episodes", "env_failures")
-        for name in (*counters, "total_s", "best_return", "best_iteration"):
+        for name in (*COUNTERS, "total_s", "best_return", "best_iteration"):
             setattr(self, name, state[name])
         self.window.set_state(state["window"])
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
         self._weights_are_stale = True
-        self._saved_iteration = None
+        self._saved_iteration = self._kept_state = None
         if self.run is not None:
             self.run.rewind(self.iteration)
 
@@ -272,6 +284,7 @@ class Algorithm(ABC):
             seed=s.runtime.seed,
             start_timeout_s=s.fault_tolerance.start_timeout_s,
             sample_timeout_s=s.fault_tolerance.sample_timeout_s,
+            restart=self._restart_rule(),
             on_env_error=s.fault_tolerance.on_env_error,
             max_env_failures=s.fault_tolerance.max_env_failures,
             env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
@@ -286,6 +299,7 @@ class Algorithm(ABC):
             runtime=self._get_runtime,
             start_timeout_s=s.fault_tolerance.start_timeout_s,
             update_timeout_s=s.fault_tolerance.update_timeout_s,
+            restart=self._restart_rule(),
             adam_eps=s.training.adam_eps,
             max_grad_norm=s.training.max_grad_norm,
             **s.learners.model_dump(),
@@ -294,8 +308,39 @@ class Algorithm(ABC):
     def _get_runtime(self) -> actors.Runtime:
         """Return the actor runtime, started on first use: a run without actors starts none."""
         if self._runtime is None:
-            self._runtime = actors.runtime(self.settings.runtime.engine)
+            engine = self.settings.runtime.engine
+            logs: dict[str, Any] = {"log_folder": self._run_dir / "logs"} if self._run_dir and engine == "local" else {}
+            self._runtime = actors.runtime(engine, **logs)
         return self._runtime
+
+    def _restart_rule(self) -> actors.Restart | None:
+        f = self.settings.fault_tolerance
+        return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
+
+    def _keep_state(self) -> None:
+        """Keep what `_go_back` needs where no run folder holds it."""
+        if self.run is not None or not self.settings.learners.num_learners or self._restart_rule() is None:
+            return
+        interval, kept = self.settings.checkpointing.interval, self._kept_state
+        if kept is None or (interval and self.iteration % interval == 0 and kept["iteration"] != self.iteration):
+            self._kept_state = copy.deepcopy(self.get_state())  # deep: arrays of actors are views of their memory
+
+    def _go_back(self, lost: LearnersLost) -> None:
+        """Continue from the last checkpoint with the learners that were started again."""
+        state = self._kept_state if self.run is None else load_newest(self.run.checkpoints)[1]
+        if state is None:
+            raise lost
+        while True:
+            log.warning("%s The learners were started again: going back to iteration %d.", lost, state["iteration"])
+            restarts = self.runner_restarts, self.learner_restarts + 1
+            try:
+                self.set_state(state)
+                return
+            except LearnersLost as again:
+                lost = again
+            finally:  # these are about what happened, which no going back undoes
+                self.runner_restarts, self.learner_restarts = restarts
+                self._kept_state = None if self.run else state
 
     def _open_run(self) -> None:
         if self._run_dir is None or self.run is not None:
@@ -344,45 +389,13 @@ class Algorithm(ABC):
             self._saved_iteration = self.iteration
 
     def _reason_to_stop(self) -> str:
-        """Return which limit of `stop` is reached, in words, or an empty string."""
-        stop = self.settings.stop
-        mean = self.window.summary()["episode_return_mean"] or 0.0
-        if stop.episode_return_mean is not None and self.window.is_full and mean >= stop.episode_return_mean:
-            return f"episode_return_mean {mean:.1f} reached {stop.episode_return_mean:g}"
-        for name, reached in (("iterations", self.iteration), ("env_steps", self.env_steps), ("time_s", self.total_s)):
-            limit = getattr(stop, name)
-            if limit is not None and reached >= limit:
-                return f"{name} {reached:g} reached {limit:g}"
-        return ""
+        mean = self.window.summary()["episode_return_mean"] if self.window.is_full else None
+        return self.settings.stop.reached(
+            mean, iterations=self.iteration, env_steps=self.env_steps, time_s=self.total_s
+        )
 
     def __enter__(self) -> Algorithm:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C or a SIGTERM has come; the second one interrupts at once.
-
-    SIGTERM is how job schedulers announce that they will kill. Signals reach only the main thread; elsewhere they
-    stay as they are.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    pressed = threading.Event()
-
-    def on_interrupt(signum: int, frame: Any) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-        log.warning("stopping after this iteration; press Ctrl-C again to stop at once")
-
-    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield pressed.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

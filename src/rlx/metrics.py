@@ -25,6 +25,8 @@ METRICS: dict[str, str] = {
     "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
     "episodes": "Episodes finished during training so far.",
     "env_failures": "Failures of training environments so far: exceptions and hangs after which one was built anew.",
+    "runner_restarts": "Restarts of env runners so far: deaths and hangs after which a fragment was collected again.",
+    "learner_restarts": "Restarts of the learners so far, after each of which the run went back to a checkpoint.",
     "gradient_steps": "Optimizer steps so far.",
     "weights_version": "Number of updates whose weights were published to the env runners.",
     "env_steps_per_s": "Environment steps of this iteration over its wall time.",

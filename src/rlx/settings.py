@@ -23,9 +23,9 @@ from pydantic import (
     field_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError, core_schema
 
 from rlx.errors import ConfigError
+from rlx.schedule import Schedule
 
 
 def _tidy_schedules(schema: dict[str, Any]) -> None:
@@ -66,74 +66,6 @@ class Section(BaseModel):
         if isinstance(value, float) and value.is_integer() and int in types and float not in types:
             return int(value)
         return value
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A number that may change over the run: `start` to `end` in a straight line over `env_steps`, then `end`.
-
-    Written as a plain number (constant) or as {start, end, env_steps}. A range on a field, such as gt=0, holds
-    for the whole schedule.
-    """
-
-    start: float
-    end: float
-    env_steps: int
-
-    def at(self, env_steps: int) -> float:
-        """Return the value once the run has taken `env_steps` environment steps."""
-        if env_steps >= self.env_steps:
-            return self.end
-        return self.start + (self.end - self.start) * max(env_steps, 0) / self.env_steps
-
-    @classmethod
-    def constant(cls, value: float) -> Schedule:
-        """Return the schedule that is `value` all the time."""
-        return cls(float(value), float(value), env_steps=0)
-
-    @classmethod
-    def parse(cls, value: Any) -> Schedule:
-        """Return the schedule that a number, a {start, end, env_steps} mapping or a schedule stands for."""
-        if isinstance(value, Schedule):
-            value = value.written()
-        if _is_number(value):
-            return cls.constant(value)
-        if isinstance(value, dict) and value.keys() == {"start", "end", "env_steps"}:
-            start, end, env_steps = value["start"], value["end"], value["env_steps"]
-            if all(map(_is_number, (start, end, env_steps))) and env_steps > 0 and env_steps == int(env_steps):
-                return cls(float(start), float(end), int(env_steps))
-        raise PydanticCustomError("schedule", "Input should be a number or a mapping of start, end and env_steps")
-
-    def written(self) -> float | dict[str, float]:
-        """Return the form that YAML holds: a number where constant, else the mapping."""
-        if self.env_steps == 0 and self.start == self.end:
-            return self.end
-        return {"start": self.start, "end": self.end, "env_steps": self.env_steps}
-
-    # pydantic checks Field(gt=0, le=1, ...) with these.
-    def __gt__(self, bound: float) -> bool:
-        return min(self.start, self.end) > bound
-
-    def __ge__(self, bound: float) -> bool:
-        return min(self.start, self.end) >= bound
-
-    def __lt__(self, bound: float) -> bool:
-        return max(self.start, self.end) < bound
-
-    def __le__(self, bound: float) -> bool:
-        return max(self.start, self.end) <= bound
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-        write = core_schema.plain_serializer_function_ser_schema(Schedule.written)
-        return core_schema.no_info_plain_validator_function(cls.parse, serialization=write)
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
-        number = {"type": "number"}
-        keys = {"start": number, "end": number, "env_steps": {"type": "integer", "exclusiveMinimum": 0}}
-        ramp = {"type": "object", "properties": keys, "required": [*keys], "additionalProperties": False}
-        return {"anyOf": [number, ramp]}
 
 
 def spelled(environment: str | Callable[..., Any] | None) -> str | None:
@@ -265,7 +197,7 @@ class EvaluationSection(Section):
 
 
 class FaultToleranceSection(Section):
-    """Deadlines, in seconds, so that nothing waits for ever; and what becomes of an environment that fails."""
+    """Deadlines, in seconds, so that nothing waits for ever; and what becomes of what fails."""
 
     start_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time for an actor to start."""
@@ -273,6 +205,12 @@ class FaultToleranceSection(Section):
     """Longest time for a runner to collect one fragment."""
     update_timeout_s: float = Field(default=300.0, gt=0)
     """Longest time for the learners to do one update."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often within restart_window_s an env runner that dies, or misses sample_timeout_s, is started again: only its
+    own fragment is collected anew; and how often all learners are, with which the run goes back to its last
+    checkpoint. 0: never, the run ends."""
+    restart_window_s: float = Field(default=3600.0, gt=0)
+    """Seconds over which max_restarts counts; shorter than the timeouts of so many hangs, it would let them go on."""
     on_env_error: Literal["rebuild", "raise"] = "rebuild"
     """What follows when a training environment raises or hangs. rebuild: it is made anew and the step masked, which
     env_failures counts; raise: the run ends, as it always does where one breaks the API, returns NaN or never works."""
@@ -331,6 +269,17 @@ class StopSection(Section):
         if all(value is None for _, value in self):
             names = ", ".join(f"stop.{name}" for name in type(self).model_fields)
             raise ConfigError(f"stop sets no limit, so the run would never end; set at least one of {names}.")
+
+    def reached(self, episode_return_mean: float | None, **values: float) -> str:
+        """Return which limit is reached, in words, or an empty string; None is no return yet."""
+        goal = self.episode_return_mean
+        if goal is not None and episode_return_mean is not None and episode_return_mean >= goal:
+            return f"episode_return_mean {episode_return_mean:.1f} reached {goal:g}"
+        for name, value in values.items():
+            limit = getattr(self, name)
+            if limit is not None and value >= limit:
+                return f"{name} {value:g} reached {limit:g}"
+        return ""
 
 
 FREE_ON_RESUME = ("stop", "reporting", "checkpointing", "fault_tolerance", "evaluation")
@@ -394,7 +343,3 @@ def _bare(annotation: Any) -> Any:
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the one type."""
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")

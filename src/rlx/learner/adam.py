@@ -48,8 +48,8 @@ class FlatAdam:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
-        self.mean.copy_(torch.from_numpy(np.asarray(state["mean"])))
-        self.square.copy_(torch.from_numpy(np.asarray(state["square"])))
+        self.mean.copy_(torch.from_numpy(np.array(state["mean"])))
+        self.square.copy_(torch.from_numpy(np.array(state["square"])))
         self.steps = int(state["steps"])
 
 

@@ -49,6 +49,8 @@ class Learner:
     def join(self, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
         """Meet the other learners (gloo on CPU, nccl on GPU) and start from the weights of rank 0."""
         self.rank, self.world_size = rank, world_size
+        if dist.is_initialized():  # with learners that have ended since
+            dist.destroy_process_group()
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             init_method=f"file://{store_path}",

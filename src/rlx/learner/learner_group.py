@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlx.actors import ActorHandle, GroupFuture, Runtime
-from rlx.errors import ConfigError
+from rlx.actors import ActorHandle, Err, Future, GroupFuture, Restart, Runtime
+from rlx.errors import ActorDied, ConfigError
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
 from rlx.nets.threads import limit_threads
@@ -23,12 +23,22 @@ log = logging.getLogger("rlx")
 
 # Below this many parameters a GPU's launch costs exceed the arithmetic that it saves.
 GPU_WORTH_PARAMETERS = 200_000
+STALLS_PER_TIMEOUT = 4
+"""A call is looked at as a possible stall after the timeout divided by this."""
+
+
+class LearnersLost(ActorDied):
+    """The learners were started again, all of them, because one died or hung; `set_state` has them go on."""
 
 
 class LearnerGroup:
     """`num_learners` = 0 learns in the driver; n learners on actors make the same steps as one, up to rounding.
 
     `version` counts updates: it stamps the weights that `weights()` returns.
+
+    restart: how often the learners are started again, all together, when one dies or misses update_timeout_s. They have
+    lost their state then, so every call raises LearnersLost until `set_state`; ActorDied, with advice, when they may
+    not be started again.
     """
 
     def __init__(
@@ -42,6 +52,7 @@ class LearnerGroup:
         torch_threads: int = 1,
         start_timeout_s: float = 60.0,
         update_timeout_s: float = 300.0,
+        restart: Restart | None = None,
         **learner_options: Any,
     ) -> None:
         device, reason = choose_device(device, build_policy)
@@ -50,7 +61,10 @@ class LearnerGroup:
         options = {"device": device, **learner_options}
         self.version = 0
         self.gradient_steps = 0
-        self.timeout_s = update_timeout_s
+        self.timeout_s, self._start_timeout_s = update_timeout_s, start_timeout_s
+        self._restart = restart
+        self._joined: list[int] = []  # the incarnations that have met
+        self._current: list[int] = []  # those that have the state of this run
         self._local: Learner | None = None
         self._actors: list[ActorHandle] = []
         if num_learners == 0:
@@ -63,12 +77,22 @@ class LearnerGroup:
             environment = {"GLOO_SOCKET_IFNAME": "lo"}
             self._actors = [
                 self._rt.spawn(
-                    Learner, build_policy, loss, name=name, env=environment, threads=torch_threads, **options
+                    *(Learner, build_policy, loss),
+                    name=name,
+                    env=environment,
+                    threads=torch_threads,
+                    stall_after_s=update_timeout_s / STALLS_PER_TIMEOUT,
+                    **options,
                 )
                 for name in names
             ]
             try:
-                self._meet(start_timeout_s)
+                for actor in self._actors:  # before they are supervised: what __init__ raises, no restart cures
+                    actor.ready(start_timeout_s)
+                if restart is not None:
+                    self._rt.group(self._actors, restart, strategy="one_for_all")
+                self._meet()
+                self._current = self._joined
             except BaseException:
                 self.close()
                 raise
@@ -91,7 +115,14 @@ class LearnerGroup:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`; the number of learners may differ."""
         self.version, self.gradient_steps = int(state["version"]), int(state["gradient_steps"])
-        self._all("set_state", state["learner"])
+        if self._local is not None:
+            self._local.set_state(state["learner"])
+            return
+        if self._joined != self._incarnations_up():
+            self._meet()
+        self._answers(self._rt.group(self._actors).set_state.call(state["learner"]).futures, self.timeout_s)
+        self._current = self._joined
+        self._check_state()
 
     def close(self) -> None:
         """End the learner actors."""
@@ -99,23 +130,65 @@ class LearnerGroup:
         for actor in actors:
             self._rt.kill(actor)
 
-    def _meet(self, timeout_s: float) -> None:
+    def _meet(self) -> None:
         """Have the learners find each other, by way of a file that nobody needs once they have."""
-        size = len(self._actors)
+        size, timeout_s, met = len(self._actors), self._start_timeout_s, self._incarnations_up()
         with tempfile.TemporaryDirectory(prefix="rlx-learners-") as folder:
             store = str(Path(folder) / "store")
             joins = [actor.join.call(rank, size, store, timeout_s) for rank, actor in enumerate(self._actors)]
-            GroupFuture(joins).values(timeout_s)
+            self._answers(joins, timeout_s)
+        self._joined = met
 
     def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         if self._local is not None:
             return [getattr(self._local, method)(*args, **kwargs)]
-        return getattr(self._rt.group(self._actors), method).call(*args, **kwargs).values(self.timeout_s)
+        self._check_state()
+        return self._answers_with_state(getattr(self._rt.group(self._actors), method).call(*args, **kwargs).futures)
 
     def _first(self, method: str) -> Any:
         if self._local is not None:
             return getattr(self._local, method)()
-        return getattr(self._actors[0], method).call().result(self.timeout_s)
+        self._check_state()
+        return self._answers_with_state([getattr(self._actors[0], method).call()])[0]
+
+    def _answers_with_state(self, futures: Sequence[Future[Any]]) -> list[Any]:
+        answers = self._answers(futures, self.timeout_s)
+        self._check_state()  # a call that finds its learner dead is answered by the next incarnation
+        return answers
+
+    def _answers(self, futures: Sequence[Future[Any]], timeout_s: float) -> list[Any]:
+        """Return what the learners answered; LearnersLost where that ended, or will end, with their restart."""
+        group = GroupFuture(futures)
+        if self._restart is None:
+            return group.values(timeout_s)
+        outcomes = group.result(timeout_s)
+        for actor, future in zip(self._actors, futures, strict=False):
+            if not future.done():
+                self._rt.restart(actor)
+                raise LearnersLost(f"{actor.name}.{future.method}() has not answered within {timeout_s:g} s.")
+        for outcome in outcomes:
+            if isinstance(outcome, Err) and isinstance(outcome.error, ActorDied):
+                raise LearnersLost(str(outcome.error)) from outcome.error
+        return group.values()
+
+    def _check_state(self) -> None:
+        if self._incarnations() != self._current:
+            raise LearnersLost("The learners ended between two calls.")
+
+    def _incarnations_up(self) -> list[int]:
+        """Return the incarnations once every learner is up; ActorDied, with advice, where one stays dead."""
+        for actor in self._actors:
+            try:
+                actor.ready(self._start_timeout_s)
+            except ActorDied as error:
+                raise ActorDied(
+                    f"{error.__cause__ or error}\nThe learners were started again {actor.incarnation} times already; "
+                    "lower training.minibatch_size if memory is short, or raise fault_tolerance.max_restarts."
+                ) from error
+        return self._incarnations()
+
+    def _incarnations(self) -> list[int]:
+        return [actor.incarnation for actor in self._actors]
 
 
 def choose_device(device: str, build_policy: Callable[[], nn.Module]) -> tuple[str, str]:

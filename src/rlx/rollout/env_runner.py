@@ -7,7 +7,7 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
 from rlx.rollout.failures import Failures
+from rlx.rollout.fragment import Fragment
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
@@ -252,9 +253,9 @@ class EnvRunner:
         if self._discounted is not None:
             self._discounted.return_B[new_B] = 0.0
 
-    def _collect(self, num_steps: int) -> _Fragment:
+    def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
-        fragment = _Fragment.empty(num_steps, envs, self._obs_space, normalizer is not None)
+        fragment = Fragment.empty(num_steps, envs, self._obs_space, normalizer is not None)
         started = clock()
         noise = np.random.default_rng([self._seed, ACTING_STREAM, self._first, self._fragment])
         self._fragment += 1
@@ -291,7 +292,7 @@ class EnvRunner:
         encode_obs(self._envs.observation_space, raw_N, obs_N)
         return obs_N if self._normalizer is None else self._normalizer(obs_N)
 
-    def _next_values(self, fragment: _Fragment, value_T_B: np.ndarray) -> np.ndarray:
+    def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
         finals = [obs for _, _, obs in fragment.cuts]
         last_B = self._envs.obs_B
@@ -328,7 +329,7 @@ class EnvRunner:
         return episodes
 
     def _moments(
-        self, fragment: _Fragment, done_T_B: np.ndarray, mask_T_B: np.ndarray
+        self, fragment: Fragment, done_T_B: np.ndarray, mask_T_B: np.ndarray
     ) -> tuple[RunningMoments | None, RunningMoments | None]:
         """Return the moments of observations and discounted returns; None for what is not normalised."""
         obs_moments = None
@@ -339,7 +340,7 @@ class EnvRunner:
             return obs_moments, None
         return obs_moments, self._discounted.moments(fragment.reward, done_T_B, mask_T_B)
 
-    def _check_finite(self, fragment: _Fragment) -> None:
+    def _check_finite(self, fragment: Fragment) -> None:
         """Raise EnvError if an observation or a reward of the fragment is NaN or infinite."""
         end = len(fragment.reward)
         # Field, first step of the array, and which action came before: observation t follows action t - 1.
@@ -367,42 +368,4 @@ class EnvRunner:
         raise EnvError(
             f"{self._envs.name}, environment {self._first + index}: {name} {value} at step {t} of fragment "
             f"{self._fragment - 1}; it must be finite: {blame}"
-        )
-
-
-@dataclass
-class _Fragment:
-    """The arrays [T, B, ...] that a fragment is collected into."""
-
-    raw: np.ndarray
-    obs: np.ndarray
-    """What the policy saw; the same array as `raw` when nothing is normalised."""
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    failed: np.ndarray
-    """True where the step failed: the row is no transition, and an episode begins after it."""
-    cuts: list[tuple[int, int, Any]] = field(default_factory=list)
-    """(t, index, raw final observation) of truncated episodes whose obs[t + 1] is of the next episode already."""
-    env_s: float = 0.0
-    inference_s: float = 0.0
-
-    @classmethod
-    def empty(cls, num_steps: int, envs: Envs, obs_space: spaces.Box, is_normalized: bool) -> _Fragment:
-        """Return new arrays: a trajectory's arrays are never written to again."""
-        shape = (num_steps, envs.num_envs)
-        raw = np.empty((*shape, *obs_space.shape), obs_space.dtype)
-        if isinstance(envs.action_space, spaces.Discrete):
-            action = np.empty(shape, np.int64)
-        else:
-            action = np.empty((*shape, int(np.prod(envs.action_space.shape or ()))), np.float32)
-        return cls(
-            raw=raw,
-            obs=np.empty_like(raw) if is_normalized else raw,
-            action=action,
-            reward=np.empty(shape),
-            terminated=np.empty(shape, bool),
-            truncated=np.empty(shape, bool),
-            failed=np.zeros(shape, bool),
         )
