@@ -113,14 +113,15 @@ def test_the_budget_of_a_runner_ends_the_run_with_advice():
 
 @pytest.mark.slow
 def test_a_run_whose_runners_are_killed_at_random_still_learns():
-    made = config(num_env_runners=2, max_restarts=1000).environment("CartPole-v1").runtime(seed=1)
+    # A short window keeps the pauses before restarts short, too.
+    made = config(num_env_runners=2, max_restarts=1000, restart_window_s=0.5).runtime(seed=1)
     made.env_runners(num_envs_per_env_runner=4, rollout_fragment_length=128)
     made.training(epochs=10, minibatch_size=128, lr=1e-3).stop(env_steps=150_000, episode_return_mean=300.0)
     moments, ended = random.Random(3), threading.Event()
     with made.build() as algorithm:
 
         def kill_now_and_then():
-            while not ended.wait(moments.uniform(0.5, 2.0)):
+            while not ended.wait(moments.uniform(0.1, 0.5)):
                 state = algorithm._runtime.state()[f"env_runner/{moments.randrange(2)}"]
                 if state.status == "alive":
                     os.kill(state.pid, signal.SIGKILL)

@@ -1,5 +1,7 @@
 """Several learners are one learner: the same steps, weights and stats, up to rounding."""
 
+import os
+import signal
 from functools import partial
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 from rlx import actors
 from rlx.learner.learner import Learner
-from rlx.learner.learner_group import GPU_WORTH_PARAMETERS, LearnerGroup, choose_device
+from rlx.learner.learner_group import GPU_WORTH_PARAMETERS, LearnerGroup, LearnersLost, choose_device
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,28 @@ def test_an_error_in_the_loss_of_an_actor_arrives_as_itself(problem, runtime):
     group = LearnerGroup(problem.build, loss, device="cpu", num_learners=1, runtime=lambda: runtime)
     with pytest.raises(ZeroDivisionError, match="in the loss"):
         group.update(problem.batch(), **problem.update, seed=0)
+    group.close()
+
+
+def test_learners_started_again_do_nothing_until_they_are_given_a_state(problem, runtime):
+    restart = actors.Restart(max=1, per_s=60.0, backoff_s=0.01)
+    options = {"device": "cpu", "num_learners": 2, "runtime": lambda: runtime, "restart": restart}
+    group = LearnerGroup(problem.build, problem.loss, **options)
+    group.update(problem.batch(seed=1), **problem.update, seed=1)
+    state = group.get_state()
+    expected = group.update(problem.batch(seed=2), **problem.update, seed=2)
+    weights = group.weights()
+    os.kill(runtime.state()["learner/1"].pid, signal.SIGKILL)
+    with pytest.raises(LearnersLost):
+        group.update(problem.batch(seed=3), **problem.update, seed=3)
+    for call in (group.weights, group.get_state, partial(group.update, problem.batch(), **problem.update, seed=3)):
+        with pytest.raises(LearnersLost):
+            call()
+    group.set_state(state)
+    assert (group.version, group.gradient_steps) == (1, 9)
+    again = group.update(problem.batch(seed=2), **problem.update, seed=2)
+    assert again | {"busy_s": 0} == expected | {"busy_s": 0}
+    assert np.array_equal(group.weights(), weights)
     group.close()
 
 
