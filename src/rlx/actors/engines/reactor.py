@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import select
 import threading
@@ -22,6 +23,7 @@ class Reactor:
         self._epoll.register(self._wake, READ)
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._deadlines: dict[object, tuple[float, Callable[[], object]]] = {}
+        self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="rlx-actor-reader", daemon=True)
         self._thread.start()
@@ -39,6 +41,12 @@ class Reactor:
         """Forget fd. Only from the reactor's own thread, else its number may be somebody else's already."""
         self._epoll.unregister(fd)
         del self._handlers[fd]
+
+    def post(self, handler: Callable[[], object]) -> None:
+        """Call `handler()` soon. Takes no lock, so it may be called anywhere, in a finalizer too."""
+        if not self._stopping:
+            self._posted.append(handler)
+            os.eventfd_write(self._wake, 1)
 
     def set_deadline(self, key: object, in_s: float, handler: Callable[[], object]) -> None:
         """Call `handler()` after in_s seconds; a later call with the same key replaces it."""
@@ -67,6 +75,8 @@ class Reactor:
                     os.eventfd_read(self._wake)
                 elif handler := self._handlers.get(fd):  # an earlier handler of this round may have closed it
                     _guarded(handler, events)
+            for _ in range(len(self._posted)):
+                _guarded(self._posted.popleft())
             now = time.monotonic()
             for key, (deadline, handler) in list(self._deadlines.items()):
                 if deadline <= now:
