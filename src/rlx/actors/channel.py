@@ -209,7 +209,7 @@ receive_descriptor: Callable[[], tuple[dict[str, Any], int]] | None = None
 """Set in an actor: the next channel that its driver has given it, and its descriptor."""
 _arrived: dict[str, Channel] = {}
 """In an actor: by name, its ends of channels."""
-
+_arriving = threading.Lock()  # one thread may receive the descriptor that another waits for
 
 _inline: weakref.WeakValueDictionary[int, InlineChannel] = weakref.WeakValueDictionary()
 """By id: what a strict engine's pickles refer to."""
@@ -217,12 +217,13 @@ _inline: weakref.WeakValueDictionary[int, InlineChannel] = weakref.WeakValueDict
 
 def arrive(name: str) -> Channel:
     """Return this process' end of a channel that has come in a message."""
-    while name not in _arrived:
-        if receive_descriptor is None:
-            raise ActorError(f"channel {name!r} has come to a process that is no actor.")
-        label, fd = receive_descriptor()
-        _arrived[label["channel"]] = Channel.attach(label["channel"], fd, label["row"])
-    return _arrived[name]
+    with _arriving:
+        while name not in _arrived:
+            if receive_descriptor is None:
+                raise ActorError(f"channel {name!r} has come to a process that is no actor.")
+            label, fd = receive_descriptor()
+            _arrived[label["channel"]] = Channel.attach(label["channel"], fd, label["row"])
+        return _arrived[name]
 
 
 class InlineChannel:

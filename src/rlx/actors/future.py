@@ -34,6 +34,12 @@ Outcome = Ok[T] | Err
 Answer = Callable[[], Outcome[Any]]
 """Makes an outcome when asked: unpickling runs user code, which has no place in the thread that reads replies."""
 
+
+def nothing() -> Ok[None]:
+    """The answer of what only tells that something has happened."""
+    return Ok(None)
+
+
 # Guards the few instructions that change a future; one for all, because it is never held while anything runs.
 _lock = threading.Lock()
 
@@ -205,14 +211,15 @@ def as_completed(futures: Iterable[Future[T]], timeout_s: float | None = None) -
     try:
         while late:
             try:
-                number = arrived.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                number = arrived.get(timeout=None if deadline is None else _seconds_to(deadline))
             except queue.Empty:
                 names = ", ".join(f"{future.actor}.{future.method}()" for future in late.values())
                 raise CallTimeout(
                     f"{len(late)} of {len(callbacks)} calls have not answered within {timeout_s:g} s: {names}; "
                     f"they go on: wait for them again, or kill() their actors."
                 ) from None
-            yield late.pop(number)
+            if number in late:  # else its callback has been called twice: see when_done
+                yield late.pop(number)
     finally:
         for number, future in late.items():
             future.forget(callbacks[number])
@@ -247,11 +254,14 @@ def _wait(futures: Sequence[Future[Any]], count: int, timeout_s: float | None) -
     for future, arrival in zip(late, arrivals, strict=True):
         future.when_done(arrival)
     try:
-        patience_s = -1 if deadline is None else min(max(deadline - time.monotonic(), 0.0), threading.TIMEOUT_MAX)
-        return gate.acquire(timeout=patience_s)
+        return gate.acquire(timeout=-1 if deadline is None else _seconds_to(deadline))
     finally:
         for future, arrival in zip(late, arrivals, strict=True):
             future.forget(arrival)
+
+
+def _seconds_to(deadline: float) -> float:
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 def _arrival(future: Future[Any]) -> Generator[Any, None, None]:

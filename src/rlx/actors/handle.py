@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlx.actors.future import Future, GroupFuture
+from rlx.actors.future import Err, Future, GroupFuture
 from rlx.actors.interface import Engine
 from rlx.actors.life import ActorLife
 from rlx.actors.monitor import Watchers
 from rlx.actors.stream import Stream
-from rlx.errors import CallTimeout, NotSupported
+from rlx.errors import ActorError, CallTimeout, NotSupported
 
 if TYPE_CHECKING:
     from rlx.actors.runtime import Runtime
@@ -109,7 +109,7 @@ class GroupMethod:
         """Run the method in every member with the same arguments, which are pickled once."""
         message = self._group._engine.pack(args, kwargs)
         actors = self._group.actors
-        return GroupFuture([_call(actor, self._name, message) for actor in actors], actors)
+        return GroupFuture([_try_to_call(actor, self._name, message) for actor in actors], actors)
 
     def map(self, *arguments: Iterable[Any]) -> GroupFuture[Any]:
         """Like the builtin: member i runs the method with the i-th item of each iterable as its arguments."""
@@ -119,7 +119,7 @@ class GroupMethod:
         messages = [self._group._engine.pack(row, {}) for row in rows]  # all, before any is sent
         actors = self._group.actors
         pairs = zip(actors, messages, strict=True)
-        return GroupFuture([_call(actor, self._name, message) for actor, message in pairs], actors)
+        return GroupFuture([_try_to_call(actor, self._name, message) for actor, message in pairs], actors)
 
     def send(self, *args: Any, **kwargs: Any) -> None:
         """Run the method in every member without an answer."""
@@ -132,3 +132,13 @@ def _call(handle: ActorHandle, method: str, message: Any) -> Future[Any]:
     future: Future[Any] = Future(handle.name, method)
     handle._actor.post(method, message, future)
     return future
+
+
+def _try_to_call(handle: ActorHandle, method: str, message: Any) -> Future[Any]:
+    """Like `_call`; that one member takes no call is that member's error, for the others have got theirs."""
+    try:
+        return _call(handle, method, message)
+    except ActorError as error:
+        future, failure = Future[Any](handle.name, method), Err(error)
+        future.settle(lambda: failure)
+        return future

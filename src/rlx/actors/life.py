@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rlx.actors.future import Answer, Err, Future, Ok
+from rlx.actors.future import Answer, Err, Future, Ok, nothing
 from rlx.actors.interface import ActorSpec, ActorState, Engine, EngineActor, Listener
 from rlx.actors.monitor import EventThread, Watchers, logger
 from rlx.actors.resources import WAIT_WARNING_S, Claim
@@ -295,7 +295,7 @@ class ActorLife:
             if self._open is None:
                 self._let_in(body)
             death = self._death
-        self._settle_ready(lambda: Ok(None))
+        self._settle_ready(nothing)
         if death is not None:
             self._watchers.restarted(death)
 
@@ -305,7 +305,11 @@ class ActorLife:
             held = self._held.popleft()
             if held.future is not None:
                 held.future.request_cancel = None
-            held.deliver(body)
+            try:
+                held.deliver(body)
+            except Exception as error:  # no room for it; those behind it must not share its fate
+                failure = Err(error)
+                held.refuse(lambda failure=failure: failure)
         if not self._body_ended:
             self._open = body
         self._changed.notify_all()

@@ -25,7 +25,8 @@ class EventThread:
         self._name = name
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []  # a heap, by time
         self._numbers = itertools.count()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # taken as itself: an interrupt inside Condition.__enter__ would keep it
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -35,7 +36,7 @@ class EventThread:
 
     def after(self, delay_s: float, function: Callable[..., None], *args: object) -> None:
         """Run `function(*args)` in `delay_s` seconds, unless `close` comes first."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             if self._thread is None:
@@ -46,7 +47,7 @@ class EventThread:
 
     def close(self, timeout_s: float) -> None:
         """Finish what is due, drop what is for later, and end the thread."""
-        with self._changed:
+        with self._lock:
             self._closed, thread = True, self._thread
             self._changed.notify()
         if thread is not None and thread is not threading.current_thread():
@@ -67,7 +68,7 @@ class EventThread:
 
     def _next(self) -> tuple[Callable[..., None], tuple[object, ...]] | None:
         """Wait for the next event that is due; None when closed and no other is."""
-        with self._changed:
+        with self._lock:
             while True:
                 due_in_s = self._events[0][0] - time.monotonic() if self._events else None
                 if due_in_s is not None and due_in_s <= 0:

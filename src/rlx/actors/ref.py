@@ -17,7 +17,7 @@ class Ref:
 
     __slots__ = ("_body", "_buffers")
 
-    def __init__(self, body: bytes, buffers: Sequence[Bytes]) -> None:
+    def __init__(self, body: Bytes, buffers: Sequence[Bytes]) -> None:
         self._body, self._buffers = body, buffers
 
     def get(self) -> Any:
@@ -25,11 +25,12 @@ class Ref:
         return pickle.loads(self._body, buffers=self._buffers)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self._body, [pickle.PickleBuffer(buffer) for buffer in self._buffers])
+        body = pickle.PickleBuffer(self._body)  # it may be long, and then lies in shared memory too
+        return _arrive, (body, [pickle.PickleBuffer(buffer) for buffer in self._buffers])
 
     def __repr__(self) -> str:
         return f"<Ref of {len(self._body) + sum(map(len, self._buffers))} bytes>"
 
 
-def _arrive(body: bytes, buffers: Sequence[Bytes]) -> Any:
+def _arrive(body: Bytes, buffers: Sequence[Bytes]) -> Any:
     return pickle.loads(body, buffers=buffers)

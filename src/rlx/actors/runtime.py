@@ -24,6 +24,7 @@ from rlx.actors.tasks import TaskPool
 from rlx.errors import ActorDied, ActorError, NotSupported
 
 T = TypeVar("T")
+MAX_NAME = 1000
 OnError = Callable[[ActorHandle, BaseException], None]
 OnStall = Callable[[ActorHandle, Stall], None]
 
@@ -283,6 +284,8 @@ class Runtime:
             )
 
     def _check_name(self, name: str) -> str:
+        if len(name) > MAX_NAME:
+            raise ValueError(f"the name {name[:40]!r}... has {len(name)} characters; at most {MAX_NAME} are allowed.")
         handle = self._actors.get(name)
         if handle is not None and handle._actor.state().status not in ENDED:
             raise ValueError(f"there is already an actor named {name!r}; use another name, or kill() it first.")

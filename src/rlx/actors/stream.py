@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from rlx.actors.future import Answer, Err, Future, Ok, Outcome
+from rlx.actors.future import Answer, Err, Future, nothing
 from rlx.errors import CallTimeout
 
 T = TypeVar("T")
@@ -30,8 +29,8 @@ class Stream(Generic[T]):
         self.cancel: Callable[[], None] | None = None
         """Set by the engine: end the method."""
         self._lock = threading.Lock()
-        self._items: collections.deque[Answer] = collections.deque()
-        self._count = 0  # of all items that have come
+        self._items: collections.deque[tuple[int, Answer]] = collections.deque()
+        self._next = 0  # the index of the item after the last one that was taken
         self._owed = 0
         self._end: Answer | None = None
         self._news: Future[None] = Future(actor, method)
@@ -40,13 +39,18 @@ class Stream(Generic[T]):
         """Return the next item; StopIteration at the end, CallTimeout if it is late, and then ask again."""
         while True:
             with self._lock:
-                answer = self._items.popleft() if self._items else None
-                news = self._news
-                ended = self._end
-            if answer is not None:
-                return self._taken(answer())
-            if ended is not None:
-                return self._finish(ended())
+                news, end = self._news, self._end
+                item = self._items[0] if self._items else None
+                if item is not None:
+                    self._next = item[0] + 1
+                    self._items.popleft()
+            if item is not None:
+                return self._take(item)
+            if end is not None:
+                outcome = end()
+                if isinstance(outcome, Err):
+                    raise outcome.error
+                raise StopIteration
             try:
                 news.outcome(timeout_s)
             except CallTimeout:
@@ -56,12 +60,13 @@ class Stream(Generic[T]):
                 ) from None
 
     def close(self) -> None:
-        """End the method at its next yield; what it has yielded meanwhile is dropped."""
+        """End the method at its next yield, and this stream now; what has not been taken is dropped."""
+        cancel, self.cancel = self.cancel, None
+        if cancel is not None and self._end is None:
+            cancel()
+        self.finish(nothing)
         with self._lock:
-            running, self._items = self._end is None, collections.deque()
-        if running and self.cancel is not None:
-            self.cancel()
-        self.cancel = None
+            self._items.clear()
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -90,43 +95,36 @@ class Stream(Generic[T]):
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be at its end
-            self.close()
-
     def feed(self, index: int, answer: Answer) -> None:
         """Add item number `index` (for engines); one that has come before is ignored."""
         with self._lock:
-            if index != self._count:
-                return
-            self._count += 1
-            self._items.append(answer)
-            news, self._news = self._news, Future(self.actor, self.method)
-        news.settle(_nothing)
-
-    def finish(self, answer: Answer) -> None:
-        """Say how the method ended (for engines): Ok at the end of its items, Err otherwise."""
-        with self._lock:
             if self._end is not None:
                 return
-            self._end = answer
-            news = self._news
-        news.settle(_nothing)
+            if index >= (self._items[-1][0] + 1 if self._items else self._next):
+                self._items.append((index, answer))
+            self._news.settle(nothing)  # also if it is known: an interrupt may have cut the first call short
+            self._news = Future(self.actor, self.method)
 
-    def _taken(self, outcome: Outcome[Any]) -> T:
-        self._owed += 1
-        if self._owed * 2 >= self.credits and self.grant is not None:
-            owed, self._owed = self._owed, 0
+    def finish(self, answer: Answer) -> None:
+        """Say how the method ended (for engines): Ok at the end of its items, Err otherwise; only the first counts."""
+        with self._lock:
+            if self._end is None:
+                self._end = answer
+            self._news.settle(nothing)
+
+    def _take(self, item: tuple[int, Answer]) -> T:
+        try:
+            outcome = item[1]()
+        except BaseException:  # an interrupt while it was unpickled: it is still the next one
+            with self._lock:
+                self._items.appendleft(item)
+            raise
+        with self._lock:
+            self._owed += 1
+            owed = self._owed if 2 * self._owed >= self.credits else 0
+            self._owed -= owed
+        if owed and self.grant is not None and self._end is None:
             self.grant(owed)
         if isinstance(outcome, Err):
             raise outcome.error
         return outcome.value
-
-    def _finish(self, outcome: Outcome[Any]) -> T:
-        if isinstance(outcome, Err):
-            raise outcome.error
-        raise StopIteration
-
-
-def _nothing() -> Outcome[None]:
-    return Ok(None)

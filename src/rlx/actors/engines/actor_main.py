@@ -8,15 +8,15 @@ import os
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from rlx.actors.debugger import install_breakpoint
 from rlx.actors.engines import pickling, wire
+from rlx.actors.engines.actor_link import ActorLink
 from rlx.actors.engines.memory import ActorMemory
-from rlx.actors.engines.serving import ActorLink, server_for
+from rlx.actors.engines.serving import leave, server_for
 from rlx.actors.stacks import install_stack_dumps
 from rlx.actors.timesheet import Timesheet
 
@@ -26,7 +26,6 @@ DESCRIPTORS = 5
 
 def main(fds: Sequence[int], name: str, object_memory: int) -> NoReturn:
     """Be the actor at the other end of these descriptors until it is stopped, fails or loses its driver."""
-    code = 1
     try:
         link, later, own, drivers, log = fds
         for standard in (1, 2):
@@ -35,17 +34,9 @@ def main(fds: Sequence[int], name: str, object_memory: int) -> NoReturn:
         faulthandler.enable()  # a crash in C leaves the Python stack in the last lines of its log
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         memory = ActorMemory(own, drivers, object_memory, socket.socket(fileno=later))
-        code = _serve(ActorLink(socket.socket(fileno=link), memory), name)
-    except SystemExit as exit:
-        code = _exit_code(exit)
-    except ConnectionError:
-        pass  # the driver is gone, and nobody is left to be told
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # not the forkserver's atexit handlers, and no wait for threads of the user's
+        sys.exit(_serve(ActorLink(socket.socket(fileno=link), memory), name))
+    except BaseException as error:
+        leave(error)
 
 
 def _serve(link: ActorLink, name: str) -> int:
@@ -96,11 +87,3 @@ def _settle_in(env: dict[str, str], cwd: str, path: list[str], threads: int) -> 
         torch.set_num_threads(threads)
     else:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-
-def _exit_code(exit: SystemExit) -> int:
-    """Return the code that the interpreter would end with."""
-    if exit.code is None or isinstance(exit.code, int):
-        return (exit.code or 0) & 0xFF
-    print(exit.code, file=sys.stderr)
-    return 1

@@ -30,6 +30,7 @@ from rlx.actors.engines.death import describe_exit
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LAST_RITES_S = 5.0
 MAX_MESSAGE = 64 * 1024
+MAX_PROBLEM = 8000  # characters; in JSON each may take 6 bytes
 
 
 def main(control_fd: int, driver_pid: int, preload: list[str], folder: str) -> NoReturn:
@@ -39,7 +40,7 @@ def main(control_fd: int, driver_pid: int, preload: list[str], folder: str) -> N
     problem = _import_all(preload, driver_pid)
     if problem is not None:
         with contextlib.suppress(ConnectionError):
-            control.send(json.dumps({"event": "broken", "text": problem}).encode()[:MAX_MESSAGE])
+            control.send(json.dumps({"event": "broken", "text": problem[:MAX_PROBLEM]}).encode())
         os._exit(1)
     gc.freeze()  # the collector leaves shared pages alone in the children
     server = _ForkServer(control, driver_pid)

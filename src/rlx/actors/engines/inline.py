@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from rlx.actors.channel import InlineChannel
+from rlx.actors.context import Context, current_call
 from rlx.actors.engines import pickling
 from rlx.actors.future import Err, Future, Ok, Outcome
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Slot
@@ -143,20 +144,21 @@ class InlineActor:
             index = itertools.count()
 
             def advance(count: int) -> None:
-                for _ in range(count):
-                    outcome = self._run(method, self._next_item, ((items,), {}), is_message=False)
-                    if isinstance(outcome, Err):
-                        ended = isinstance(outcome.error, StopAsyncIteration)
-                        stream.finish(partial(_same, Ok(None) if ended else outcome))
-                        return
-                    stream.feed(next(index), partial(_same, outcome))
+                with self._lock:
+                    for _ in range(count):
+                        outcome = self._run(method, self._next_item, ((items,), {}), is_message=False)
+                        if isinstance(outcome, Err):
+                            ended = isinstance(outcome.error, StopAsyncIteration)
+                            stream.finish(partial(_same, Ok(None) if ended else outcome))
+                            return
+                        stream.feed(next(index), partial(_same, outcome))
 
             death = self._init_error or self._death
             begun = Err(death) if death is not None else self._run(method, begin, message)
             if isinstance(begun, Err):
                 stream.finish(lambda: begun)
                 return
-            stream.grant, stream.cancel = advance, getattr(items, "close", None)
+            stream.grant, stream.cancel = advance, partial(self._close_items, items)
             advance(stream.credits)
 
     def _next_item(self, items: Any) -> Any:
@@ -167,6 +169,13 @@ class InlineActor:
             return next(items)
         except StopIteration:
             raise StopAsyncIteration from None
+
+    def _close_items(self, items: Any) -> None:
+        with self._lock:
+            if hasattr(items, "aclose"):
+                self._run_to_the_end(items.aclose())
+            elif hasattr(items, "close"):
+                items.close()
 
     def _run_to_the_end(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Return its result, from a loop of the actor's own that it keeps: what it awaits may outlive the call."""
@@ -195,6 +204,7 @@ class InlineActor:
     ) -> Outcome[Any]:
         where = f"{self._spec.name}.{method}()"
         before, self._running = self._running, method
+        token = current_call.set(Context(self._spec.name, lambda: False))  # nobody can take back what has begun
         try:
             args, kwargs = _received(message) if self._strict and is_message else message
             with _environment(self._spec.env):
@@ -213,6 +223,7 @@ class InlineActor:
             error.add_note(f"raised in {where}")
             return Err(error)
         finally:
+            current_call.reset(token)
             self._running = before
             if self._death is not None:
                 self._close_loop()

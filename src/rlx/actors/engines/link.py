@@ -8,6 +8,7 @@ served by it, and by the reactor again as soon as it leaves. Nobody ever waits f
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
@@ -17,11 +18,12 @@ from collections.abc import Callable
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.reactor import READ, WRITE, Reactor
 from rlx.actors.engines.wire import Frame, FrameReader, Outbox
-from rlx.actors.future import Future
+from rlx.actors.future import Future, nothing, wait
 from rlx.errors import ActorError
 
 CORK_BYTES = 32 * 1024  # of frames that wait for company
 BACKLOG_BYTES = 64 * 2**20  # of frames that the socket has not taken, above which writers wait
+LONGEST_POLL_S = 3600.0  # more milliseconds than fit an int are refused
 
 
 class Link:
@@ -34,7 +36,7 @@ class Link:
         self._reactor, self._take, self._lost = reactor, take, lost
         self._sock, self.far_end = socket.socketpair()
         self._sock.setblocking(False)
-        self._fd = self._sock.fileno()
+        self._fd, self._pid = self._sock.fileno(), os.getpid()
         self._reader, self._outbox = FrameReader(self._sock), Outbox(self._sock)
         self._poll = select.poll()
         self._poll.register(self._fd, READ)
@@ -42,11 +44,12 @@ class Link:
         self._watched = False  # by the reactor
         self._corked = 0  # bytes of frames that the reactor will write, together, in a moment
         self._backlogged = False  # the rest of the outbox is the reactor's to write
+        self._backlog_bytes = 0
         self._leader: int | None = None  # the thread that reads, if it is not the reactor's
-        self._finished: Callable[[], None] | None = None
         self._how_lost = "closed its link"
-        self._room = threading.Event()
-        self._room.set()
+        self._ending = False
+        self._then: Callable[[], None] | None = None  # what is left to do at the end
+        self._room: Future[None] | None = None  # while writers must wait
 
     def open(self) -> None:
         """Have the reactor watch."""
@@ -58,58 +61,68 @@ class Link:
         """Write what the socket takes; the reactor writes the rest. The caller sees to the order.
 
         A frame that is not urgent, because the actor is busy with others, may wait half a millisecond for company:
-        one system call and one wake-up for many frames.
+        one system call and one wake-up for many frames. What is written later is copied first, so the buffers are
+        the caller's again.
         """
         with self._lock:
-            self._outbox.add(parts)
-            if self._backlogged or not self._watched:
+            if self._backlogged:
+                self._outbox.add([bytes(part) for part in parts])
+                self._backlog_bytes += sum(map(len, parts))
+                if self._backlog_bytes > BACKLOG_BYTES and self._room is None:
+                    self._room = Future("link", "room")
+                self._arm()  # again, for an interrupt may have cut it short
                 return
-            if not urgent and self._corked < CORK_BYTES:
-                if not self._corked:
-                    self._reactor.soon(self._uncork)
-                self._corked += sum(map(len, parts))
+            size = sum(map(len, parts))
+            if not urgent and self._watched and self._corked + size < CORK_BYTES:
+                self._corked += size
+                self._outbox.add([bytes(part) for part in parts])
+                self._reactor.soon(self._uncork)
                 return
-            self._flush()
-
-    def full(self) -> bool:
-        """Return whether so much waits for the socket that writers should."""
-        return not self._room.is_set()
+            self._flush(parts)
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until the backlog is small; False after timeout_s."""
-        return self._room.wait(timeout_s)
+        room = self._room  # a future and not an Event, which an interrupt at the wrong moment would lock for ever
+        return room is None or bool(wait([room], 1, timeout_s)[0])
 
     def lead(self, future: Future[object], deadline: float | None) -> None:
         """Read in this thread until the future is done; return early if another thread reads, or at the end."""
+        if os.getpid() != self._pid:
+            raise ActorError(f"the answer of {future.actor}.{future.method}() comes to process {self._pid}, not here.")
         me = threading.get_ident()
         try:
             with self._lock:
-                if self._leader not in (None, me) or not self._watched or self._finished is not None:
+                if self._leader not in (None, me) or not self._watched or self._ending:
                     return
                 if self._corked:
-                    self._flush()
+                    self._flush([])
                 self._leader = me
                 self._arm()
             while not future.done():
-                patience_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
-                if not self._poll.poll(patience_ms) or not self._read():
+                patience_s = LONGEST_POLL_S
+                if deadline is not None:
+                    patience_s = min(patience_s, max(0.0, deadline - time.monotonic()))
+                if not self._reader.unfinished and not self._poll.poll(patience_s * 1e3):
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return
+                elif not self._read():
                     return
         finally:
-            with self._lock:
-                if self._leader == me:
-                    self._leader = None
-                    self._arm()
-                    if self._finished is not None:
-                        self._reactor.set_deadline(self, 0.0, self._finish)
+            try:
+                self._stop_leading(me)
+            except BaseException:  # an interrupt, here of all places: nobody else would ever read again
+                self._stop_leading(me)
+                raise
 
     def finish(self, then: Callable[[], None]) -> None:
         """Nobody writes to us any more: take in what is still in the socket, then call `then`. Only the reactor."""
         with self._lock:
-            if self._finished is not None:
+            if self._ending:
                 return
-            self._finished = then
+            self._ending, self._then = True, then
             with contextlib.suppress(OSError):  # not connected any more
                 self._sock.shutdown(socket.SHUT_RD)  # so that a leader finds the end, whoever holds the far one open
+            self._make_room()
             leader = self._leader
         if leader is None:
             self._finish()
@@ -121,21 +134,36 @@ class Link:
                 self._watched = False
                 self._reactor.unregister(self._fd)
             self._sock.close()
-            self._room.set()
+            self._make_room()
 
     def _finish(self) -> None:
+        then, self._then = self._then, None
+        if then is None:
+            return
         try:
             while self._read():
                 pass
         except BlockingIOError:
             pass
-        assert self._finished is not None
-        self._finished()
+        then()
+
+    def _stop_leading(self, me: int) -> None:
+        """Give the link back to the reactor. May be called again where an interrupt has cut the first call short."""
+        with self._lock:
+            if self._leader not in (None, me):
+                return
+            self._leader = None
+            self._arm()
+            if self._ending:
+                self._reactor.post(self._finish)
+            elif self._reader.unfinished:  # an interrupt has left frames that the socket does not tell of
+                self._reactor.post(lambda: self._on_ready(READ))
 
     def _read(self) -> bool:
         """Receive once and deal with the frames; False if nothing more can come."""
         try:
-            more = self._reader.read()
+            frames = self._reader.frames
+            more = bool(frames) or self._reader.read()
             frames = self._reader.frames
             while frames:
                 self._take(frames[0])
@@ -145,7 +173,7 @@ class Link:
             return False
         except ActorError as error:
             self._how_lost = f"sent what is no frame ({error})"
-            self._reactor.set_deadline(self, 0.0, self._lose)
+            self._reactor.post(self._lose)
             return False
 
     def _on_ready(self, events: int) -> None:
@@ -174,27 +202,28 @@ class Link:
                 return
             self._watched = False
             self._reactor.unregister(self._fd)
-            self._room.set()
+            self._make_room()
         self._lost(self._how_lost)
 
     def _uncork(self) -> None:
         with self._lock:
-            if self._corked and not self._backlogged and self._watched:
-                self._flush()
+            if self._corked and not self._backlogged:
+                self._flush([])
 
-    def _flush(self) -> None:
-        """Write what the socket takes, and have the reactor write the rest. Holds the lock."""
+    def _flush(self, parts: list[Buffer]) -> None:
+        """Write these too, as far as the socket takes it, and have the reactor write the rest. Holds the lock."""
         finished, self._corked = False, 0
         try:
-            finished = self._outbox.flush()
+            self._outbox.add(parts)
+            finished = not self._watched or self._outbox.flush()
         except ConnectionError:
             finished = True  # the end of the link is seen by who reads, and settles every call
         finally:  # also after a KeyboardInterrupt: the frame is queued, and a torn one would spoil the link
             if not finished:
                 self._backlogged = True
+                self._outbox.copy_rest()
+                self._backlog_bytes = self._outbox.waiting_bytes()
                 self._arm()
-                if self._outbox.waiting_bytes() > BACKLOG_BYTES:
-                    self._room.clear()
 
     def _write_rest(self) -> None:
         with self._lock:
@@ -202,11 +231,17 @@ class Link:
                 finished = self._outbox.flush()
             except ConnectionError:
                 finished = True
+            self._backlog_bytes = 0 if finished else self._outbox.waiting_bytes()
             if finished:
                 self._backlogged = False
                 self._arm()
-            if finished or self._outbox.waiting_bytes() < BACKLOG_BYTES // 2:
-                self._room.set()
+            if self._backlog_bytes < BACKLOG_BYTES // 2:
+                self._make_room()
+
+    def _make_room(self) -> None:
+        if self._room is not None:
+            self._room.settle(nothing)
+            self._room = None
 
     def _arm(self) -> None:
         """Tell the reactor what to watch for. Holds the lock."""

@@ -28,6 +28,7 @@ from rlx.actors.engines.forkserver import MAX_MESSAGE
 from rlx.actors.engines.local_actor import LocalActor
 from rlx.actors.engines.memory import NO_ARGUMENTS, DriverMemory, Parcel, default_object_memory
 from rlx.actors.engines.reactor import Reactor
+from rlx.actors.future import wait
 from rlx.actors.interface import ActorSpec, Listener, Slot
 from rlx.actors.logs import Damper, LogFolder, LogFollower
 from rlx.actors.monitor import EventThread
@@ -107,19 +108,21 @@ class LocalEngine:
         with self._lock:
             if self._lost is not None:
                 raise ActorError(f"actor {spec.name} cannot be started: {self._lost}; open a new runtime.")
+            if self.closing:  # in another thread, which ends those that it has seen here
+                raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
             self._count += 1
             number = self._count
             actor = self._actors[number] = LocalActor(self, number, spec, listener)
-        settings = {
-            "env": os.environ | spec.env,
-            "cwd": os.getcwd(),
-            "path": [*map(str, sys.path)],
-            "threads": spec.threads,
-            "concurrency": spec.concurrency,
-            "folder": str(self._folder.path),
-            "serial": actor.slot.serial,
-        }
         try:
+            settings = {
+                "env": os.environ | spec.env,
+                "cwd": os.getcwd(),
+                "path": [*map(str, sys.path)],
+                "threads": spec.threads,
+                "concurrency": spec.concurrency,
+                "folder": str(self._folder.path),
+                "serial": actor.slot.serial,
+            }
             self._follow_in(self._follower.follow(spec.name))
             far_ends = actor.start(json.dumps(settings), parcel, self.system_timeout_s)
             order = {"do": "spawn", "actor": number, "name": spec.name, "object_memory": self.memory.limit_bytes}
@@ -133,14 +136,13 @@ class LocalEngine:
 
     def close(self, timeout_s: float) -> None:
         """End the idle actors, then the forkserver, which kills the rest; give up after timeout_s."""
-        self.closing = True
         deadline = time.monotonic() + timeout_s
         with self._lock:
+            self.closing = True
             actors = list(self._actors.values())
         idle = [actor for actor in actors if actor.stop()]
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
-        for actor in idle:
-            actor.gone.wait(max(0.0, grace - time.monotonic()))
+        wait([actor.gone for actor in idle], len(idle), grace - time.monotonic())
         if self._lost is None:
             self._order(1.0, (), do="close")
         self._control.shutdown(socket.SHUT_WR)
@@ -149,8 +151,7 @@ class LocalEngine:
         except subprocess.TimeoutExpired:
             self._server.kill()
             self._server.wait(1.0)
-        for actor in actors:
-            actor.gone.wait(max(0.1, deadline - time.monotonic()))
+        wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))
         self.reactor.close(max(0.1, deadline - time.monotonic()))
         self._control.close()
         self._follower.close()
@@ -162,6 +163,7 @@ class LocalEngine:
 
     def kill(self, number: int, timeout_s: float) -> None:
         """Have the forkserver kill the actor: only a parent knows that the process id is still the actor's."""
+        self.memory.arena.check_owner()
         with self._lock:
             lost = self._lost
         if lost is None:
@@ -198,13 +200,13 @@ class LocalEngine:
             )
 
     def _look_around(self) -> None:
+        self.reactor.set_deadline(self, LOOK_EVERY_S, self._look_around)
         now = time.monotonic()
         with self._lock:
             actors = list(self._actors.values())
         for actor in actors:
             actor.look_for_stall(now)
         self.memory.arena.reclaim()
-        self.reactor.set_deadline(self, LOOK_EVERY_S, self._look_around)
 
     def _follow_in(self, in_s: float | None) -> None:
         if in_s is not None:

@@ -17,7 +17,7 @@ from rlx.actors.engines.death import activity, describe
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.wire import Frame
-from rlx.actors.future import Answer, Err, Future, Ok, Outcome, wait
+from rlx.actors.future import Answer, Err, Future, Ok, Outcome, nothing, wait
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Stall
 from rlx.actors.stream import Stream
 from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, CallTimeout
@@ -37,8 +37,9 @@ class LocalActor:
         self._listener = listener
         self.pid: int | None = None
         self.ready: Future[None] = Future(spec.name, "__init__")
-        self.gone = threading.Event()
+        self.gone: Future[None] = Future(spec.name, "end")
         self._lock = threading.Lock()  # of the order of frames, and of the moment after which no call is answered
+        self._place: Future[None] | None = None  # settled by the next answer: somebody waits for it, to call on
         self._pending: dict[int, Future[Any] | _OpenStream] = {}  # by call id, oldest first
         self._calls = 0
         self._killed: str | None = None  # how the error of a wanted death describes it
@@ -74,26 +75,14 @@ class LocalActor:
 
     def abandon(self) -> None:
         """The spawn has failed: have the reactor clean up."""
-        self._engine.reactor.set_deadline(self, 0.0, partial(self.die, "could not be started"))
+        self._engine.reactor.post(partial(self.die, "could not be started"))
 
     def post(self, method: str, message: Parcel, future: Future[Any] | None) -> None:
         """Queue the call behind all earlier ones; waits while the actor has too many of them, ActorBusy at last."""
-        self._wait_for_room()
-        places = self._memory.lend(message)
-        with self._lock:
-            end = self._end
-            if end is None:
-                call_id = self._next_call()
-                if message.channels:
-                    self._hand_over(message.channels)
-                urgent = not self._pending
-                if future is not None:
-                    self._pending[call_id] = future
-                    future.lead = self._link.lead
-                    future.request_cancel = partial(self._cancel, call_id)
-                kind = wire.SEND if future is None else wire.CALL
-                self._link.write(wire.encode(kind, call_id, method, message.message, places), urgent)
-                return
+        kind = wire.SEND if future is None else wire.CALL
+        end = self._write_call(kind, method, method, message, future)
+        if end is None:
+            return
         if future is not None:
             future.settle(end)
         else:
@@ -101,27 +90,46 @@ class LocalActor:
 
     def stream(self, method: str, message: Parcel, stream: Stream[Any]) -> None:
         """Like `post`, for a method whose items the stream takes one by one."""
+        end = self._write_call(wire.STREAM, method, f"{stream.credits} {method}", message, stream)
+        if end is not None:
+            stream.finish(end)
+
+    def _write_call(
+        self, kind: int, method: str, text: str, message: Parcel, answer: Future[Any] | Stream[Any] | None
+    ) -> Callable[[], Err] | None:
+        """Number the call, note who waits for its answer, and write it; return the actor's end if it has ended."""
+        self._engine.memory.arena.check_owner()
         self._wait_for_room()
         places = self._memory.lend(message)
         with self._lock:
-            end = self._end
-            if end is None:
-                call_id = self._next_call()
+            if self._end is not None:
+                return self._end  # what was lent goes with the link
+            if message.channels:
                 self._hand_over(message.channels)
-                self._pending[call_id] = _OpenStream(method, weakref.ref(stream))
-                stream.grant, stream.cancel = partial(self._grant, call_id), partial(self._cancel, call_id)
-                text = f"{stream.credits} {method}"
-                self._link.write(wire.encode(wire.STREAM, call_id, text, message.message, places))
-                return
-        stream.finish(end)
+            call_id, urgent = self._next_call(), not self._pending
+            try:
+                if isinstance(answer, Future):
+                    self._pending[call_id] = answer
+                    answer.lead = self._link.lead
+                    answer.request_cancel = partial(self._cancel, call_id)
+                elif answer is not None:
+                    # Not a finalizer: it could come while this thread has the lock, and wait for it for ever.
+                    drop = partial(self._engine.reactor.post, partial(self._cancel, call_id))
+                    self._pending[call_id] = _OpenStream(method, weakref.ref(answer, lambda _: drop()))
+                    answer.grant, answer.cancel = partial(self._grant, call_id), partial(self._cancel, call_id)
+                self._link.write(wire.encode(kind, call_id, text, message.message, places), urgent)
+            except BaseException:  # an interrupt: written or not, nobody will ever ask for the answer
+                self._pending.pop(call_id, None)
+                raise
+        return None
 
     def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Kill the process and return when it is gone."""
-        if self.gone.is_set():
+        if self.gone.done():
             return
         self._killed = how
         self._engine.kill(self._number, timeout_s)
-        if not self.gone.wait(timeout_s):
+        if not wait([self.gone], 1, timeout_s)[0]:
             raise CallTimeout(f"actor {self._name} (pid {self.pid}) is not gone {timeout_s:g} s after kill().")
 
     def stop(self) -> bool:
@@ -189,21 +197,23 @@ class LocalActor:
         self._memory.drop()
         for channel, row in self._rows.values():
             channel.remove_reader(row)
-        self.gone.set()
+        self.gone.settle(nothing)
 
     def _wait_for_room(self) -> None:
         """Wait while the actor has too many unanswered calls, or leaves too much unread."""
         timeout_s, limit = self._engine.system_timeout_s, self._max_pending
-        deadline = time.monotonic() + timeout_s if len(self._pending) >= limit else 0.0
+        deadline = time.monotonic() + timeout_s
         while len(self._pending) >= limit:
             with self._lock:
-                oldest = [call for call in self._pending.values() if isinstance(call, Future)][:1]
-            if not oldest or not wait(oldest, 1, deadline - time.monotonic())[0]:
+                if len(self._pending) < limit:
+                    break
+                place = self._place = self._place or Future(self._name, "place")
+            if not wait([place], 1, deadline - time.monotonic())[0]:
                 raise ActorBusy(
                     f"{self._name} has {limit} unanswered calls and finished none within {timeout_s:g} s; wait for "
                     f"results before calling on, or raise max_pending at spawn."
                 )
-        if self._link.full() and not self._link.wait_for_room(timeout_s):
+        if not self._link.wait_for_room(timeout_s):
             raise ActorBusy(
                 f"{self._name} has read nothing for {timeout_s:g} s and much is waiting for it; look at what it does "
                 f"with `rlx why {self._name}`, or kill() it."
@@ -222,8 +232,12 @@ class LocalActor:
         for channel in channels:
             if channel.name not in self._rows:
                 row = channel.add_reader(self._name)
+                try:
+                    descriptors.send(self._descriptors, {"channel": channel.name, "row": row}, channel.fd)
+                except BaseException:
+                    channel.remove_reader(row)
+                    raise
                 self._rows[channel.name] = channel, row
-                descriptors.send(self._descriptors, {"channel": channel.name, "row": row}, channel.fd)
 
     def _cancel(self, call_id: int) -> None:
         self._tell(wire.CANCEL, call_id, "")
@@ -232,6 +246,7 @@ class LocalActor:
         self._tell(wire.CREDIT, call_id, str(count))
 
     def _tell(self, kind: int, call_id: int, text: str) -> None:
+        self._engine.memory.arena.check_owner()
         with self._lock:
             if self._end is None:
                 self._link.write(wire.encode(kind, call_id, text))
@@ -240,8 +255,10 @@ class LocalActor:
         """Wait for the forkserver's word on the end of the process; without it, end it ourselves."""
 
         def give_up() -> None:
-            self._engine.kill(self._number, 0.0)
-            self.die(how)
+            try:
+                self._engine.kill(self._number, 0.0)
+            finally:  # also when the forkserver takes no orders
+                self.die(how)
 
         if self._how is None:
             self._engine.reactor.set_deadline(self, EXIT_NEWS_S, give_up)
@@ -252,7 +269,7 @@ class LocalActor:
         if not wire.READY <= kind <= wire.ITEM:
             raise ActorError(f"a frame has the kind {kind}, which no actor sends; close the link.")
         if kind == wire.READY:
-            self.ready.settle(lambda: Ok(None))
+            self.ready.settle(nothing)
             return
         message = frame.open(self._memory.borrow)
         if kind == wire.INIT_FAILED:
@@ -269,6 +286,7 @@ class LocalActor:
                 return
             waiting.settle(self._answer(kind, text, message, waiting.method))
             with self._lock:  # `state` may be looking
+                self._give_place()
                 self._pending.pop(call_id, None)
 
     def _answer(self, kind: int, text: str, message: pickling.Message, method: str) -> Answer:
@@ -291,7 +309,14 @@ class LocalActor:
             self.ready.settle(self._end)
         for waiting in self._pending.values():
             waiting.settle(self._end)
+        self._give_place()
         self._pending.clear()
+
+    def _give_place(self) -> None:
+        """Have who waits for a place look again. Holds the lock; an interrupt after this must not matter."""
+        if self._place is not None:
+            self._place.settle(nothing)
+            self._place = None
 
     def _current_method(self) -> str | None:
         """Return what runs, or runs next: calls are answered in order. Holds the lock."""

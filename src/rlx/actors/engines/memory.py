@@ -90,13 +90,11 @@ class DriverMemory:
         return LinkMemory(self.arena, self._reader, self.limit_bytes, name)
 
     def put(self, message: Message) -> Ref:
-        """Place the message's large buffers in the arena; return what stands for it."""
-        body, buffers = message
-        if sum(map(len, buffers)) >= SHARED_BYTES:
-            buffers = self.arena.place(buffers).views()
-        else:
-            buffers = [bytes(buffer) for buffer in buffers]
-        return Ref(bytes(body), buffers)
+        """Place the message in the arena if it is large; return what stands for it."""
+        parts = [message[0], *message[1]]
+        is_large = sum(map(len, parts)) >= SHARED_BYTES
+        body, *buffers = self.arena.place(parts).views() if is_large else map(bytes, parts)
+        return Ref(body, buffers)
 
     def close(self) -> None:
         """Close the descriptors; views that are still held stay valid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import select
 import threading
@@ -22,9 +23,10 @@ class Reactor:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake, READ)
         self._handlers: dict[int, Callable[[int], object]] = {}
-        self._soon: list[Callable[[], object]] = []
-        self._rushing = False  # it comes round by itself
         self._deadlines: dict[object, tuple[float, Callable[[], object]]] = {}
+        self._soon: set[Callable[[], object]] = set()
+        self._rushing = False  # it comes round by itself
+        self._posted: collections.deque[Callable[[], object]] = collections.deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="rlx-actor-reader", daemon=True)
         self._thread.start()
@@ -43,17 +45,23 @@ class Reactor:
         self._epoll.unregister(fd)
         del self._handlers[fd]
 
+    def post(self, handler: Callable[[], object]) -> None:
+        """Call `handler()` soon. Takes no lock, so it may be called anywhere, in a finalizer too."""
+        if not self._stopping:
+            self._posted.append(handler)
+            os.eventfd_write(self._wake, 1)
+
+    def soon(self, handler: Callable[[], object]) -> None:
+        """Call `handler()` within about RUSH_S; many of these cost one wake-up."""
+        self._soon.add(handler)
+        if not self._rushing:
+            self._rushing = True
+            os.eventfd_write(self._wake, 1)
+
     def set_deadline(self, key: object, in_s: float, handler: Callable[[], object]) -> None:
         """Call `handler()` after in_s seconds; a later call with the same key replaces it."""
         self._deadlines[key] = (time.monotonic() + in_s, handler)
         os.eventfd_write(self._wake, 1)
-
-    def soon(self, handler: Callable[[], object]) -> None:
-        """Call `handler()` within about RUSH_S; many of these cost one wake-up."""
-        self._soon.append(handler)
-        if not self._rushing:
-            self._rushing = True
-            os.eventfd_write(self._wake, 1)
 
     def clear_deadline(self, key: object) -> None:
         """Forget the deadline."""
@@ -77,6 +85,8 @@ class Reactor:
                     os.eventfd_read(self._wake)
                 elif handler := self._handlers.get(fd):  # an earlier handler of this round may have closed it
                     _guarded(handler, events)
+            for _ in range(len(self._posted)):
+                _guarded(self._posted.popleft())
             if self._rushing:
                 self._hurry()
             now = time.monotonic()
@@ -89,7 +99,7 @@ class Reactor:
         """Do what is wanted soon; when nothing was, fall asleep again."""
         if not self._soon:
             self._rushing = False
-        soon, self._soon = self._soon, []  # after the line above: who comes in between wakes us, or is in here
+        soon, self._soon = self._soon, set()  # after the line above: who comes in between wakes us, or is in here
         for handler in soon:
             _guarded(handler)
 

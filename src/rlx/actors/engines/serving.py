@@ -3,127 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import inspect
+import itertools
 import os
 import socket
-import threading
-import time
+import sys
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from rlx.actors.context import Context, current_call
 from rlx.actors.engines import pickling, wire
-from rlx.actors.engines.memory import ActorMemory
-from rlx.actors.engines.wire import Frame, FrameReader, Outbox
+from rlx.actors.engines.actor_link import ActorLink
+from rlx.actors.engines.wire import Frame
 from rlx.actors.timesheet import Timesheet
-from rlx.errors import CallCancelled, ObjectMemoryFull
+from rlx.errors import CallCancelled
 
-READ_AHEAD_FRAMES = 1024
-LOOK_EVERY_S = 0.0005
 TASKS = 1000  # at once, of an actor with `async def` methods, where nothing else was asked for
-
-
-class ActorLink:
-    """The actor's end of its link: frames that have come in, cancellations and credits that overtake them."""
-
-    def __init__(self, sock: socket.socket, memory: ActorMemory) -> None:
-        self.sock, self.memory = sock, memory
-        self._reader, self._outbox = FrameReader(sock), Outbox(sock)
-        self._frames: collections.deque[Frame] = collections.deque()
-        self._cancelled: set[int] = set()  # calls that wait or run
-        self._open: set[int] = set()  # calls that have come in and are not answered
-        self._credits: dict[int, int] = {}
-        self._looked_at = 0.0
-        self._sending = threading.Lock()
-        self.news = threading.Condition()  # of cancellations and credits, for other threads than the reading one
-
-    def receive(self) -> Frame | None:
-        """Return the next call, None when the driver is gone."""
-        # So that a cancellation overtakes the call it is for; not before every one of many short calls.
-        if 0 < len(self._frames) < READ_AHEAD_FRAMES and time.monotonic() > self._looked_at + LOOK_EVERY_S:
-            self.look()
-        while not self._frames:
-            if not self.read():
-                return None
-        return self._frames.popleft()
-
-    def look(self) -> None:
-        """Take in what has arrived, without waiting."""
-        self._looked_at = time.monotonic()
-        with contextlib.suppress(BlockingIOError):
-            self.read(socket.MSG_DONTWAIT)
-
-    def read(self, flags: int = 0) -> bool:
-        """Wait for something and take it in; False when the driver is gone."""
-        more = self._reader.read(flags)
-        frames = self._reader.frames
-        if frames:
-            with self.news:
-                for frame in frames:
-                    self._accept(frame)
-                frames.clear()
-        return more
-
-    def waiting(self) -> int:
-        """Return how many calls have come in and have not been taken."""
-        return len(self._frames)
-
-    def send(self, kind: int, call_id: int = 0, text: str = "", message: pickling.Message = pickling.EMPTY) -> None:
-        """Write a frame; waits for the driver, which always reads."""
-        message, places = self.memory.lend(message)
-        with self._sending:
-            self._outbox.add(wire.encode(kind, call_id, text, message, places))
-            self._outbox.flush()
-
-    def send_error(self, kind: int, call_id: int, error: BaseException, where: str) -> None:
-        """Send an error and its traceback; only the text if it carries more than the object memory holds."""
-        text, message = pickling.dump_error(error, where)
-        try:
-            self.send(kind, call_id, text, message)
-        except ObjectMemoryFull as full:
-            self.send(kind, call_id, f"{text}\n(the error itself cannot be sent: {full})")
-
-    def is_cancelled(self, call_id: int) -> bool:
-        """Return whether the caller has taken the call back."""
-        return call_id in self._cancelled
-
-    def credits(self, call_id: int) -> int:
-        """Return how many items a stream may send."""
-        return self._credits.get(call_id, 0)
-
-    def spend_credit(self, call_id: int) -> None:
-        """Note that an item has been sent."""
-        with self.news:
-            self._credits[call_id] -= 1
-
-    def close_call(self, call_id: int) -> None:
-        """The call has been answered."""
-        self._open.discard(call_id)
-        if self._cancelled or self._credits:
-            with self.news:
-                self._cancelled.discard(call_id)
-                self._credits.pop(call_id, None)
-
-    def _accept(self, frame: Frame) -> None:
-        if frame.kind == wire.CANCEL:
-            if frame.call_id in self._open:
-                self._cancelled.add(frame.call_id)
-        elif frame.kind == wire.CREDIT:
-            if frame.call_id in self._open:
-                self._credits[frame.call_id] = self._credits.get(frame.call_id, 0) + int(frame.text)
-        else:
-            if frame.kind == wire.STREAM:
-                number, _, frame.text = frame.text.partition(" ")
-                self._credits[frame.call_id] = int(number)
-            if frame.kind != wire.SEND:
-                self._open.add(frame.call_id)
-            self._frames.append(frame)
-            return
-        self.news.notify_all()
 
 
 class Server:
@@ -146,20 +45,13 @@ class Server:
         failed = True
         current_call.set(Context(self.name, partial(self._is_cancelled, call_id)))
         try:
-            if self.link.is_cancelled(call_id):
-                raise CallCancelled("before it ran")
-            args, kwargs = self._arguments(frame)
-            result = getattr(self.instance, method)(*args, **kwargs)
+            result = self.begin(frame)
             if frame.kind == wire.STREAM:
-                for index, item in enumerate(self._items(result, method)):
-                    if not self.wait_for_credit(call_id):
-                        raise CallCancelled
-                    self._send_item(call_id, index, item, method)
-                    del item
+                with closing(result):
+                    self._stream(call_id, self.iterator(result, method), method)
                 result = None
+            self.reply(frame, result)
             failed = False
-            if frame.kind != wire.SEND:
-                self._send_result(call_id, result, method)
         except SystemExit:
             raise
         except BaseException as error:
@@ -168,16 +60,22 @@ class Server:
             self.link.close_call(call_id)
             self.sheet.end(running, not failed)
 
-    def _arguments(self, frame: Frame) -> Any:
-        message = frame.open(self.link.memory.borrow)
-        return pickling.loads(message) if message[0] else ((), {})
+    def begin(self, frame: Frame) -> Any:
+        """Call the method and return what it returns; CallCancelled if the caller does not want it any more."""
+        message = frame.open(self.link.memory.borrow)  # in any case: only what was borrowed is ever given back
+        if self.link.is_cancelled(frame.call_id):
+            raise CallCancelled("before it ran")
+        args, kwargs = pickling.loads(message) if message[0] else ((), {})
+        del message
+        return getattr(self.instance, frame.text)(*args, **kwargs)
 
-    def _send_result(self, call_id: int, result: Any, method: str) -> None:
-        """Send what the method returned; None is an empty message."""
-        message = pickling.EMPTY
-        if result is not None:
-            message = pickling.dumps(result, f"the result of {self.name}.{method}()")
-        self.link.send(wire.REPLY, call_id, "", message)
+    def reply(self, frame: Frame, result: Any) -> None:
+        """Send what a method has returned, to who waits for it; None is an empty message."""
+        if frame.kind != wire.SEND:
+            message = pickling.EMPTY
+            if result is not None:
+                message = pickling.dumps(result, f"the result of {self.name}.{frame.text}()")
+            self.link.send(wire.REPLY, frame.call_id, "", message)
 
     def report(self, frame: Frame, error: BaseException) -> None:
         """Send the error of a call."""
@@ -187,18 +85,17 @@ class Server:
         kind = wire.SEND_FAILED if frame.kind == wire.SEND else wire.ERROR
         self.link.send_error(kind, frame.call_id, error, f"{self.name}.{frame.text}(), process {os.getpid()}")
 
-    def wait_for_credit(self, call_id: int) -> bool:
-        """Return once the stream may send one item more; False if the caller has closed it."""
-        while not self.link.credits(call_id) and not self.link.is_cancelled(call_id):
+    def wait_for_credit(self, call_id: int) -> None:
+        """Return once the stream may send one item more; CallCancelled if the caller has closed it."""
+        while not self._is_cancelled(call_id):
+            if self.link.credits(call_id):
+                return
             if not self.link.read():
                 raise ConnectionError("the driver is gone")
-        return not self._is_cancelled(call_id)
+        raise CallCancelled
 
-    def _is_cancelled(self, call_id: int) -> bool:
-        self.link.look()
-        return self.link.is_cancelled(call_id)
-
-    def _items(self, result: Any, method: str) -> Iterator[Any]:
+    def iterator(self, result: Any, method: str) -> Iterator[Any]:
+        """Return what a stream's method has returned; TypeError if it yields nothing."""
         if not isinstance(result, Iterator):
             raise TypeError(
                 f"{self.name}.{method}() returned a {type(result).__name__}; stream() needs a generator or an "
@@ -206,10 +103,25 @@ class Server:
             )
         return result
 
-    def _send_item(self, call_id: int, index: int, item: Any, method: str) -> None:
+    def send_item(self, call_id: int, index: int, item: Any, method: str) -> None:
+        """Send one item of a stream."""
         message = pickling.dumps(item, f"item {index} of {self.name}.{method}()")
         self.link.send(wire.ITEM, call_id, str(index), message)
         self.link.spend_credit(call_id)
+
+    def _is_cancelled(self, call_id: int) -> bool:
+        self.link.look()
+        return self.link.is_cancelled(call_id)
+
+    def _stream(self, call_id: int, items: Iterator[Any], method: str) -> None:
+        for index in itertools.count():
+            self.wait_for_credit(call_id)  # first: the method runs no further than the caller has asked for
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self.send_item(call_id, index, item, method)
+            del item
 
 
 class ThreadedServer(Server):
@@ -229,12 +141,13 @@ class ThreadedServer(Server):
             if frame is None:
                 os._exit(1)  # nobody is left to answer, and the threads may run for ever
 
-    def wait_for_credit(self, call_id: int) -> bool:
-        """Return once the stream may send one item more; False if the caller has closed it."""
-        with self.link.news:
-            while not self.link.credits(call_id) and not self.link.is_cancelled(call_id):
-                self.link.news.wait()
-        return not self.link.is_cancelled(call_id)
+    def wait_for_credit(self, call_id: int) -> None:
+        """Return once the stream may send one item more; CallCancelled if the caller has closed it."""
+        link = self.link
+        with link.news:
+            link.news.wait_for(lambda: link.credits(call_id) or link.is_cancelled(call_id))
+        if link.is_cancelled(call_id):
+            raise CallCancelled
 
     def _is_cancelled(self, call_id: int) -> bool:
         return self.link.is_cancelled(call_id)
@@ -242,10 +155,8 @@ class ThreadedServer(Server):
     def _answer_in_thread(self, frame: Frame) -> None:
         try:
             self.answer(frame)
-        except SystemExit as exit:
-            os._exit(exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1)
-        except ConnectionError:
-            os._exit(1)
+        except BaseException as error:
+            leave(error)
 
 
 class TaskServer(Server):
@@ -285,61 +196,61 @@ class TaskServer(Server):
     def _start(self) -> None:
         """Begin calls, in order, as far as there is room."""
         assert self._ended is not None
-        while self.link.waiting() and len(self._tasks) < self._concurrency and not self._ended.done():
-            frame = self.link.receive()
-            assert frame is not None
+        while len(self._tasks) < self._concurrency and not self._ended.done():
+            frame = self.link.next_received()
+            if frame is None:
+                return
             if frame.kind == wire.STOP:
                 self._ended.set_result(None)
                 return
             task = asyncio.get_running_loop().create_task(self._run(frame))
             self._tasks[frame.call_id] = task
-            task.add_done_callback(lambda done, call_id=frame.call_id: self._finished(call_id, done))
+            task.add_done_callback(partial(self._finished, frame))
 
-    def _finished(self, call_id: int, task: asyncio.Task[None]) -> None:
-        self._tasks.pop(call_id, None)
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, SystemExit | ConnectionError) and self._ended is not None and not self._ended.done():
-            self._ended.set_exception(error)
+    def _finished(self, frame: Frame, task: asyncio.Task[None]) -> None:
+        del self._tasks[frame.call_id]
+        if task.cancelled():  # before its first step, so that nobody has answered
+            frame.open(self.link.memory.borrow)
+            self.report(frame, CallCancelled("before it ran"))
+            self.link.close_call(frame.call_id)
         self._start()
 
     async def _run(self, frame: Frame) -> None:
         call_id, method = frame.call_id, frame.text
         running = self.sheet.begin(method)
-        current_call.set(Context(self.name, partial(self.link.is_cancelled, call_id)))
+        current_call.set(Context(self.name, lambda: self.link.is_cancelled(call_id)))
         failed = True
         try:
-            if self.link.is_cancelled(call_id):
-                raise CallCancelled("before it ran")
-            args, kwargs = self._arguments(frame)
-            result = getattr(self.instance, method)(*args, **kwargs)
-            if inspect.isawaitable(result):
-                result = await result
-            if frame.kind == wire.STREAM:
-                await self._stream(call_id, result, method)
-                result = None
-            failed = False
-            if frame.kind != wire.SEND:
-                self._send_result(call_id, result, method)
-        except SystemExit:
-            raise
-        except BaseException as error:
-            self.report(frame, error)
+            try:
+                result = self.begin(frame)
+                if inspect.isawaitable(result):
+                    result = await result
+                if frame.kind == wire.STREAM:
+                    await self._stream_in_turns(call_id, result, method)
+                    result = None
+                self.reply(frame, result)
+                failed = False
+            except SystemExit:
+                raise
+            except BaseException as error:
+                self.report(frame, error)
+        except BaseException as error:  # the loop would cancel the other tasks first, and they would answer
+            leave(error)
         finally:
             self.link.close_call(call_id)
             self.sheet.end(running, not failed)
 
-    async def _stream(self, call_id: int, result: Any, method: str) -> None:
-        index = 0
-        if isinstance(result, AsyncIterator):
-            async for item in result:
+    async def _stream_in_turns(self, call_id: int, result: Any, method: str) -> None:
+        items: Any = result if isinstance(result, AsyncIterator) else _in_turns(self.iterator(result, method))
+        async with contextlib.aclosing(items) if hasattr(items, "aclose") else contextlib.nullcontext():
+            for index in itertools.count():
                 await self._wait_for_credit(call_id)
-                self._send_item(call_id, index, item, method)
-                index += 1
-            return
-        for item in self._items(result, method):
-            await self._wait_for_credit(call_id)
-            self._send_item(call_id, index, item, method)
-            index += 1
+                try:
+                    item = await anext(items)
+                except StopAsyncIteration:
+                    return
+                self.send_item(call_id, index, item, method)
+                del item
 
     async def _wait_for_credit(self, call_id: int) -> None:
         assert self._turns is not None
@@ -348,6 +259,37 @@ class TaskServer(Server):
                 raise CallCancelled
             self._turns.clear()
             await self._turns.wait()
+
+
+async def _in_turns(items: Iterator[Any]) -> AsyncIterator[Any]:
+    with closing(items):
+        for item in items:
+            yield item
+
+
+@contextlib.contextmanager
+def closing(items: Any) -> Iterator[None]:
+    """End a generator at the end of the block, so that its `finally` has run before the answer is sent."""
+    try:
+        yield
+    finally:
+        if hasattr(items, "close"):
+            items.close()
+
+
+def leave(error: BaseException) -> NoReturn:
+    """End this process as the interpreter would, from any thread of it."""
+    code = 1
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            code = (error.code or 0) & 0xFF
+        else:
+            print(error.code, file=sys.stderr)
+    elif not isinstance(error, ConnectionError):  # that is the driver, gone: nobody is left to be told
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not the forkserver's atexit handlers, and no wait for threads of the user's
 
 
 def server_for(link: ActorLink, instance: Any, name: str, sheet: Timesheet, concurrency: int | None) -> Server:

@@ -111,6 +111,11 @@ class Outbox:
         """Return about how many bytes are queued."""
         return sum(map(len, self._queue[0]))
 
+    def copy_rest(self) -> None:
+        """Have the queued parts be our own: who queued them may change the memory that they are views of."""
+        self._settle()
+        self._queue = ([part if isinstance(part, bytes) else bytes(part) for part in self._queue[0]], [])
+
     def flush(self) -> bool:
         """Write; True once all is written, False when a non-blocking socket takes no more for now."""
         while True:
@@ -151,6 +156,11 @@ class FrameReader:
     def frames(self) -> list[Frame]:
         """The frames that have been cut and not yet taken, oldest first: pop(0) each when it is dealt with."""
         return self._state.frames
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something that has been received and not dealt with: an interrupt came between."""
+        return bool(self._state.counts or self._state.frames)
 
     def read(self, flags: int = 0) -> bool:
         """Receive once and cut; False at the end of the stream."""
