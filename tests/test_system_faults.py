@@ -164,7 +164,7 @@ def test_a_run_goes_on_from_its_checkpoint_when_a_learner_dies_or_hangs(victim, 
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [computed(row) for row in rows] == undisturbed
     assert rows[-1]["learner_restarts"] == 1
-    assert "The learners were started again: going back to iteration" in caplog.text
+    assert "The learners are started again, and the run goes back to iteration" in caplog.text
     if number == signal.SIGSTOP:
         assert "update() has not answered within 3 s" in caplog.text
 

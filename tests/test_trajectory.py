@@ -79,3 +79,13 @@ def test_an_unknown_field_is_named_with_those_there_are():
 def test_a_batch_survives_pickling():
     batch = pickle.loads(pickle.dumps(Batch(obs=torch.arange(3))))
     assert batch.obs.tolist() == [0, 1, 2]
+
+
+def test_tensors_share_writable_memory_and_copy_what_is_read_only():
+    """What came from another process is mapped read-only; writing into a tensor of it would be a SIGSEGV."""
+    trajectory = numbered(2, 2)
+    trajectory.obs.flags.writeable = False
+    tensors = trajectory.tensors()
+    tensors.obs.zero_()
+    tensors.reward.zero_()
+    assert trajectory.obs.any() and not trajectory.reward.any()

@@ -252,9 +252,9 @@ class Algorithm(ABC):
         for name in (*COUNTERS, "total_s", "best_return", "best_iteration"):
             setattr(self, name, state[name])
         self.window.set_state(state["window"])
+        self._weights_are_stale = True
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
-        self._weights_are_stale = True
         self._saved_iteration = self._kept_state = None
         if self.run is not None:
             self.run.rewind(self.iteration)
@@ -328,10 +328,12 @@ class Algorithm(ABC):
     def _go_back(self, lost: LearnersLost) -> None:
         """Continue from the last checkpoint with the learners that were started again."""
         state = self._kept_state if self.run is None else load_newest(self.run.checkpoints)[1]
-        if state is None:
+        if state is None:  # they went down before there was anything to keep
             raise lost
         while True:
-            log.warning("%s The learners were started again: going back to iteration %d.", lost, state["iteration"])
+            log.warning(
+                "%s The learners are started again, and the run goes back to iteration %d.", lost, state["iteration"]
+            )
             restarts = self.runner_restarts, self.learner_restarts + 1
             try:
                 self.set_state(state)
