@@ -109,12 +109,12 @@ def test_every_death_mid_call_is_told_with_cause_method_and_last_words(rt, lent,
 
 def test_what_a_dead_reader_held_comes_back(rt, lent, tmp_path, until):
     victims = [rt.spawn(Victim) for _ in range(3)]
-    array = np.ones(4_000_000)
+    array, pids = np.ones(4_000_000), [victim.pid.call().result(T) for victim in victims]
     futures = [victim.begin.call(str(tmp_path / str(n)), "sleep", array) for n, victim in enumerate(victims)]
     until(lambda: len(list(tmp_path.iterdir())) == 3)
     assert lent(rt) >= 3 * array.nbytes
-    for victim, future in zip(victims, futures, strict=True):
-        os.kill(rt.state()[victim.name].pid, signal.SIGKILL)
+    for pid, future in zip(pids, futures, strict=True):
+        os.kill(pid, signal.SIGKILL)
         assert isinstance(future.exception(T), ActorDied)
     until(lambda: lent(rt) == 0)
 
@@ -157,7 +157,7 @@ def test_a_stopped_actor_stalls_honours_timeouts_and_can_be_killed(rt, tmp_path,
     rt.restart(victim)
     assert isinstance(lost.exception(T), ActorDied)
     assert victim.pid.call().result(T) != pid and victim.incarnation == 1
-    os.kill(rt.state()[victim.name].pid, signal.SIGSTOP)
+    os.kill(victim.pid.call().result(T), signal.SIGSTOP)
     rt.kill(victim)
 
 
@@ -222,5 +222,5 @@ def test_a_data_loader_works_inside_an_actor_and_its_workers_go_with_it(gone):
         assert victim.load.call(2).result(T) == [28.0 + 64 * n for n in range(8)]
         workers = victim.keep_loading.call().result(T)
         assert len(workers) >= 2
-        os.kill(rt.state()[victim.name].pid, signal.SIGKILL)
+        os.kill(victim.pid.call().result(T), signal.SIGKILL)
         gone(workers)

@@ -97,28 +97,40 @@ def test_the_next_runtime_removes_what_a_driver_and_its_forkserver_left_when_bot
         assert [path.name.split("-")[0] for path in own_tmp.glob("rlx-*/*")] == [str(os.getpid())]
 
 
+NOTEBOOK = """
+import sys
+from jupyter_client import KernelManager
+
+manager = KernelManager()
+manager.start_kernel()
+client = manager.blocking_client()
+client.start_channels()
+client.wait_for_ready(timeout=30)
+show = lambda message: print(message["content"].get("text", ""), end="", flush=True)
+client.execute_interactive(sys.argv[1], timeout=30, output_hook=show)
+sys.stdin.readline()
+manager.restart_kernel(now=True)
+print("restarted", flush=True)
+sys.stdin.readline()
+client.stop_channels()
+manager.shutdown_kernel(now=True)
+"""
+
+
 @pytest.mark.slow
 def test_a_restarted_notebook_kernel_leaves_nothing(gone, until, own_tmp):
     pytest.importorskip("ipykernel")
-    manager_class = pytest.importorskip("jupyter_client").KernelManager
-    manager = manager_class()
-    manager.start_kernel()
-    client = manager.blocking_client()
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=T)
-        printed = []
-        client.execute_interactive(
-            DRIVER.replace("sys.argv[1]", "'kernel'"),
-            timeout=T,
-            output_hook=lambda message: printed.append(message["content"].get("text", message["content"])),
-        )
-        pids = json.loads(next(text for text in printed if str(text).startswith("[")))
-        manager.restart_kernel(now=True)
+    pytest.importorskip("jupyter_client")
+    code = DRIVER.replace("sys.argv[1]", "'kernel'")
+    command = [sys.executable, "-W", "ignore", "-c", NOTEBOOK, code]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as notebook:
+        assert notebook.stdin is not None and notebook.stdout is not None
+        pids = json.loads(next(line for line in notebook.stdout if line.startswith("[")))
+        assert len(pids) == 7 and list(own_tmp.glob("rlx-*/*"))
+        notebook.stdin.write("restart\n")
+        notebook.stdin.flush()
+        assert notebook.stdout.readline() == "restarted\n"
         gone(pids, 3.0)
         until(lambda: not list(own_tmp.glob("rlx-*/*")), 1.0)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-        manager.cleanup_resources()
-        manager.context.destroy()
+        notebook.stdin.write("end\n")
+    assert notebook.returncode == 0

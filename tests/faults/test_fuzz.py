@@ -221,15 +221,11 @@ def test_an_actor_that_sends_what_is_no_frame_is_ended_and_nobody_else_notices(r
 
 def test_a_frame_cut_short_by_a_death_is_only_that_death(rt):
     liar = rt.spawn(Liar)
-    future = liar.write_to_link.call(reply(1, body=b"x" * 1000)[:500])
-    os.kill(until_pid(rt, liar), signal.SIGKILL)
+    pid = liar.pid.call().result(T)
+    future = liar.write_to_link.call(reply(2, body=b"x" * 1000)[:500])
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(ActorDied, match="was killed by SIGKILL"):
         future.result(T)
-
-
-def until_pid(rt, actor):
-    actor.ready(T)
-    return rt.state()[actor.name].pid
 
 
 def test_a_poisoned_answer_to_nobody_is_not_unpickled(rt):

@@ -68,8 +68,12 @@ class RuntimeFolder:
                 shutil.rmtree(left.folder, ignore_errors=True)  # another driver may be removing it too
         path = _new_folder(home)
         logs = path / "logs" if log_folder is None else Path(log_folder).absolute()
-        logs.mkdir(parents=True, exist_ok=True)
-        _write_info(path, logs)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            _write_info(path, logs)
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise ActorError(f"{path} or {logs} cannot be written to ({error}); make room, or set TMPDIR.") from error
         return cls(path, logs)
 
     def remove(self) -> None:
@@ -160,10 +164,15 @@ class Board:
 
     def _grow(self) -> None:
         added = self._size or FIRST_SLOTS
-        fd = os.open(self.folder / "board", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file, start, size = self.folder / "board", self._size * SLOT_BYTES, added * SLOT_BYTES
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, (self._size + added) * SLOT_BYTES)
-            mapped = mmap.mmap(fd, added * SLOT_BYTES, offset=self._size * SLOT_BYTES)
+            os.posix_fallocate(fd, start, size)  # in a hole of a full disk a write through the map would be a SIGBUS
+            mapped = mmap.mmap(fd, size, offset=start)
+        except OSError as error:
+            raise ActorError(
+                f"{file} cannot grow by {size} bytes ({error}); make room there, or set TMPDIR to another folder."
+            ) from error
         finally:
             os.close(fd)
         self._maps.append(mapped)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,11 @@ class Timesheet:
         size = HEADER_BYTES + (lanes + RING) * RECORD.size
         fd = os.open(sheet_file(folder, serial), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, size)  # a sparse file: a page of it exists once it is written
+            os.posix_fallocate(fd, 0, size)  # in a hole of a full disk a write through the map would be a SIGBUS
             self._memory = mmap.mmap(fd, size)
+        except OSError as error:
+            print(f"what {name} does cannot be seen from outside ({error})", file=sys.stderr)
+            self._memory = mmap.mmap(-1, size)  # it works all the same
         finally:
             os.close(fd)
         self._ring = HEADER_BYTES + lanes * RECORD.size

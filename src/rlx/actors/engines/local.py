@@ -112,7 +112,13 @@ class LocalEngine:
                 raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
             self._count += 1
             number = self._count
-            actor = self._actors[number] = LocalActor(self, number, spec, listener)
+            try:
+                actor = self._actors[number] = LocalActor(self, number, spec, listener)
+            except OSError as error:
+                raise ActorError(
+                    f"actor {spec.name} cannot be started ({error}); it takes files, descriptors and memory of this "
+                    f"process: end other actors, or raise the limit (`ulimit -n`, `df`, `free`)."
+                ) from error
         try:
             settings = {
                 "env": os.environ | spec.env,
@@ -173,14 +179,18 @@ class LocalEngine:
         """Forget an actor that has ended; return the last lines that it wrote."""
         with self._lock:
             self._actors.pop(number, None)
-        self._follow_in(self._follower.finish(name))
-        lines = self.logs.tail(name)
+        try:
+            self._follow_in(self._follower.finish(name))
+            lines = self.logs.tail(name)
+        except OSError as error:  # no descriptor is left, say: callers must hear of the death all the same
+            lines = [f"(its log cannot be read: {error})"]
         self.logs.close(name)
         return lines
 
     def new_oom_kills(self) -> int:
         """Return how many processes have lacked memory since the last look."""
-        before, self._oom_kills = self._oom_kills, count_oom_kills()
+        before = self._oom_kills
+        self._oom_kills = max(before, count_oom_kills())  # what cannot be read counts as 0
         return self._oom_kills - before
 
     def _start_forkserver(self, preload: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -48,13 +49,21 @@ class LocalActor:
         self._how: str | None = None  # how the process ended
         self._progress = time.monotonic()  # when it was last known to have nothing older to do
         self._stalled_call = 0
-        self._link = Link(engine.reactor, self._take, self._lose_link)
-        self._descriptors, self._descriptors_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._memory = engine.memory.link(spec.name)
+        self._rows: dict[str, tuple[Channel, int]] = {}  # by name: the channels it can read
+        with contextlib.ExitStack() as undo:  # where descriptors have run out, none may be lost
+            self._link = Link(engine.reactor, self._take, self._lose_link)
+            undo.callback(self._link.far_end.close)
+            undo.callback(self._link.close)
+            self._descriptors, self._descriptors_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(self._descriptors.close)
+            undo.callback(self._descriptors_end.close)
+            self._memory = engine.memory.link(spec.name)
+            undo.callback(self._memory.drop)
+            undo.callback(self._memory.close_fds)
+            self._log = engine.logs.open(spec.name)
+            undo.pop_all()
         self.slot = spec.slot or engine.slot(spec.name)
         self.slot.update(pid=0, sent=0)  # of this process
-        self._rows: dict[str, tuple[Channel, int]] = {}  # by name: the channels it can read
-        self._log = engine.logs.open(spec.name)
 
     def start(self, settings: str, parcel: Parcel, patience_s: float) -> list[int]:
         """Put the first frame into the link; return the descriptors that the new process needs."""

@@ -10,7 +10,7 @@ from typing import Any
 from rlx.actors import channel, machine
 from rlx.actors.engines import descriptors
 from rlx.actors.engines.arena import Arena, Block, Span
-from rlx.actors.engines.leases import Lender, actor_ends, driver_ends, driver_memory, link_memory
+from rlx.actors.engines.leases import Borrower, Lender, actor_ends, driver_ends, driver_memory, link_memory
 from rlx.actors.engines.pickling import EMPTY, Buffer, Message
 from rlx.actors.engines.shared_memory import SharedMemory
 from rlx.actors.engines.wire import Lent
@@ -107,6 +107,7 @@ class LinkMemory:
 
     def __init__(self, arena: Arena, reader: SharedMemory, limit_bytes: int, name: str) -> None:
         self._arena, self._own = arena, link_memory(limit_bytes)
+        self._borrower: Borrower | None
         self._lender, self._borrower = driver_ends(arena, self._own, name)
         self.fds = [self._own.fd, reader.fd]
         """For the new process."""
@@ -117,6 +118,7 @@ class LinkMemory:
 
     def borrow(self, lease: int, spans: Any) -> list[memoryview]:
         """Return views of what the actor has lent."""
+        assert self._borrower is not None
         return self._borrower.borrow(lease, spans)
 
     def close_fds(self) -> None:
@@ -124,8 +126,9 @@ class LinkMemory:
         self._own.close()
 
     def drop(self) -> None:
-        """The actor is gone, and with it all that it has borrowed."""
+        """The actor is gone, and with it all that it has borrowed; of what it has lent, what is still viewed stays."""
         self._lender.drop()
+        self._borrower = None  # its mapping is the last that keeps the actor's pages, and handles live long
 
 
 class ActorMemory:

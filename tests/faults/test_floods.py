@@ -1,0 +1,159 @@
+"""A lot of everything: calls in flight, slow readers, actors, and generations of them."""
+
+import gc
+import os
+import signal
+import sys
+import threading
+
+import cloudpickle
+import numpy as np
+import psutil
+import pytest
+
+from rlx import actors
+from rlx.errors import ActorError
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+T = 30.0
+MIB = 2**20
+
+
+class Worker:
+    def echo(self, value):
+        return value
+
+    def pid(self):
+        return os.getpid()
+
+    def count(self, items, size):
+        for _ in range(items):
+            yield bytes(size)
+
+    def blob(self, size):
+        return np.ones(size, np.uint8)
+
+    def keep(self, array):
+        self.kept = array
+        return array
+
+    def kept_sum(self):
+        return int(self.kept.sum())
+
+
+def test_ten_thousand_calls_in_flight_with_a_reader_that_is_stopped_first(rt, until):
+    """Nobody reads at first: what is not taken waits here, within bounds, and no caller is blocked for ever."""
+    worker = rt.spawn(Worker)
+    pid = worker.pid.call().result(T)
+    before = psutil.Process().memory_info().rss
+    os.kill(pid, signal.SIGSTOP)
+    futures = [worker.echo.call(n) for n in range(9_999)]
+    assert psutil.Process().memory_info().rss - before < 64 * MIB
+    assert not any(future.done() for future in futures)
+    os.kill(pid, signal.SIGCONT)
+    assert [future.result(T) for future in futures] == list(range(9_999))
+
+
+def test_nobody_reads_the_answers_of_ten_thousand_calls_to_two_actors_and_none_is_lost(rt):
+    workers = [rt.spawn(Worker) for _ in range(2)]
+    payload = b"x" * 1000
+    futures = [workers[n % 2].echo.call((n, payload)) for n in range(10_000)]
+    assert {future.result(T)[0] for future in reversed(futures)} == set(range(10_000))
+
+
+def test_a_stream_that_is_read_slowly_is_only_its_credits_ahead(rt, until):
+    worker = rt.spawn(Worker)
+    worker.pid.call().result(T)
+    actor = psutil.Process(worker.pid.call().result(T))
+    here, there = psutil.Process().memory_info().rss, actor.memory_info().rss
+    stream = worker.count.stream(5_000, 40_000, credits=4)
+    for _ in range(10):
+        stream.next(T)
+    until(lambda: len(stream._items) == 4 or stream._next + len(stream._items) >= 14)
+    assert stream._next + len(stream._items) <= 14  # of 5,000: ten taken, four ahead
+    assert sum(1 for _ in stream) == 4_990
+    assert psutil.Process().memory_info().rss - here < 32 * MIB and actor.memory_info().rss - there < 32 * MIB
+
+
+def test_what_a_reader_keeps_stays_valid_after_its_owner_has_died(rt, lent, until):
+    worker = rt.spawn(Worker)
+    kept = worker.keep.call(np.arange(4_000_000)).result(T)
+    os.kill(worker.pid.call().result(T), signal.SIGKILL)
+    worker.pid.call().exception(T)
+    until(lambda: lent(rt) == 0)
+    rt.close()
+    assert kept.sum() == 3_999_999 * 4_000_000 // 2
+
+
+def test_the_memory_of_a_dead_actor_is_given_back_though_its_handle_is_kept(rt):
+    before, worker = mapped_bytes(), rt.spawn(Worker)
+    kept = worker.blob.call(20 * MIB).result(T)
+    rt.kill(worker)
+    gc.collect()
+    assert mapped_bytes() - before > 20 * MIB  # by the array
+    del kept
+    gc.collect()
+    assert mapped_bytes() - before < MIB and rt.state()[worker.name].status == "dead"
+
+
+def mapped_bytes():
+    """Return how much shared memory is mapped here, touched or not."""
+    with open("/proc/self/maps") as file:
+        ranges = [line.split()[0].split("-") for line in file if "memfd:" in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+
+def test_a_hundred_actors_answer_and_go(gone):
+    with actors.runtime("local", preload=("numpy",)) as rt:
+        group = rt.group([rt.spawn(Worker) for _ in range(100)])
+        pids = group.pid.call().values(T)
+        assert len(set(pids)) == 100
+        assert group.echo.call(np.ones(100_000)).values(T)[99].sum() == 100_000
+    gone(pids, 1.0)
+
+
+def test_a_thousand_inline_actors():
+    with actors.runtime("inline") as rt:
+        group = rt.group([rt.spawn(Worker) for _ in range(1000)])
+        assert group.echo.call(3).values(T) == [3] * 1000
+        with pytest.raises(ActorError, match="1000 living actors"):
+            rt.spawn(Worker)
+
+
+@pytest.mark.parametrize("cycles", [200, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_generations_of_actors_leave_nothing_in_the_driver_or_the_forkserver(cycles, until):
+    with actors.runtime("local", preload=("numpy",)) as rt:
+        pid = rt.spawn(Worker, name="first").pid.call().result(T)
+        server = psutil.Process(psutil.Process(pid).ppid())
+
+        def generation(number):
+            worker = rt.spawn(Worker, name=f"worker/{number % 8}")
+            worker.echo.call(np.ones(20_000)).result(T)
+            pid = worker.pid.call().result(T)
+            if number % 2:
+                os.kill(pid, signal.SIGKILL)
+                worker.pid.call().exception(T)
+            rt.kill(worker)
+
+        def levels():
+            files = [
+                os.readlink(f"/proc/self/fd/{fd}") for fd in range(3, 256) if os.path.lexists(f"/proc/self/fd/{fd}")
+            ]
+            own = sorted(file.split(":")[0] for file in files if not file.endswith("/board"))  # which grows by doubling
+            return own, threading.active_count(), server.num_fds(), len(server.children(recursive=True))
+
+        def objects():
+            gc.collect()
+            return len(gc.get_objects())
+
+        def memory():
+            return sum(process.memory_full_info().uss for process in (psutil.Process(), server))
+
+        for number in range(101):  # the list of actors keeps 64 that have ended
+            generation(number)
+        before, objects_before, bytes_before = levels(), objects(), memory()
+        for number in range(cycles + 1):
+            generation(number)
+        until(lambda: levels() == before, 2.0)
+        assert objects() - objects_before < 4_000  # two per actor in the slow case
+        assert memory() - bytes_before < 48 * MIB  # it goes up and down by 20 MiB as malloc sees fit
