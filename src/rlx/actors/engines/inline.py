@@ -13,6 +13,7 @@ import inspect
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any
@@ -136,6 +137,7 @@ class InlineActor:
         """Run the generator as far as the stream's credits go, and on as they are granted."""
         with self._lock:
             items: Any = None
+            owner = weakref.ref(stream)  # the stream owns what it calls, and ends its generator when it goes
 
             def begin(*args: Any, **kwargs: Any) -> None:
                 nonlocal items
@@ -144,6 +146,9 @@ class InlineActor:
             index = itertools.count()
 
             def advance(count: int) -> None:
+                stream = owner()
+                if stream is None:
+                    return
                 with self._lock:
                     for _ in range(count):
                         outcome = self._run(method, self._next_item, ((items,), {}), is_message=False)

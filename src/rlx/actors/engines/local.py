@@ -80,7 +80,7 @@ class LocalEngine:
         self._look_around()
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parcel:
-        """Return the arguments as a message; its buffers are views, so they may not change before the answer."""
+        """Return the arguments as a message; its buffers are views, which are sent or copied when it is posted."""
         if not args and not kwargs:
             return NO_ARGUMENTS
         return Parcel(*pickling.dumps_with_channels((args, kwargs), "arguments"))
