@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts its background jobs so, and what they start; Ctrl-C is tested here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TOY_RUNTIME = Path(__file__).parent / "toy_runtime.py"
 
 

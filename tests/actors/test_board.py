@@ -345,7 +345,7 @@ def test_a_name_with_brackets_does_not_confuse_the_state(tmp_path):
         pass
     found = processes.stat(process.pid)
     process.communicate(b"")
-    assert found.state in "RS" and found.start_ticks > 1000
+    assert found.state in "RSD" and found.start_ticks > 1000
 
 
 def test_cpu_use_is_measured_between_two_looks(child):

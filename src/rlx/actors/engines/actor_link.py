@@ -13,7 +13,7 @@ from rlx.actors.engines.wire import Frame, FrameReader, Outbox
 from rlx.errors import ObjectMemoryFull
 
 READ_AHEAD_FRAMES = 1024
-LOOK_EVERY_S = 0.0005
+LOOK_EVERY_S = 20e-6  # less than it takes another process to cancel anything
 
 
 class ActorLink:
