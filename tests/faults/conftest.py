@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -64,14 +65,14 @@ def census(request, watchdog, own_tmp):
     before, bytes_before = _count(own_tmp), _memory_bytes()
     yield
     deadline = time.monotonic() + SETTLE_S
-    while (after := _count(own_tmp)) != before and time.monotonic() < deadline:
+    while _more(before, after := _count(own_tmp)) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.02)
-    left = {kind: (before[kind], after[kind]) for kind in before if before[kind] != after[kind]}
+    left = _more(before, after)
     for pid in after["processes"] - before["processes"]:
         with contextlib.suppress(psutil.NoSuchProcess):
             psutil.Process(pid).kill()
-    assert not left, f"before and after: {left}"
+    assert not left, f"more than before: {left}"
     request.node.funcargs.clear()  # pytest keeps the runtime, and so its object memory, to the end of the test
     gc.collect()
     grown = _memory_bytes() - bytes_before
@@ -86,6 +87,12 @@ def _count(folder):
         "shared memory": set(os.listdir("/dev/shm")),
         "runtime folders": [str(path) for path in folder.glob("rlx-*/*")],
     }
+
+
+def _more(before, after):
+    """Return by kind what there is now and was not; an earlier test's may have gone meanwhile."""
+    more = {kind: Counter(after[kind]) - Counter(before[kind]) for kind in before}
+    return {kind: sorted(map(str, found.elements())) for kind, found in more.items() if found}
 
 
 def _descriptors():
