@@ -39,6 +39,19 @@ class Toy:
 
 
 @pytest.fixture
+def gate(tmp_path):
+    """A path an actor can wait on, and the function that lets one of those who wait go on."""
+    path = str(tmp_path / "gate")
+    os.mkfifo(path)
+
+    def open_gate():
+        with open(path, "w") as fifo:
+            fifo.write("open")
+
+    return path, open_gate
+
+
+@pytest.fixture
 def toy(tmp_path, monkeypatch):
     """Start drivers with actors: toy(name=method, ...); their folders are in a temporary directory of this test."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

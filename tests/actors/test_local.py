@@ -74,19 +74,6 @@ class Probe:
         return array
 
 
-@pytest.fixture
-def gate(tmp_path):
-    """A path an actor can wait on, and the function that lets it go on."""
-    path = str(tmp_path / "gate")
-    os.mkfifo(path)
-
-    def open_gate():
-        with open(path, "w") as fifo:
-            fifo.write("open")
-
-    return path, open_gate
-
-
 def test_a_timeout_names_actor_and_method_and_leaves_the_future_good(probe, gate):
     path, open_gate = gate
     future = probe.wait_for.call(path)

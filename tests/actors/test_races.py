@@ -41,19 +41,6 @@ def worker(rt):
     rt.kill(handle)
 
 
-@pytest.fixture
-def gate(tmp_path):
-    """A path an actor can wait on, and the function that lets it go on."""
-    path = str(tmp_path / "gate")
-    os.mkfifo(path)
-
-    def open_gate():
-        with open(path, "w") as fifo:
-            fifo.write("open")
-
-    return path, open_gate
-
-
 class Worker:
     def echo(self, value=None):
         return value
@@ -133,7 +120,9 @@ def test_replies_that_an_interrupted_caller_had_received_are_given_out_without_n
         take(frame)
 
     # The reactor is kept busy, so that all replies are in the socket when this thread begins to read.
-    link._reactor.set_deadline("test", 0.0, lambda: free.wait(T))
+    busy = threading.Event()
+    link._reactor.set_deadline("test", 0.0, lambda: (busy.set(), free.wait(T)))
+    assert busy.wait(T)  # else it might read them first
     futures = [worker.echo.call(n) for n in range(9)]
     running = worker.wait_for.call(path)
     link._uncork()  # what the reactor would do

@@ -39,19 +39,6 @@ def source(rt):
     rt.kill(handle)
 
 
-@pytest.fixture
-def gate(tmp_path):
-    """A path an actor can wait on, and the function that lets one of those who wait go on."""
-    path = str(tmp_path / "gate")
-    os.mkfifo(path)
-
-    def open_gate():
-        with open(path, "w") as fifo:
-            fifo.write("open")
-
-    return path, open_gate
-
-
 def lines(path):
     return path.read_text().split() if path.exists() else []
 

@@ -6,6 +6,8 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlx.actors import processes
+
 _STATES = {
     "R": "running on the CPU",
     "S": "sleeping or waiting",
@@ -45,11 +47,10 @@ def describe_exit(exitcode: int) -> str:
 
 def activity(pid: int) -> tuple[str, bool]:
     """Return what the kernel says that the process does, and whether it cannot run."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
+    now = processes.stat(pid)
+    if now is None:
         return "gone", True
-    return _STATES.get(state, f"in state {state}"), state in "TtD"
+    return _STATES.get(now.state, f"in state {now.state}"), now.state in "TtD"
 
 
 def count_oom_kills() -> int:

@@ -17,9 +17,7 @@ from rlx.actors.engines.wire import Lent
 from rlx.actors.ref import Ref
 
 DESCRIPTOR_TIMEOUT_S = 30.0  # it was sent before the frame that needs it
-SHARED_BYTES = (
-    64 * 1024
-)  # a message with less in its buffers goes through the socket: two copies cost less than a lease
+SHARED_BYTES = 64 * 1024  # less goes through the socket, whose two copies cost less than a lease
 
 
 class Parcel:
