@@ -164,6 +164,7 @@ class EnvRunner:
         fragment.inference_s += perf_counter() - inference_started
 
         done_T_B = fragment.terminated | fragment.truncated
+        first_T_B = self._firsts(done_T_B, fragment.failed)
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
@@ -181,6 +182,7 @@ class EnvRunner:
             terminated=fragment.terminated,
             truncated=fragment.truncated,
             mask=mask_T_B,
+            first=first_T_B,
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
         )
         self._intact = True
@@ -302,6 +304,14 @@ class EnvRunner:
             next_value_T_B[t, index] = value
         next_value_T_B[fragment.terminated] = 0.0
         return next_value_T_B
+
+    def _firsts(self, done_T_B: np.ndarray, failed_T_B: np.ndarray) -> np.ndarray:
+        """Return True where an episode begins: after one ended, was reset or failed, also across the border."""
+        resets_T_B = (
+            np.concatenate([self._ended_B[None], done_T_B[:-1]]) if self._envs.resets_on_next_step else done_T_B
+        )
+        begins_B = (self._length_B == 0) & ~self._ended_B
+        return np.concatenate([begins_B[None], (resets_T_B | failed_T_B)[:-1]])
 
     def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
         """Return False where the row only resets: after an ended episode, also across the fragment's border."""
