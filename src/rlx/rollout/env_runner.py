@@ -20,6 +20,7 @@ from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
+from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
@@ -75,9 +76,10 @@ class EnvRunner:
 
     env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
     runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights and statistics
-    are published, as {"weights", "normalizer"}; a sample begins with the newest. on_env_error, max_env_failures,
-    env_step_timeout_s: see `Failures`; the row of a step that failed is masked, and the one before it truncated.
+    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights, statistics and
+    changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample begins with the
+    newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that failed is masked,
+    and the one before it truncated.
     """
 
     def __init__(
@@ -140,6 +142,10 @@ class EnvRunner:
         if self._normalizer is not None:
             moments = Normalizer.from_state(normalizer_state).obs or RunningMoments()
             self._normalizer = ObsNormalizer(moments, self._normalizer.clip)
+
+    def change_envs(self, changes: Changes) -> None:
+        """Have the environments changed so: see `Envs.change`."""
+        self._envs.change(changes)
 
     def sample(self, num_steps: int, call: int = 0) -> Sample:
         """Return the next `num_steps` steps of every environment.
@@ -234,6 +240,7 @@ class EnvRunner:
         published = self._channel.latest() if self._channel is not None else None
         if published is not None and published is not self._published:
             self.set_weights(published.version, published.value["weights"], published.value["normalizer"])
+            self.change_envs(published.value["env_changes"])
             self._published = published
 
     def _restart(self, call: int) -> None:
