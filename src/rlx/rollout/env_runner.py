@@ -7,7 +7,6 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -25,6 +24,7 @@ from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
+from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
@@ -35,40 +35,6 @@ BuildPolicy = Callable[[spaces.Box, Space], Policy]
 ACTING_STREAM = 1
 NUMBERS_PER_CALL = 1 << 20
 """More fragments and episodes of one environment than any call begins: from call to call no number comes twice."""
-
-
-@dataclass
-class Sample:
-    """What one call of `sample` returns."""
-
-    trajectory: Trajectory
-    episodes: list[tuple[float, int]]
-    """Sum of unscaled rewards and number of transitions of each episode that ended, in order of their end."""
-    obs_moments: RunningMoments | None
-    """Moments of the fragment's raw observations; None unless they are normalised."""
-    return_moments: RunningMoments | None
-    """Moments of the fragment's discounted returns; None unless rewards are normalised."""
-    env_s: float
-    """Seconds inside the environments."""
-    inference_s: float
-    """Seconds inside the policy."""
-    busy_s: float
-    """Seconds inside `sample`."""
-    stepped_one_by_one: bool
-    """Whether the environments' seconds add up: they are scalar ones in a loop."""
-    env_failures: int
-    """Failures of environments (an exception, a hang) since the sample before."""
-    runner_restarts: int = 0
-    """Of several runners: how often one was started again since the sample before."""
-    wait_s: float = 0.0
-    """Of several runners: seconds that the slowest was busy longer than the mean."""
-    transfer_s: float = 0.0
-    """Of runners in other processes: seconds of the call during which the slowest was not busy."""
-
-    @property
-    def env_steps(self) -> int:
-        """Number of transitions."""
-        return int(self.trajectory.mask.sum())
 
 
 class EnvRunner:
