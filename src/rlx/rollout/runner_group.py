@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import mean
 from time import perf_counter
 from typing import Any, TypeVar
@@ -130,6 +130,7 @@ class RunnerGroup:
             runner_restarts=0 if self._local is not None else self._remote.take_restarts(),
             wait_s=max(busy_s) - mean(busy_s),
             transfer_s=0.0 if self._local is not None else max(0.0, wall_s - max(busy_s)),
+            episode_metrics=_joined(sample.episode_metrics for sample in samples),
         )
 
     def advice(self) -> str | None:
@@ -183,6 +184,14 @@ class RunnerGroup:
     def _remote(self) -> _RunnerActors:
         assert self._actors is not None
         return self._actors
+
+
+def _joined(metrics: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
+    joined: dict[str, list[float]] = {}
+    for part in metrics:
+        for name, values in part.items():
+            joined.setdefault(name, []).extend(values)
+    return joined
 
 
 def _seconds_of_one_process(samples: Sequence[Sample]) -> float:
