@@ -6,7 +6,7 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from rlx.nets.policy import Policy
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.sample import Sample
@@ -45,7 +46,7 @@ class EnvRunner:
     scaled by. Images and Discrete observations are never normalised. policy_channel: where weights, statistics and
     changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample begins with the
     newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that failed is masked,
-    and the one before it truncated.
+    and the one before it truncated. callbacks: makes those that hear of environments and episodes, see `EnvHooks`.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class EnvRunner:
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
         policy_channel: AnyChannel | None = None,
+        callbacks: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
+        self._hooks = None if callbacks is None else EnvHooks(callbacks)
         self._failures = Failures(
             num_envs,
             on_env_error=on_env_error,
@@ -80,6 +83,7 @@ class EnvRunner:
             seed=seed,
             first_env_index=first_env_index,
             failures=self._failures,
+            hooks=self._hooks,
         )
         self._obs_space = encoded_observation_space(self._envs.observation_space)
         policy = build_policy(self._obs_space, self._envs.action_space)
@@ -128,6 +132,8 @@ class EnvRunner:
         if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
             self._restart(call)
         self._intact = False
+        if self._hooks is not None:
+            self._hooks.forget()
         fragment = self._collect(num_steps)
         self._check_finite(fragment)
         inference_started = perf_counter()
@@ -140,6 +146,9 @@ class EnvRunner:
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
+        episode_metrics: dict[str, list[float]] = {}
+        if self._hooks is not None:
+            episode_metrics = self._hooks.episodes_ended(episodes, done_T_B, fragment.terminated, self._first)
         obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
         self._envs.record(fragment.action, done_T_B | fragment.failed)
         # The last good observation is obs[t] of the failed row, so next_value[t - 1] is its value already.
@@ -168,6 +177,7 @@ class EnvRunner:
             busy_s=perf_counter() - started,
             stepped_one_by_one=isinstance(self._envs, InPlaceEnvs),
             env_failures=self._failures.take_count(),
+            episode_metrics=episode_metrics,
         )
 
     def get_state(self, call: int = 0) -> State:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from statistics import mean
 from typing import Any
 
@@ -38,6 +38,8 @@ class Sample:
     """Of several runners: seconds that the slowest was busy longer than the mean."""
     transfer_s: float = 0.0
     """Of runners in other processes: seconds of the call during which the slowest was not busy."""
+    episode_metrics: dict[str, list[float]] = field(default_factory=dict)
+    """What callbacks measured of the episodes that ended, by name."""
     dropped_steps: int = 0
     """Of runners that nobody waits for: transitions dropped from a full queue since the sample before."""
 
@@ -81,7 +83,16 @@ class Sample:
             env_failures=sum(sample.env_failures for sample in samples),
             wait_s=share * wait_s,
             transfer_s=share * transfer_s,
+            episode_metrics=_joined(sample.episode_metrics for sample in samples),
         )
 
 
 MOMENTS = ("obs_moments", "return_moments")
+
+
+def _joined(metrics: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
+    joined: dict[str, list[float]] = {}
+    for part in metrics:
+        for name, values in part.items():
+            joined.setdefault(name, []).extend(values)
+    return joined
