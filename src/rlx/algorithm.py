@@ -156,7 +156,7 @@ class Algorithm(ABC):
             self.runners.used()
 
     def mask_old(self, batch: Batch) -> int:
-        """Mask the samples that are older than training.max_age by now, and return how many; note the ages of the rest."""
+        """Mask the samples that are older than training.max_age by now; return how many. Note the ages of the rest."""
         age = self.learners.version - batch.weights_version
         too_old = batch.mask & (age > self.training.max_age)
         batch.tensors["mask"] = batch.mask & ~too_old
@@ -167,7 +167,6 @@ class Algorithm(ABC):
         self._clock.add(
             env_s=sample.env_s, inference_s=sample.inference_s, transfer_s=sample.transfer_s, wait_s=sample.wait_s
         )
-        self._ages.append(self.learners.version - sample.trajectory.weights_version)
         self.env_steps += sample.env_steps
         self.episodes += len(sample.episodes)
         self.env_failures += sample.env_failures
