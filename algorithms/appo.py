@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlx.algorithm import Algorithm
+from rlx.algorithms.impala import FIELDS, fragments_per_batch  # pyright: ignore[reportMissingImports]
 from rlx.config import AlgorithmConfig
 from rlx.errors import ConfigError
 from rlx.functional.advantages import next_values, vtrace
@@ -27,8 +28,6 @@ from rlx.learner.replay import CircularReplay
 from rlx.metrics import Metrics, mean_metrics
 from rlx.settings import Schedule, Settings, TrainingSection
 from rlx.trajectory import Batch
-
-from .impala import FIELDS, fragments_per_batch
 
 
 class APPOTraining(TrainingSection):
