@@ -6,8 +6,7 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -20,10 +19,13 @@ from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
+from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, InPlaceEnvs, Step
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
+from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
@@ -36,48 +38,15 @@ NUMBERS_PER_CALL = 1 << 20
 """More fragments and episodes of one environment than any call begins: from call to call no number comes twice."""
 
 
-@dataclass
-class Sample:
-    """What one call of `sample` returns."""
-
-    trajectory: Trajectory
-    episodes: list[tuple[float, int]]
-    """Sum of unscaled rewards and number of transitions of each episode that ended, in order of their end."""
-    obs_moments: RunningMoments | None
-    """Moments of the fragment's raw observations; None unless they are normalised."""
-    return_moments: RunningMoments | None
-    """Moments of the fragment's discounted returns; None unless rewards are normalised."""
-    env_s: float
-    """Seconds inside the environments."""
-    inference_s: float
-    """Seconds inside the policy."""
-    busy_s: float
-    """Seconds inside `sample`."""
-    stepped_one_by_one: bool
-    """Whether the environments' seconds add up: they are scalar ones in a loop."""
-    env_failures: int
-    """Failures of environments (an exception, a hang) since the sample before."""
-    runner_restarts: int = 0
-    """Of several runners: how often one was started again since the sample before."""
-    wait_s: float = 0.0
-    """Of several runners: seconds that the slowest was busy longer than the mean."""
-    transfer_s: float = 0.0
-    """Of runners in other processes: seconds of the call during which the slowest was not busy."""
-
-    @property
-    def env_steps(self) -> int:
-        """Number of transitions."""
-        return int(self.trajectory.mask.sum())
-
-
 class EnvRunner:
     """Owns `num_envs` environments and a copy of the policy.
 
     env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
     runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights and statistics
-    are published, as {"weights", "normalizer"}; a sample begins with the newest. on_env_error, max_env_failures,
-    env_step_timeout_s: see `Failures`; the row of a step that failed is masked, and the one before it truncated.
+    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights, statistics and
+    changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample begins with the
+    newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that failed is masked,
+    and the one before it truncated. callbacks: makes those that hear of environments and episodes, see `EnvHooks`.
     """
 
     def __init__(
@@ -98,7 +67,9 @@ class EnvRunner:
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
         policy_channel: AnyChannel | None = None,
+        callbacks: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
+        self._hooks = None if callbacks is None else EnvHooks(callbacks)
         self._failures = Failures(
             num_envs,
             on_env_error=on_env_error,
@@ -112,6 +83,7 @@ class EnvRunner:
             seed=seed,
             first_env_index=first_env_index,
             failures=self._failures,
+            hooks=self._hooks,
         )
         self._obs_space = encoded_observation_space(self._envs.observation_space)
         policy = build_policy(self._obs_space, self._envs.action_space)
@@ -141,6 +113,10 @@ class EnvRunner:
             moments = Normalizer.from_state(normalizer_state).obs or RunningMoments()
             self._normalizer = ObsNormalizer(moments, self._normalizer.clip)
 
+    def change_envs(self, changes: Changes) -> None:
+        """Have the environments changed so: see `Envs.change`."""
+        self._envs.change(changes)
+
     def sample(self, num_steps: int, call: int = 0) -> Sample:
         """Return the next `num_steps` steps of every environment.
 
@@ -156,6 +132,8 @@ class EnvRunner:
         if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
             self._restart(call)
         self._intact = False
+        if self._hooks is not None:
+            self._hooks.forget()
         fragment = self._collect(num_steps)
         self._check_finite(fragment)
         inference_started = perf_counter()
@@ -168,6 +146,9 @@ class EnvRunner:
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
+        episode_metrics: dict[str, list[float]] = {}
+        if self._hooks is not None:
+            episode_metrics = self._hooks.episodes_ended(episodes, done_T_B, fragment.terminated, self._first)
         obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
         self._envs.record(fragment.action, done_T_B | fragment.failed)
         # The last good observation is obs[t] of the failed row, so next_value[t - 1] is its value already.
@@ -197,6 +178,7 @@ class EnvRunner:
             busy_s=perf_counter() - started,
             stepped_one_by_one=isinstance(self._envs, InPlaceEnvs),
             env_failures=self._failures.take_count(),
+            episode_metrics=episode_metrics,
         )
 
     def get_state(self, call: int = 0) -> State:
@@ -237,6 +219,7 @@ class EnvRunner:
         published = self._channel.latest() if self._channel is not None else None
         if published is not None and published is not self._published:
             self.set_weights(published.version, published.value["weights"], published.value["normalizer"])
+            self.change_envs(published.value["env_changes"])
             self._published = published
 
     def _restart(self, call: int) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 from gymnasium import spaces
 
 from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks, StepFunction
 from rlx.rollout.spaces import check_spaces, env_action
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class InPlaceEnvs:
         first_env_index: int,
         make: Callable[[], gymnasium.Env[Any, Any]],
         failures: Failures,
+        hooks: EnvHooks | None = None,
     ) -> None:
         self.name = name
         self.num_envs = len(envs)
@@ -67,7 +70,8 @@ class InPlaceEnvs:
         self.env_action = env_action(self.action_space)
         self._seed, self._first = seed, first_env_index
         self._make, self._failures, self._watchdog = make, failures, failures.watchdog
-        self._steps = [env.step for env in envs]
+        self._steps: list[StepFunction] = [env.step for env in envs]
+        self._hooks = hooks
         self._steps_begun = 0
         self._box_shape = shape if isinstance(self.observation_space, spaces.Box) else None
         self._unchecked = set(range(self.num_envs))
@@ -76,6 +80,15 @@ class InPlaceEnvs:
         self._truncated_B = np.zeros(self.num_envs, bool)
         self._episode = [-1] * self.num_envs
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
+        self._changes: Changes = ()  # for episodes that begin from now on
+        self._changed: list[Changes] = [()] * self.num_envs  # what each environment has had
+        for index in range(self.num_envs):
+            self._introduce(index)
+
+    def change(self, changes: Changes) -> None:
+        """Have each environment changed so when its next episode begins."""
+        if changes != self._changes:
+            self._changes = changes
 
     def begin_at(self, episode: int) -> None:
         """Take the episodes before number `episode` as done."""
@@ -128,6 +141,8 @@ class InPlaceEnvs:
 
     def reset_one(self, index: int, seed: int) -> None:
         """Begin an episode with `seed` in one environment; its observation goes to obs_B."""
+        if self._changed[index] is not self._changes:
+            self._change_one(index)
         returned: Any = RAISED
         try:
             returned = self._watchdog.run("reset", index, self.envs[index].reset, seed=seed)
@@ -159,6 +174,7 @@ class InPlaceEnvs:
             "length": lengths,
             "action": joined,
             "obs": self.obs_B.copy(),
+            "changes": list(map(changes_to_state, self._changed)),
         }
 
     def set_state(self, state: State) -> np.ndarray:
@@ -171,7 +187,9 @@ class InPlaceEnvs:
         self._failures.rebuilds = list(state["rebuilds"])
         restored_B = np.ones(self.num_envs, bool)
         ends = np.cumsum(state["length"])
+        newest = self._changes
         for index, end in enumerate(ends):
+            self._changes = changes_from_state(state["changes"][index]) if "changes" in state else ()
             actions = state["action"][end - state["length"][index] : end]
             self._episode[index] = int(state["episode"][index]) - 1
             self._begin_episode(index)
@@ -180,6 +198,7 @@ class InPlaceEnvs:
                 restored_B[index] = False
                 self._begin_episode(index)
                 self._actions[index] = []
+        self._changes = newest
         if not restored_B.all():
             log.warning(
                 "%s is not deterministic (replaying a seeded episode gave other observations): %d of %d environments "
@@ -212,11 +231,30 @@ class InPlaceEnvs:
         self._failures.recover(error, renew, where=where, index=index, step=self._steps_begun)
 
     def _renew(self, index: int, where: str) -> None:
+        self._make_anew(index, where)
+        self._reset_to_next(index)
+
+    def _make_anew(self, index: int, where: str) -> None:
         self._failures.close(self.envs[index].close, where, index)
         self.envs[index] = self._watchdog.run("__init__", index, self._make)
-        self._steps[index] = self.envs[index].step
         self._unchecked.add(index)
-        self._reset_to_next(index)
+        self._changed[index] = ()
+        self._introduce(index)
+
+    def _introduce(self, index: int) -> None:
+        """Make a new environment known to those who step it, and who want to hear of it."""
+        self._steps[index] = self.envs[index].step
+        if self._hooks is not None:
+            self._hooks.env_created(self.envs[index], self._first + index)
+            self._steps[index] = self._hooks.watched(index, self.envs[index].step)
+
+    def _change_one(self, index: int) -> None:
+        where = self._where(index)
+        if not covered(self._changed[index], self._changes):  # the run went back to before a change
+            self._make_anew(index, where)
+        arguments = (self._changes, self._changed[index], self.envs[index], where)
+        self._watchdog.run("change", index, apply_changes, *arguments)
+        self._changed[index] = self._changes
 
     def _replay(self, index: int, actions: np.ndarray) -> bool:
         for action in self.env_action(actions) if len(actions) else ():

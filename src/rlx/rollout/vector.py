@@ -16,8 +16,10 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from rlx.errors import CheckpointError, EnvError
 from rlx.rollout.deadline import EnvTimeout
+from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.env_state import CannotCapture, capture, restore
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, NO_FINALS, InPlaceEnvs, State, Step, describe, episode_seed
 from rlx.rollout.spaces import Space, check_spaces, env_action
 
@@ -48,6 +50,9 @@ class Envs(Protocol):
         """Return what followed the policy's actions."""
         ...
 
+    def change(self, changes: Changes) -> None:
+        """Have scalar environments changed so when their next episode begins, a vector environment now."""
+
     def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
         """Remember what `get_state` needs of a finished fragment."""
 
@@ -76,12 +81,13 @@ def make_envs(
     seed: int = 0,
     first_env_index: int = 0,
     failures: Failures | None = None,
+    hooks: EnvHooks | None = None,
 ) -> Envs:
     """Return `num_envs` environments made from `env`.
 
     vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
     a loop, "auto" prefers the native one where it exists and can be made. failures: what becomes of an environment
-    that fails; by default its error is raised.
+    that fails; by default its error is raised. hooks: who hears of environments and of the ends of episodes.
     """
     source, name = resolve(env)
     options = dict(kwargs or {})
@@ -100,15 +106,15 @@ def make_envs(
         if not isinstance(native, VectorEnv):
             raise EnvError(f"{name} takes num_envs but made a {type(native).__name__}, not a gymnasium VectorEnv.")
     if native is not None:
-        return VectorEnvAdapter(native, num_envs, *common, make, failures)
+        return VectorEnvAdapter(native, num_envs, *common, make, failures, hooks)
     make = partial(make_scalar, source, options, name)
     first = make()
     if isinstance(first, VectorEnv):
-        return VectorEnvAdapter(first, num_envs, *common, make, failures)
+        return VectorEnvAdapter(first, num_envs, *common, make, failures, hooks)
     scalars = [first] + [make() for _ in range(num_envs - 1)]
     if len(set(map(id, scalars))) < num_envs:
         raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
-    return InPlaceEnvs(scalars, *common, make, failures)
+    return InPlaceEnvs(scalars, *common, make, failures, hooks)
 
 
 def resolve(env: EnvSource) -> tuple[Any, str]:
@@ -201,6 +207,7 @@ class VectorEnvAdapter:
         first_env_index: int,
         make: Callable[[], Any] | None,
         failures: Failures,
+        hooks: EnvHooks | None = None,
     ) -> None:
         if env.num_envs != num_envs:
             raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
@@ -224,6 +231,24 @@ class VectorEnvAdapter:
         self._make, self._failures = make, failures
         self._steps_begun = 0
         self._checked = False
+        self._changes: Changes = ()
+        self._hooks = hooks
+        if hooks is not None:
+            hooks.env_created(env, first_env_index)
+
+    def change(self, changes: Changes) -> None:
+        """Change the vector environment now; it alone knows when the episodes of its environments begin."""
+        if changes == self._changes:
+            return
+        if not covered(self._changes, changes):  # the run went back to before a change
+            if self._make is None:
+                raise EnvError(f"{self.name} cannot undo its changes; pass a factory of it as the environment.")
+            self._make_anew(is_stuck=False)
+        self._change(changes)
+
+    def _change(self, changes: Changes) -> None:
+        self._failures.watchdog.run("change", 0, apply_changes, changes, self._changes, self.env, self.name)
+        self._changes = changes
 
     def begin_at(self, episode: int) -> None:
         """Take the resets before number `episode` as done."""
@@ -269,6 +294,8 @@ class VectorEnvAdapter:
         if not self._checked:
             self._check_step(returned)
         obs_B, reward_B, terminated_B, truncated_B, info = returned
+        if self._hooks is not None:
+            self._hooks.vector_step(np.logical_or(terminated_B, truncated_B), info, self._mode)
         obs_B, final_obs = np.asarray(obs_B), NO_FINALS
         if not self.resets_on_next_step:
             done_B = np.logical_or(terminated_B, truncated_B)
@@ -306,6 +333,7 @@ class VectorEnvAdapter:
             "obs": self.obs_B.copy(),
             "env": None,
             "obstacle": None,
+            "changes": changes_to_state(self._changes),
         }
         try:
             state["env"] = capture(self.env)
@@ -323,6 +351,7 @@ class VectorEnvAdapter:
         self._resets = int(state["resets"])
         self._failures.rebuilds = list(state["rebuilds"])
         obstacle = state["obstacle"]
+        self.change(changes_from_state(state.get("changes", ())))
         self.reset()
         if state["env"] is not None:
             try:
@@ -345,19 +374,28 @@ class VectorEnvAdapter:
 
     def _recover(self, error: Exception) -> None:
         """Begin episodes in a new vector environment in the place of one that failed with `error`, or raise it."""
+        renew = partial(self._renew, isinstance(error, EnvTimeout))
         where = f"the vector environment {self.name}"
-        renew = partial(self._renew, where, isinstance(error, EnvTimeout))
         self._failures.recover(error, renew, where=where, index=0, step=self._steps_begun)
 
-    def _renew(self, where: str, is_stuck: bool) -> None:
+    def _renew(self, is_stuck: bool) -> None:
         if self._make is not None:
-            close = self.env.close
-            if is_stuck and isinstance(self.env.unwrapped, AsyncVectorEnv):
-                close = partial(close, terminate=True)  # it would wait for the process that hangs
-            self._failures.close(close, where, 0)
-            self.env = self._failures.watchdog.run("__init__", 0, self._make)
-            self._checked = False
+            changes = self._changes
+            self._make_anew(is_stuck)
+            self._change(changes)
         self._reset_all()
+
+    def _make_anew(self, is_stuck: bool) -> None:
+        assert self._make is not None
+        close = self.env.close
+        if is_stuck and isinstance(self.env.unwrapped, AsyncVectorEnv):
+            close = partial(close, terminate=True)  # it would wait for the process that hangs
+        self._failures.close(close, f"the vector environment {self.name}", 0)
+        self.env = self._failures.watchdog.run("__init__", 0, self._make)
+        self._checked = False
+        self._changes = ()
+        if self._hooks is not None:
+            self._hooks.env_created(self.env, self._first)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
