@@ -7,7 +7,6 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -26,6 +25,7 @@ from rlx.rollout.fragment import Fragment
 from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
+from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
@@ -36,42 +36,6 @@ BuildPolicy = Callable[[spaces.Box, Space], Policy]
 ACTING_STREAM = 1
 NUMBERS_PER_CALL = 1 << 20
 """More fragments and episodes of one environment than any call begins: from call to call no number comes twice."""
-
-
-@dataclass
-class Sample:
-    """What one call of `sample` returns."""
-
-    trajectory: Trajectory
-    episodes: list[tuple[float, int]]
-    """Sum of unscaled rewards and number of transitions of each episode that ended, in order of their end."""
-    obs_moments: RunningMoments | None
-    """Moments of the fragment's raw observations; None unless they are normalised."""
-    return_moments: RunningMoments | None
-    """Moments of the fragment's discounted returns; None unless rewards are normalised."""
-    env_s: float
-    """Seconds inside the environments."""
-    inference_s: float
-    """Seconds inside the policy."""
-    busy_s: float
-    """Seconds inside `sample`."""
-    stepped_one_by_one: bool
-    """Whether the environments' seconds add up: they are scalar ones in a loop."""
-    env_failures: int
-    """Failures of environments (an exception, a hang) since the sample before."""
-    runner_restarts: int = 0
-    """Of several runners: how often one was started again since the sample before."""
-    wait_s: float = 0.0
-    """Of several runners: seconds that the slowest was busy longer than the mean."""
-    transfer_s: float = 0.0
-    """Of runners in other processes: seconds of the call during which the slowest was not busy."""
-    episode_metrics: dict[str, list[float]] = field(default_factory=dict)
-    """What callbacks measured of the episodes that ended, by name."""
-
-    @property
-    def env_steps(self) -> int:
-        """Number of transitions."""
-        return int(self.trajectory.mask.sum())
 
 
 class EnvRunner:
@@ -178,6 +142,7 @@ class EnvRunner:
         fragment.inference_s += perf_counter() - inference_started
 
         done_T_B = fragment.terminated | fragment.truncated
+        first_T_B = self._firsts(done_T_B, fragment.failed)
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
@@ -198,6 +163,7 @@ class EnvRunner:
             terminated=fragment.terminated,
             truncated=fragment.truncated,
             mask=mask_T_B,
+            first=first_T_B,
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
         )
         self._intact = True
@@ -321,6 +287,14 @@ class EnvRunner:
             next_value_T_B[t, index] = value
         next_value_T_B[fragment.terminated] = 0.0
         return next_value_T_B
+
+    def _firsts(self, done_T_B: np.ndarray, failed_T_B: np.ndarray) -> np.ndarray:
+        """Return True where an episode begins: after one ended, was reset or failed, also across the border."""
+        resets_T_B = (
+            np.concatenate([self._ended_B[None], done_T_B[:-1]]) if self._envs.resets_on_next_step else done_T_B
+        )
+        begins_B = (self._length_B == 0) & ~self._ended_B
+        return np.concatenate([begins_B[None], (resets_T_B | failed_T_B)[:-1]])
 
     def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
         """Return False where the row only resets: after an ended episode, also across the fragment's border."""
