@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from rlx.metrics import Clock, EpisodeWindow, Metrics
 from rlx.nets.flat import FlatParameters
 from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.runner_group import RunnerGroup
+from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
 from rlx.run import check_resumable
 from rlx.saves import Saves
@@ -36,7 +37,15 @@ from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
 
-COUNTERS = ("iteration", "env_steps", "episodes", "env_failures", "runner_restarts", "learner_restarts")
+COUNTERS = (
+    "iteration",
+    "env_steps",
+    "dropped_env_steps",
+    "episodes",
+    "env_failures",
+    "runner_restarts",
+    "learner_restarts",
+)
 """Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
@@ -65,7 +74,7 @@ class Algorithm(ABC):
         self.settings = s = config.settings
         self.training: Any = s.training
         self.iteration = self.env_steps = self.episodes = 0
-        self.env_failures = self.runner_restarts = self.learner_restarts = 0
+        self.env_failures = self.runner_restarts = self.learner_restarts = self.dropped_env_steps = 0
         self.total_s = 0.0
         self.best_return: float | None = None
         self.best_iteration: int | None = None
@@ -78,7 +87,7 @@ class Algorithm(ABC):
         self._weights_are_stale = True
         self._advised = False
         self._clock = Clock()
-        self._sample_metrics: Metrics = {}
+        self._ages: list[np.ndarray] = []  # of this iteration's samples
         self._episode_metrics: dict[str, list[float]] = {}
         self._schedules: dict[str, Any] = {}  # those that were changed, as written
         build = policy_builder(s)
@@ -105,15 +114,59 @@ class Algorithm(ABC):
     # What training_step is made of ------------------------------------------------------------------------------
 
     def sample(self) -> Trajectory:
-        """Collect one fragment from every env runner, [T, B]; count its steps and episodes."""
-        if self._weights_are_stale:
+        """Collect one fragment from every env runner, [T, B]; count its steps and episodes.
+
+        With training.max_age 1 it was collected during the last iteration, and the next one is begun now.
+        """
+        steps, is_ahead = self.settings.env_runners.rollout_fragment_length, self.training.max_age > 0
+        if self._weights_are_stale and not self.runners.has_begun:
             self.publish()
-        sample = self.runners.sample(self.settings.env_runners.rollout_fragment_length)
+        sample = self.runners.sample(steps)
+        if is_ahead:
+            self.publish()
+            self.runners.begin(steps)
+        self._count(sample)
+        self._ages.append(self.learners.version - sample.trajectory.weights_version[sample.trajectory.mask])
+        return sample.trajectory
+
+    def arrivals(self, count: int, fragments: int) -> Iterator[Batch]:
+        """Yield `count` batches [T, B], each of the `fragments` that the next env runners finish; count their steps.
+
+        Nobody waits for a slow runner, and while a batch is learned from, all go on. Samples older than
+        training.max_age are masked, and counted as dropped. With max_age 0 or 1 it is `sample`, which all runners join.
+        """
+        r, max_age = self.settings.env_runners, self.training.max_age
+        for _ in range(count):
+            if max_age <= 1:
+                yield self.sample().tensors()
+                continue
+            if self._weights_are_stale:
+                self.publish()
+            sample = self.runners.arrive(
+                *(r.rollout_fragment_length,),
+                per_batch=fragments,
+                max_ahead=max_age + 1,
+                queue_size=r.queue_size,
+                when_full=r.when_queue_full,
+            )
+            self._count(sample)
+            batch = sample.trajectory.tensors()
+            self.dropped_env_steps += sample.dropped_steps + self.mask_old(batch)
+            yield batch
+            self.runners.used()
+
+    def mask_old(self, batch: Batch) -> int:
+        """Mask the samples that are older than training.max_age by now; return how many. Note the ages of the rest."""
+        age = self.learners.version - batch.weights_version
+        too_old = batch.mask & (age > self.training.max_age)
+        batch.tensors["mask"] = batch.mask & ~too_old
+        self._ages.append(age[batch.mask].numpy())
+        return int(too_old.sum())
+
+    def _count(self, sample: Sample) -> None:
         self._clock.add(
             env_s=sample.env_s, inference_s=sample.inference_s, transfer_s=sample.transfer_s, wait_s=sample.wait_s
         )
-        age = self.learners.version - sample.trajectory.weights_version
-        self._sample_metrics = {"age_mean": float(age.mean()), "age_max": int(age.max())}
         self.env_steps += sample.env_steps
         self.episodes += len(sample.episodes)
         self.env_failures += sample.env_failures
@@ -127,7 +180,6 @@ class Algorithm(ABC):
         if not self._advised and (advice := self.runners.advice()):
             log.warning(advice)
             self._advised = True
-        return sample.trajectory
 
     def update(self, batch: Batch, **options: Any) -> dict[str, float]:
         """Run `Learner.update` on all learners with this iteration's seed; return its stats."""
@@ -145,14 +197,20 @@ class Algorithm(ABC):
         return stats
 
     def publish(self) -> None:
-        """Send the learners' weights to all env runners."""
+        """Send the learners' weights to all env runners.
+
+        A fragment that is being collected ahead keeps the weights that it has begun with; `sample` publishes after it.
+        """
+        if self.training.max_age == 1 and self.runners.has_begun:
+            self._weights_are_stale = True
+            return
         with self._clock.measure("transfer_s"):
             self.runners.publish(self.learners.version, self.learners.weights())
         self._weights_are_stale = False
 
     def seed(self, purpose: str) -> int:
-        """Return this iteration's seed for `purpose`; it depends on the run's seed and the iteration only."""
-        entropy = [self.settings.runtime.seed, self.iteration, *purpose.encode()]
+        """Return the seed of the next update for `purpose`; it depends on the run's seed and updates so far only."""
+        entropy = [self.settings.runtime.seed, self.learners.version, *purpose.encode()]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     # What a user calls ------------------------------------------------------------------------------------------
@@ -172,7 +230,7 @@ class Algorithm(ABC):
                 self.saves.go_back(lost)
 
     def _train_once(self) -> Metrics:
-        self._clock, self._episode_metrics = Clock(), {}
+        self._clock, self._ages, self._episode_metrics = Clock(), [], {}
         before, window_before = (self.env_steps, self.episodes), self.window.get_state()
         try:
             # An interrupt inside torch's own no_grad() may leave gradients off; the next iteration needs them.
@@ -184,6 +242,7 @@ class Algorithm(ABC):
             self._weights_are_stale = True
             raise
         self.iteration += 1
+        age = np.concatenate([*self._ages, np.zeros(0, np.int64)])
         times = self._clock.summary()
         self.total_s += float(times["time/iteration_s"] or 0)
         metrics = {
@@ -192,7 +251,8 @@ class Algorithm(ABC):
             "weights_version": self.learners.version,
             "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
             **self.window.summary(),
-            **self._sample_metrics,
+            "age_mean": float(age.mean()) if len(age) else 0.0,
+            "age_max": int(age.max(initial=0)),
             **{f"learner/{name}": value for name, value in stats.items()},
             **{f"{PREFIX}{name}": fmean(values) for name, values in self._episode_metrics.items()},
             "time/total_s": self.total_s,
@@ -295,7 +355,7 @@ class Algorithm(ABC):
         """Continue from `get_state`; CheckpointError if it comes from another config."""
         check_resumable(type(self.config).from_dict(state["config"]), self.config, "the checkpoint")
         for name in (*COUNTERS, "total_s", "best_return", "best_iteration"):
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))  # older checkpoints lack some counters
         self.window.set_state(state["window"])
         self._weights_are_stale = True
         self.learners.set_state(state["learners"])

@@ -103,6 +103,10 @@ class EnvRunnersSection(Section):
     """Environments that one runner steps together."""
     rollout_fragment_length: int = Field(default=128, gt=0)
     """Steps that each environment takes per fragment."""
+    queue_size: int = Field(default=1, gt=0)
+    """Batches that may wait for a learner which the runners do not wait for: where training.max_age is above 1."""
+    when_queue_full: Literal["wait", "drop_oldest"] = "wait"
+    """wait: the runners wait for the learner as well; drop_oldest: they go on; dropped_env_steps counts the rest."""
 
 
 class ModelSection(Section):
@@ -131,6 +135,9 @@ class TrainingSection(Section):
     """Adam's epsilon; 1e-5 is what PPO's reference implementations use, torch's own default is 1e-8."""
     max_grad_norm: float | None = Field(default=0.5, gt=0)
     """Gradients are scaled down to this global norm; null: never."""
+    max_age: int = Field(default=0, ge=0)
+    """How many updates the weights that act may be behind those that learn. 0: runners and learners take turns; 1: they
+    work at the same time, one version apart, which needs env_runners.num_env_runners; more: as the algorithm says."""
 
 
 class LearnersSection(Section):

@@ -48,6 +48,10 @@ class Trajectory:
         every = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: array for name, array in every.items() if array is not None}
 
+    def copy(self) -> Trajectory:
+        """Return the same in memory of its own."""
+        return Trajectory(**{name: array.copy() for name, array in self.arrays().items()})
+
     def tensors(self) -> Batch:
         """Return every field as a tensor [T, B, ...]: writable, of this trajectory's memory where that is writable."""
         return Batch(**{name: _tensor(array) for name, array in self.arrays().items()})

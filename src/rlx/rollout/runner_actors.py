@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 5.0
 BUSY_CLOSE_TIMEOUT_S = 0.5
+IDLE_S = 60.0  # waiting for nothing but a bell
 STALLS_PER_TIMEOUT = 4
 """A call is looked at as a possible stall after the timeout divided by this."""
 
@@ -40,6 +41,12 @@ class Call:
     patience_s: float = field(init=False)
     """The time that it was given."""
     outcome: Ok[Any] | Err | None = None
+
+    @property
+    def value(self) -> Any:
+        """What the runner returned, once it has."""
+        assert isinstance(self.outcome, Ok)
+        return self.outcome.value
 
 
 class RunnerActors:
@@ -122,22 +129,21 @@ class RunnerActors:
             error = failed[0].outcome.error  # type: ignore[union-attr]
             error.add_note(f"{failed[0].method}() failed in {len(failed)} of {len(calls)} actors: {names}")
             raise error
-        return [call.outcome.value for call in calls]  # type: ignore[union-attr]
+        return [call.value for call in calls]
 
-    def first(self, calls: Sequence[Call], timeout_s: float) -> Call | None:
-        """Return the first call to be answered, with an Ok for its outcome; None after `timeout_s`.
+    def first(self, calls: Sequence[Call], bell: Future[Any]) -> Call | None:
+        """Return the first call to be answered; None where the bell rings before. What a runner raised is raised.
 
-        Of those that have been answered already it is the one that was asked first. What a runner raised is raised.
+        Of those that have been answered already it is the one that was asked first.
         """
-        deadline = monotonic() + timeout_s
         while True:
             for call in calls:
                 if call.outcome is not None:
                     self.gather([call])
                     return call
-            if monotonic() >= deadline:
+            if bell.done():
                 return None
-            self._wait(calls, 1, deadline)
+            self._wait(calls, 1, bell)
 
     def forget(self, calls: Sequence[Call]) -> None:
         """Never mind the answers to these; the runners work at them all the same."""
@@ -178,11 +184,10 @@ class RunnerActors:
         self._newest[call.runner] = call.future
         before.append(call)
 
-    def _wait(self, calls: Sequence[Call], count: int, until: float | None = None) -> None:
-        """Wait until `count` calls are answered, or something is over; note the answers, and ask again who is lost."""
-        deadline = min(call.deadline for call in calls)
-        until = deadline if until is None else min(until, deadline)
-        self._runtime.wait([call.future for call in calls], count, max(0.0, until - monotonic()))
+    def _wait(self, calls: Sequence[Call], count: int, *bell: Future[Any]) -> None:
+        """Wait until `count` calls are answered, or one is late; note the answers, and ask again who is lost."""
+        patience_s = min([call.deadline - monotonic() for call in calls], default=IDLE_S)
+        self._runtime.wait([*(call.future for call in calls), *bell], count, max(0.0, patience_s))
         for call in calls:
             if call.future.done():
                 outcome = call.future.outcome()

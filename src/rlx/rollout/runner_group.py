@@ -11,6 +11,7 @@ from gymnasium import spaces
 
 from rlx.actors import Restart, Runtime
 from rlx.errors import CheckpointError
+from rlx.rollout.arrivals import Arrivals
 from rlx.rollout.env_changes import Changes, EnvChange, changes_from_state, changes_to_state, with_change
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
@@ -56,6 +57,7 @@ class RunnerGroup:
         self._samples = 0
         self._local: EnvRunner | None = None
         self._actors: RunnerActors | None = None
+        self._arrivals: Arrivals | None = None
         self._begun: list[Call] = []
         self._waiting: list[Sample] = []  # a fragment that was collected and not yet taken
         if num_runners == 0:
@@ -120,16 +122,37 @@ class RunnerGroup:
         self._wall_s += wall_s
         self._alone_s += _seconds_of_one_process(samples)
         self._samples += 1
+        joined = self._join(samples, Trajectory.concatenate([sample.trajectory for sample in samples]), wall_s)
+        if self._local is not None:
+            joined.transfer_s = 0.0
+        return joined
+
+    def arrive(self, num_steps: int, **limits: Any) -> Sample:
+        """Return the fragments of `num_steps` steps that the next runners finish, joined along B in their order.
+
+        All runners go on meanwhile, and after it, within the limits of `Arrivals`; `used` says that one more may be
+        collected. The runners must be in processes of their own.
+        """
+        if self._arrivals is None:
+            self._arrivals = Arrivals(self._remote, num_steps, **limits)
+        arrival = self._arrivals.take()
+        joined = self._join(arrival.samples, arrival.trajectory, arrival.waited_s)
+        joined.dropped_steps = self._arrivals.take_dropped()
+        return joined
+
+    def used(self) -> None:
+        """Say that what has arrived last has been learned from."""
+        if self._arrivals is not None:
+            self._arrivals.used()
+
+    def _join(self, samples: Sequence[Sample], trajectory: Trajectory, wall_s: float) -> Sample:
         for sample in samples:
             self._normalizer.merge(sample.obs_moments, sample.return_moments)
-        trajectory = Trajectory.concatenate([sample.trajectory for sample in samples])
         if self._normalizer.returns is not None:
             trajectory.reward = RewardScaler(self._normalizer.returns, self._reward_clip)(trajectory.reward)
         joined = Sample.join(samples, trajectory, wall_s)
-        if self._local is not None:
-            joined.transfer_s = 0.0
-        else:
-            joined.runner_restarts = self._remote.take_restarts()
+        if self._actors is not None:
+            joined.runner_restarts = self._actors.take_restarts()
         return joined
 
     def _collect(self, num_steps: int) -> list[Sample]:
@@ -164,6 +187,8 @@ class RunnerGroup:
         if self._local is not None:
             runners, calls = [self._local.get_state()], []
         else:
+            if self._arrivals is not None:
+                self._arrivals.pause()
             self._finish()
             runners = self._remote.get_state()
             calls = list(self._remote.calls)
@@ -187,6 +212,8 @@ class RunnerGroup:
             self._local.set_state(saved[0])
         else:
             calls = state["calls"]
+            if self._arrivals is not None:
+                self._arrivals.forget()
             self._remote.forget(self._begun)
             self._begun, self._waiting = [], [Sample.from_state(one) for one in state.get("waiting", ())]
             self._remote.set_state(saved, [calls] * len(saved) if isinstance(calls, int) else calls)
@@ -197,6 +224,8 @@ class RunnerGroup:
         """Release the environments and end the runners' processes; closing twice is fine."""
         if self._local is not None:
             self._local.close()
+        if self._arrivals is not None:
+            self._arrivals.pause()
         if self._actors is not None:
             self._actors.close()
 

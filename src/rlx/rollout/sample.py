@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import mean
 from typing import Any
@@ -40,6 +40,8 @@ class Sample:
     """Of runners in other processes: seconds of the call during which the slowest was not busy."""
     episode_metrics: dict[str, list[float]] = field(default_factory=dict)
     """What callbacks measured of the episodes that ended, by name."""
+    dropped_steps: int = 0
+    """Of runners that nobody waits for: transitions dropped from a full queue since the sample before."""
 
     @property
     def env_steps(self) -> int:
@@ -61,26 +63,36 @@ class Sample:
 
     @classmethod
     def join(cls, samples: Sequence[Sample], trajectory: Trajectory, wall_s: float) -> Sample:
-        """Return what several runners have collected in `wall_s` seconds as one, without their moments."""
+        """Return what several runners have collected as one, without their moments, after a wait of `wall_s` seconds.
+
+        Where they were at work before it, their seconds are scaled down to those of the wait.
+        """
         busy_s = [sample.busy_s for sample in samples]
-        episode_metrics: dict[str, list[float]] = {}
-        for sample in samples:
-            for name, values in sample.episode_metrics.items():
-                episode_metrics.setdefault(name, []).extend(values)
+        env_s, inference_s = mean(sample.env_s for sample in samples), mean(sample.inference_s for sample in samples)
+        wait_s, transfer_s = max(busy_s) - mean(busy_s), max(0.0, wall_s - max(busy_s))
+        share = min(1.0, wall_s / max(1e-9, env_s + inference_s + wait_s + transfer_s))
         return cls(
             trajectory=trajectory,
             episodes=[episode for sample in samples for episode in sample.episodes],
             obs_moments=None,
             return_moments=None,
-            env_s=mean(sample.env_s for sample in samples),
-            inference_s=mean(sample.inference_s for sample in samples),
+            env_s=share * env_s,
+            inference_s=share * inference_s,
             busy_s=mean(busy_s),
             stepped_one_by_one=samples[0].stepped_one_by_one,
             env_failures=sum(sample.env_failures for sample in samples),
-            wait_s=max(busy_s) - mean(busy_s),
-            transfer_s=max(0.0, wall_s - max(busy_s)),
-            episode_metrics=episode_metrics,
+            wait_s=share * wait_s,
+            transfer_s=share * transfer_s,
+            episode_metrics=_joined(sample.episode_metrics for sample in samples),
         )
 
 
 MOMENTS = ("obs_moments", "return_moments")
+
+
+def _joined(metrics: Iterable[dict[str, list[float]]]) -> dict[str, list[float]]:
+    joined: dict[str, list[float]] = {}
+    for part in metrics:
+        for name, values in part.items():
+            joined.setdefault(name, []).extend(values)
+    return joined
