@@ -89,9 +89,7 @@ class IMPALA(Algorithm, config=IMPALAConfig):
         history = []
         for t in self.arrivals(training.updates_per_iteration, fragments_per_batch(self.settings)):
             lr = training.lr.at(self.env_steps)
-            batch = t.sequences(
-                len(t), "obs", "action", "logp", "next_value", "reward", "terminated", "truncated", "mask", *t.memory
-            )
+            batch = t.fragments("obs", "action", "logp", "next_value", "reward", "terminated", "truncated", "mask")
             stats = self.update(batch, epochs=1, minibatch_size=training.batch_size, lr=lr)
             self.publish()
             history.append(stats | {"lr": lr})

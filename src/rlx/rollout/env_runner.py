@@ -23,7 +23,7 @@ from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
 from rlx.rollout.hooks import EnvHooks
-from rlx.rollout.in_place import FAILED, InPlaceEnvs
+from rlx.rollout.in_place import FAILED, InPlaceEnvs, Step
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
@@ -165,6 +165,7 @@ class EnvRunner:
             mask=mask_T_B,
             first=first_T_B,
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
+            state=self._acting.states(),
         )
         self._intact = True
         return Sample(
@@ -194,6 +195,7 @@ class EnvRunner:
             "length": self._length_B.copy(),
             "discounted_return": None if self._discounted is None else self._discounted.return_B.copy(),
             "ended": self._ended_B.copy(),
+            "memory": self._acting.state_B,
         }
 
     def set_state(self, state: State) -> None:
@@ -203,6 +205,7 @@ class EnvRunner:
         self._fragment = int(state["fragment"])
         self._return_B, self._length_B = state["return"].copy(), state["length"].copy()
         self._ended_B = state["ended"].copy()
+        self._acting.state_B = state.get("memory")  # which a checkpoint from before there were memories has not
         if self._discounted is not None and state["discounted_return"] is not None:
             self._discounted.return_B = state["discounted_return"].copy()
         self._forget(~restored_B)
@@ -237,6 +240,7 @@ class EnvRunner:
         self._return_B[new_B], self._length_B[new_B], self._ended_B[new_B] = 0.0, 0, False
         if self._discounted is not None:
             self._discounted.return_B[new_B] = 0.0
+        self._acting.forget(new_B)
 
     def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
@@ -247,6 +251,8 @@ class EnvRunner:
         acting.start(num_steps, envs.num_envs, noise)
         inference_s, env_s = clock() - started, 0.0
         raw_B = envs.obs_B
+        step = envs.step if acting.state_B is None else self._step_and_forget
+        self._resets_B = self._ended_B
         for t in range(num_steps):
             obs_B = encode_obs(envs.observation_space, raw_B, fragment.raw[t])
             if normalizer is not None:
@@ -256,7 +262,7 @@ class EnvRunner:
             stepping_started = clock()
             fragment.action[t] = action_B
             try:
-                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = envs.step(action_B)
+                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = step(action_B)
             except Exception as error:
                 error.add_note(f"at step {t} of fragment {self._fragment - 1} ({num_steps} steps)")
                 raise
@@ -271,6 +277,15 @@ class EnvRunner:
         fragment.env_s, fragment.inference_s = env_s, inference_s
         return fragment
 
+    def _step_and_forget(self, action_B: np.ndarray) -> Step:
+        """Step, and empty the memory of the environments whose next observation begins an episode."""
+        _, _, terminated_B, truncated_B, final_obs = step = self._envs.step(action_B)
+        done_B = np.logical_or(terminated_B, truncated_B)
+        failed_B = np.array([final_obs.get(index) is FAILED for index in range(len(done_B))])
+        self._acting.forget((self._resets_B if self._envs.resets_on_next_step else done_B) | failed_B)
+        self._resets_B = done_B
+        return step
+
     def _see(self, raw_N: np.ndarray) -> np.ndarray:
         """Return raw observations [N, ...] as the policy sees them."""
         obs_N = np.empty((len(raw_N), *self._obs_space.shape), self._obs_space.dtype)
@@ -280,8 +295,10 @@ class EnvRunner:
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
         finals = [obs for _, _, obs in fragment.cuts]
-        last_B = self._envs.obs_B
-        tail_N = self._acting.value(self._see(np.concatenate([last_B, np.stack(finals)]) if finals else last_B))
+        last_B, last = self._envs.obs_B, len(value_T_B) - 1
+        after_N = [(last, index) for index in range(len(last_B))] + [(t, index) for t, index, _ in fragment.cuts]
+        tail_N = self._see(np.concatenate([last_B, np.stack(finals)]) if finals else last_B)
+        tail_N = self._acting.value(tail_N, after_N)
         next_value_T_B = np.concatenate([value_T_B[1:], tail_N[None, : len(last_B)]])
         for (t, index, _), value in zip(fragment.cuts, tail_N[len(last_B) :], strict=True):
             next_value_T_B[t, index] = value
