@@ -275,7 +275,10 @@ class Algorithm(ABC):
         return self.saves.folder
 
     def request_stop(self, reason: str) -> None:
-        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it."""
+        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it.
+
+        A loop of your own around `train` can look at `stop_request`.
+        """
         self.stop_request = reason or "a stop was requested"
 
     def set_env_attribute(self, name: str, value: Any) -> None:

@@ -282,6 +282,10 @@ class CallbacksSection(Section):
     def _read_list(cls, value: Any) -> Any:
         return {"classes": value} if isinstance(value, list | str) else value
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "array", "items": _SPEC_SCHEMA}, handler(schema)]}
+
 
 class StopSection(Section):
     """Limits that end a run; the first one reached ends it."""
