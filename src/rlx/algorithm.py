@@ -283,7 +283,10 @@ class Algorithm(ABC):
         return self.saves.folder
 
     def request_stop(self, reason: str) -> None:
-        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it."""
+        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it.
+
+        A loop of your own around `train` can look at `stop_request`.
+        """
         self.stop_request = reason or "a stop was requested"
 
     def set_env_attribute(self, name: str, value: Any) -> None:
@@ -316,18 +319,22 @@ class Algorithm(ABC):
 
         Nothing that training depends on is touched.
         """
+        self.callbacks("on_evaluate_start", self)
+        metrics = self.play(num_episodes, on_frame=on_frame)
+        self.callbacks.with_metrics("on_evaluate_end", self, metrics)
+        return metrics
+
+    def play(self, num_episodes: int | None = None, **options: Any) -> Metrics:
+        """Do what `evaluate` does, and tell no callback; options: num_envs, on_frame."""
         if self._evaluation_policy is None:
             self._evaluation_policy = self._build_policy()
             self._evaluation_weights = FlatParameters(self._evaluation_policy)
         self._evaluation_weights.load(self.learners.weights())
-        self.callbacks("on_evaluate_start", self)
-        metrics = evaluation_metrics(
+        return evaluation_metrics(
             *(self.settings, self._evaluation_policy, self.runners.normalizer_state(), num_episodes),
             changes=self.runners.env_changes,
-            on_frame=on_frame,
+            **options,
         )
-        self.callbacks.with_metrics("on_evaluate_end", self, metrics)
-        return metrics
 
     def save(self, path: str | Path) -> Path:
         """Save everything that exact resume needs as the folder `path`; return it."""
