@@ -98,6 +98,24 @@ def test_what_a_slow_runner_leaves_is_a_share_of_each_algorithms_own_rate(monkey
     assert "| IMPALA | 2,000 | 1,400 | 0.70 | 0.70 to 0.70 | 0.75, missed |" in page
 
 
+def test_a_run_that_slips_after_its_goal_is_told_from_one_that_stays(monkeypatch):
+    stays_solved = load("stays_solved.py", monkeypatch)
+    returns = [None, 300.0, 480.0, 410.0, 500.0]
+    rows = [
+        {"episode_return_mean": value, "time/total_s": 2.0 * n, "env_steps": 10 * n, "dropped_env_steps": 0}
+        | {"age_mean": 1.0 + n, "age_max": n}
+        for n, value in enumerate(returns)
+    ]
+    said = stays_solved.summary(rows, 475)
+    assert (said["solved_s"], said["solved_env_steps"], said["lowest_after"], said["last"]) == (4.0, 20, 410.0, 500.0)
+    assert (said["age_mean"], said["age_max"]) == (3.0, 4)
+    missed = stays_solved.summary(rows, 501)
+    assert missed["solved_s"] is missed["lowest_after"] is None
+    runs = [{"config": "impala", "evaluation": 490.0, "busy_cores_before": 0.1, **one} for one in (said, missed)]
+    record = {"machine": load("report.py", monkeypatch).machine(), "seconds": 60, "runs": runs}
+    assert "| `impala` | 1 of 2 | 4.0 (4.0 to 4.0) | 20 | 410 | 490 | 40 | 3.0, 4 |" in stays_solved.page(record)
+
+
 def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeypatch):
     report = load("report.py", monkeypatch)
     (tmp_path / "benchmarks.md").write_text("# A\n<!-- begin a -->\nold\n<!-- end a -->\n# B\n")
