@@ -18,10 +18,12 @@ from rlx.checkpoint import load_state
 from rlx.errors import EnvError
 from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
+from rlx.nets.observation import MISFIT
 from rlx.nets.policy import Policy, build_policy
 from rlx.rollout.evaluation import evaluate
+from rlx.rollout.in_place import describe
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer
-from rlx.rollout.spaces import encode_obs, encoded_observation_space, env_action, space_from_state
+from rlx.rollout.spaces import layouts, space_from_state
 from rlx.settings import Settings
 
 
@@ -31,38 +33,49 @@ class TrainedPolicy:
     def __init__(self, settings: Settings, state: Mapping[str, Any]) -> None:
         self.settings = settings
         self.observation_space, self.action_space = map(space_from_state, state["spaces"])
-        self.encoded_space = encoded_observation_space(self.observation_space)
-        self.policy = policy_builder(settings)(self.encoded_space, self.action_space)
+        self._layout, self._actions = layouts(self.observation_space, self.action_space, "the policy's environment")
+        self.policy = policy_builder(settings)(self.observation_space, self.action_space)
         weights = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
         self.policy.load_state_dict(weights)
         self.normalizer_state = state["runners"]["normalizer"]
         self._acting = acting_for(self.policy)
         moments = Normalizer.from_state(self.normalizer_state).obs
-        self._normalize = ObsNormalizer(moments, settings.environment.obs_clip)
-        self._env_action = env_action(self.action_space)
+        self._normalize = ObsNormalizer(moments, settings.environment.obs_clip, self._layout.scalable)
 
     def act(self, obs: Any, *, deterministic: bool = True, rng: np.random.Generator | None = None) -> Any:
         """Return the action for one observation of the environment's space, or actions for a batch [N, ...] of them.
 
-        deterministic=False samples, with `rng` (a fresh one each call if none is given).
+        Batches of Dict and Tuple observations, and the actions for them, are as gymnasium's vector environments have
+        them: a dict or tuple of batches. deterministic=False samples, with `rng` (a fresh one each call if none is
+        given). No action is returned that the observation's "action_mask" forbids.
         """
-        raw = np.asarray(obs)
-        shape = self.observation_space.shape or ()
-        single = raw.shape == shape
-        if not single and raw.shape[1:] != shape:
-            raise EnvError(f"an observation of shape {raw.shape} was given; allowed are {shape} or (N, *{shape}).")
-        raw_N = raw[None] if single else raw
-        encoded = np.empty((len(raw_N), *self.encoded_space.shape), self.encoded_space.dtype)
-        if not np.isfinite(raw_N).all():
-            raise EnvError(f"the observation {obs!r} is not finite; the policy was trained on finite ones only.")
-        obs_N = self._normalize(encode_obs(self.observation_space, raw_N, encoded), encoded)
+        rows, single = self._rows(obs)
+        obs_N = self._normalize(rows)
         if deterministic:
             action_N = self._acting.best(obs_N)
         else:
             self._acting.start(1, len(obs_N), rng or np.random.default_rng())
             action_N = self._acting.act(0, obs_N)
-        actions = self._env_action(action_N)
-        return actions[0] if single else actions
+        return self._actions.each(action_N)[0] if single else self._actions.to_env(action_N)
+
+    def _rows(self, obs: Any) -> tuple[np.ndarray, bool]:
+        """Return one observation or a batch as rows, and whether it was one."""
+        layout = self._layout
+        try:
+            count = layout.num_observations(obs)
+            rows = np.empty((1 if count is None else count, *layout.shape), layout.dtype)
+            if count is None:
+                layout.encode(obs, rows[0])
+            else:
+                layout.encode_batch(obs, rows)
+        except MISFIT as error:
+            raise EnvError(f"the observation {describe(obs)} is not of {self.observation_space}: {error}") from None
+        if not np.isfinite(layout.floats(rows)).all():
+            raise EnvError(f"the observation {obs!r} is not finite; the policy was trained on finite ones only.")
+        legal = layout.mask(rows)
+        if legal is not None and self._actions.is_stuck(legal).any():
+            raise EnvError(f"the observation {obs!r} has an action mask that leaves no legal action.")
+        return rows, count is None
 
     def evaluate(
         self, num_episodes: int | None = None, seed: int | None = None, on_frame: Callable | None = None

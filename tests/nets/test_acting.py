@@ -98,7 +98,6 @@ def with_encoder(*modules: nn.Module) -> Policy:
         build_policy(VECTOR, DISCRETE, activation="gelu"),
         build_policy(VECTOR, DISCRETE, hidden=(300, 300)),
         build_policy(spaces.Box(0, 255, (9, 9, 3), np.uint8), DISCRETE),
-        build_policy(spaces.Box(-1, 1, (3, 2), np.float32), DISCRETE),
         OtherForward(nn.Sequential(nn.Linear(6, 4)), nn.Linear(4, 3), None, nn.Linear(4, 1), Categorical(3)),
         with_encoder(nn.Linear(6, 4), nn.LayerNorm(4)),
         with_encoder(nn.Tanh(), nn.Linear(6, 4)),

@@ -10,6 +10,7 @@ from torch import nn
 
 from rlx.errors import ConfigError
 from rlx.nets.encoders import CNN_FEATURES, ImageEncoder, build_encoder
+from rlx.nets.observation import ObservationLayout
 from rlx.nets.policy import Policy, build_policy
 
 VECTOR = spaces.Box(-1, 1, (6,), np.float32)
@@ -91,9 +92,10 @@ def test_no_hidden_layers_give_a_linear_policy():
     assert value.shape == (2,)
 
 
-def test_an_observation_of_two_axes_is_flattened_and_pixels_are_scaled():
-    encoder, features = build_encoder((2, 3), "auto", (4,), "tanh", torch.Generator().manual_seed(0))
-    pixels = torch.randint(0, 256, (5, 2, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+def test_an_image_too_small_for_convolutions_is_flattened_and_its_pixels_are_scaled():
+    layout = ObservationLayout(image_space(3, 3, 2))
+    encoder, features = build_encoder(layout, "auto", (4,), "tanh", torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (5, 3, 3, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     assert features == 4
     torch.testing.assert_close(encoder(pixels), encoder(pixels.float() / 255))
 
@@ -117,7 +119,7 @@ def test_uint8_pixels_are_scaled_to_one_and_float_ones_are_left_alone():
 
 def test_shapes_that_no_encoder_takes_are_refused_with_the_cure():
     with pytest.raises(ConfigError, match=r"shape \(4, 4, 3\) is too small .* model.encoder=mlp"):
-        build_policy(image_space(4, 4, 3), DISCRETE)
+        build_policy(image_space(4, 4, 3), DISCRETE, encoder="cnn")
     with pytest.raises(ConfigError, match=r"3 axes, not \(6,\).* model.encoder=mlp"):
         build_policy(VECTOR, DISCRETE, encoder="cnn")
 

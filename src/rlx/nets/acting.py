@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from rlx.nets.distributions import Categorical
+from rlx.nets.distributions import Distribution
 from rlx.nets.numpy_mlp import NumpyPolicy
 from rlx.nets.policy import Policy
 
@@ -24,7 +24,7 @@ class Acting(Protocol):
         """Draw the noise of a whole fragment."""
 
     def act(self, t: int, obs_B: np.ndarray) -> np.ndarray:
-        """Return sampled actions, [B] int64 or [B, A] float32."""
+        """Return sampled actions as rows of the ActionLayout, [B, ...] int64 or float32."""
         ...
 
     def finish(self, obs_T_B: np.ndarray, action_T_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,13 +46,18 @@ def acting_for(policy: Policy) -> Acting:
     return TorchActing(policy) if numpy_policy is None else NumpyActing(numpy_policy)
 
 
-def draw_noise(policy_distribution, num_steps: int, num_envs: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the fragment's noise float32 [T, B, noise_size]: Gumbel for Categorical, else normal."""
-    shape = (num_steps, num_envs, policy_distribution.noise_size)
-    if isinstance(policy_distribution, Categorical):
+def draw_noise(distribution: Distribution, num_steps: int, num_envs: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the fragment's noise float32 [T, B, noise_size]: first the Gumbel values, then the normal ones."""
+    gumbel_size = distribution.gumbel_size
+    normal_size = distribution.noise_size - gumbel_size
+    parts = []
+    if gumbel_size:
         # -log of an exponential variate is Gumbel; the floor keeps a zero draw finite.
-        return -np.log(np.maximum(rng.standard_exponential(shape, dtype=np.float32), np.float32(1e-30)))
-    return rng.standard_normal(shape, dtype=np.float32)
+        exponential = rng.standard_exponential((num_steps, num_envs, gumbel_size), dtype=np.float32)
+        parts.append(-np.log(np.maximum(exponential, np.float32(1e-30))))
+    if normal_size:
+        parts.append(rng.standard_normal((num_steps, num_envs, normal_size), dtype=np.float32))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 class TorchActing:

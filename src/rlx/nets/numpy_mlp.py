@@ -79,6 +79,8 @@ class NumpyPolicy:
         """
         if type(policy) is not Policy or any(p.device.type != "cpu" for p in policy.parameters()):
             return None
+        if policy.masked is not None or not isinstance(policy.distribution, Categorical | DiagonalGaussian):
+            return None
         encoder = Chain.of(policy.encoder, gradients)
         value_encoder = encoder if policy.value_encoder is None else Chain.of(policy.value_encoder, gradients)
         heads = [Chain.of(nn.Sequential(head), gradients) for head in (policy.action_head, policy.value_head)]

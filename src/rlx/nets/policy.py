@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
-from rlx.nets.distributions import Categorical, DiagonalGaussian
+from rlx.nets.actions import ActionLayout
+from rlx.nets.distributions import Distribution, distribution_for, mask_head
 from rlx.nets.encoders import build_encoder, orthogonal_linear
+from rlx.nets.observation import ObservationLayout, Space
 
 
 class Policy(nn.Module):
-    """pi(action | obs) and V(obs). With `value_encoder` None both heads read the same features."""
+    """pi(action | obs) and V(obs). With `value_encoder` None both heads read the same features.
+
+    layout: how observations lie in rows; None stands for rows without a mask.
+    """
 
     def __init__(
         self,
@@ -22,7 +25,8 @@ class Policy(nn.Module):
         action_head: nn.Linear,
         value_encoder: nn.Module | None,
         value_head: nn.Linear,
-        distribution: Categorical | DiagonalGaussian,
+        distribution: Distribution,
+        layout: ObservationLayout | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -30,12 +34,16 @@ class Policy(nn.Module):
         self.value_encoder = value_encoder
         self.value_head = value_head
         self.distribution = distribution
+        self.masked = layout if layout is not None and layout.mask_size else None
+        """The layout, if there are choices that may be illegal."""
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the distribution's head [N, head_size] and V(obs) [N]."""
-        features = self.encoder(obs)
-        value_features = features if self.value_encoder is None else self.value_encoder(obs)
-        return self.action_head(features), self.value_head(value_features).squeeze(-1)
+        """Return the distribution's head [N, head_size], masked where a choice is illegal, and V(obs) [N]."""
+        inputs, legal = (obs, None) if self.masked is None else (self.masked.inputs(obs), self.masked.mask(obs))
+        features = self.encoder(inputs)
+        value_features = features if self.value_encoder is None else self.value_encoder(inputs)
+        head, value = self.action_head(features), self.value_head(value_features).squeeze(-1)
+        return head if legal is None else mask_head(head, legal), value
 
     def evaluate(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logp of `action`, entropy and value, all [N], with gradients."""
@@ -45,8 +53,8 @@ class Policy(nn.Module):
 
 
 def build_policy(
-    observation_space: spaces.Box,
-    action_space: spaces.Space[Any],
+    observation_space: Space,
+    action_space: Space,
     *,
     hidden: Sequence[int] = (64, 64),
     activation: str = "tanh",
@@ -55,22 +63,17 @@ def build_policy(
     log_std_init: float = 0.0,
     seed: int = 0,
 ) -> Policy:
-    """Return a policy for an encoded observation space and a Discrete or Box action space.
+    """Return a policy for an environment's spaces; it reads the rows of `ObservationLayout`.
 
     Initialisation as in PPO's reference implementations: orthogonal with gain sqrt(2), 0.01 for the action
     head (so that the first actions are near uniform), 1 for the value head, zero biases.
     """
     generator = torch.Generator().manual_seed(seed)
-    distribution: Categorical | DiagonalGaussian
-    if isinstance(action_space, spaces.Discrete):
-        distribution = Categorical(int(action_space.n))
-    else:
-        assert isinstance(action_space, spaces.Box) and action_space.shape
-        distribution = DiagonalGaussian(int(torch.Size(action_space.shape).numel()), log_std_init)
-    shape = observation_space.shape
+    layout = ObservationLayout(observation_space)
+    distribution = distribution_for(ActionLayout(action_space), log_std_init)
     with torch.random.fork_rng(devices=[]):  # layers draw their default init from the global generator: leave it alone
-        features, size = build_encoder(shape, encoder, hidden, activation, generator)
+        features, size = build_encoder(layout, encoder, hidden, activation, generator)
         action_head = orthogonal_linear(size, distribution.head_size, 0.01, generator)
-        value_encoder = None if share_encoder else build_encoder(shape, encoder, hidden, activation, generator)[0]
+        value_encoder = None if share_encoder else build_encoder(layout, encoder, hidden, activation, generator)[0]
         value_head = orthogonal_linear(size, 1, 1.0, generator)
-    return Policy(features, action_head, value_encoder, value_head, distribution)
+    return Policy(features, action_head, value_encoder, value_head, distribution, layout)
