@@ -43,6 +43,9 @@ def mask_head(head: Tensor, legal: Tensor) -> Tensor:
 class Categorical(nn.Module):
     """One of `size` actions; `head` [N, size] are unnormalised log-probabilities, an action is int64 [N]."""
 
+    action_axes = 0
+    """Number of axes of one action."""
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
@@ -85,6 +88,9 @@ class MultiCategorical(nn.Module):
 
     All parts are computed at once: logits are laid out as [N, K, largest size], with ILLEGAL where a part is shorter.
     """
+
+    action_axes = 1
+    """Number of axes of one action."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
@@ -144,6 +150,9 @@ class DiagonalGaussian(nn.Module):
     Actions [N, size] are unbounded: whoever steps the env clips them towards it, and the unclipped one is stored.
     """
 
+    action_axes = 1
+    """Number of axes of one action."""
+
     def __init__(self, size: int, log_std_init: float) -> None:
         super().__init__()
         self.size = size
@@ -188,6 +197,9 @@ class Composite(nn.Module):
 
     `head` [N, logits + floats]; an action is float32 [N, K + floats], its K integers stored as floats.
     """
+
+    action_axes = 1
+    """Number of axes of one action."""
 
     def __init__(self, integers: MultiCategorical, floats: DiagonalGaussian) -> None:
         super().__init__()
