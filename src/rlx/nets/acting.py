@@ -115,14 +115,13 @@ class NumpyActing:
         """Draw the noise of a whole fragment."""
         self.noise_T_B = draw_noise(self.policy.distribution, num_steps, num_envs, rng)
         self.head_T_B = np.empty((num_steps, num_envs, self.policy.distribution.head_size), np.float32)
-        if not self.policy.is_categorical:
+        if not self.policy.is_discrete:
             self.noise_T_B *= self.policy.std()
 
     def act(self, t: int, obs_B: np.ndarray) -> np.ndarray:
         """Return sampled actions."""
         self.head_T_B[t] = head = self.policy.head(obs_B)
-        noisy = head + self.noise_T_B[t]
-        return noisy.argmax(-1) if self.policy.is_categorical else noisy
+        return self.policy.choose(head + self.noise_T_B[t])
 
     def finish(self, obs_T_B: np.ndarray, action_T_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return log-probabilities and values, both [T, B]."""
@@ -135,5 +134,4 @@ class NumpyActing:
 
     def best(self, obs_B: np.ndarray) -> np.ndarray:
         """Return the most probable actions."""
-        head = self.policy.head(obs_B)
-        return head.argmax(-1) if self.policy.is_categorical else head
+        return self.policy.choose(self.policy.head(obs_B))
