@@ -59,4 +59,4 @@ class Switchboard(gymnasium.Env[Observation, tuple[int, np.ndarray]]):
         screen = np.zeros((8, 8, 1), np.uint8)
         row, column = 4 * (self.lit // 2), 4 * (self.lit % 2)
         screen[row : row + 4, column : column + 4] = 255
-        return {"screen": screen, "target": np.float32([self.target]), "action_mask": self.legal}
+        return {"screen": screen, "target": np.array([self.target], np.float32), "action_mask": self.legal}
