@@ -1,7 +1,8 @@
 """A trained policy, ready to act: `rlx.load_policy(path).act(obs)`.
 
 Everything between an observation and an action comes from the checkpoint: the encoding of the observation, the
-frozen normaliser, the network, and the action's clipping towards the environment.
+frozen normaliser, the network, and the action's clipping towards the environment. A policy with a memory remembers
+what it was shown; `policy.reset()` begins an episode.
 """
 
 from __future__ import annotations
@@ -49,9 +50,16 @@ class TrainedPolicy:
 
         Batches of Dict and Tuple observations, and the actions for them, are as gymnasium's vector environments have
         them: a dict or tuple of batches. deterministic=False samples, with `rng` (a fresh one each call if none is
-        given). No action is returned that the observation's "action_mask" forbids.
+        given). No action is returned that the observation's "action_mask" forbids. A policy with a memory takes the
+        observations of successive calls for those of one episode, or of N: call `reset` where one begins.
         """
         rows, single = self._rows(obs)
+        state_N = self._acting.state_B
+        if state_N is not None and len(state_N) != len(rows):
+            raise EnvError(
+                f"the policy remembers {len(state_N)} environments and was given observations of {len(rows)}; "
+                "call reset() before the first observations of others."
+            )
         obs_N = self._normalize(rows)
         if deterministic:
             action_N = self._acting.best(obs_N)
@@ -78,6 +86,25 @@ class TrainedPolicy:
         if legal is not None and self._actions.is_stuck(legal).any():
             raise EnvError(f"the observation {obs!r} has an action mask that leaves no legal action.")
         return rows, count is None
+
+    def reset(self, where: np.ndarray | None = None) -> None:
+        """Forget the past: all of it, or that of the environments of a batch `where` [N] is True.
+
+        Of no effect where the policy has no memory.
+        """
+        if where is None:
+            self._acting.state_B = None
+        elif self._acting.state_B is not None:
+            self._acting.forget(np.asarray(where, bool))
+
+    @property
+    def state(self) -> np.ndarray | None:
+        """What the policy remembers, float32 [N, H], to be set again later; None before an episode, or always."""
+        return self._acting.state_B
+
+    @state.setter
+    def state(self, state_N: np.ndarray | None) -> None:
+        self._acting.state_B = state_N
 
     def evaluate(
         self, num_episodes: int | None = None, seed: int | None = None, on_frame: Callable | None = None

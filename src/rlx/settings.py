@@ -153,6 +153,13 @@ class ModelSection(Section):
     """Whether policy and value function share one encoder."""
     log_std_init: float = Field(default=0.0, ge=-20, le=5)
     """Log standard deviation of a continuous policy at the start; 0: a standard deviation of 1."""
+    memory: Literal["none", "lstm", "gru"] = "none"
+    """What the policy remembers an episode's past with, between encoder and heads. The value function has a memory of
+    its own, unless share_encoder."""
+    memory_size: PositiveInt = 128
+    """Units of a memory."""
+    sequence_length: PositiveInt = 32
+    """Most steps that a gradient goes back through a memory: fragments are cut into sequences of equal length."""
 
 
 class TrainingSection(Section):

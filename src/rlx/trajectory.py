@@ -41,7 +41,9 @@ class Trajectory:
     weights_version: np.ndarray
     """[T, B] int64: version of the weights that chose action[t]."""
     state: np.ndarray | None = None
-    """[C, B, H] float32: the memory of a recurrent policy before the steps 0, L, 2 L, ... of sequences of L steps."""
+    """[C, B, H] float32: what a policy with a memory remembered before the steps 0, L, 2 L, ..., L = ceil(T / C).
+
+    It goes for nothing where `first` says that an episode begins."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the fields by name, without those that are None."""
@@ -112,6 +114,13 @@ class Batch:
                 raise ValueError(f"a state is known before {len(state)} steps, and sequences of {length} need {count}.")
             cut["state"] = state[:count].flatten(0, 1)
         return Batch(**cut)
+
+    def rows(self, *names: str, **more: Tensor) -> Batch:
+        """Return what a policy evaluates: samples, or with a `state` the sequences that begin with it, and `first`."""
+        if "state" not in self.tensors:
+            return self.flatten(*names, **more)
+        length = -(-len(self) // len(self.state))
+        return self.sequences(length, *names, "first", "state", **more)
 
     def take(self, index: Tensor) -> Batch:
         """Return the rows at `index` [M] (a copy)."""

@@ -23,7 +23,7 @@ from rlx.nets.policy import Policy
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
-from rlx.rollout.in_place import FAILED, InPlaceEnvs
+from rlx.rollout.in_place import FAILED, InPlaceEnvs, Step
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
@@ -192,6 +192,7 @@ class EnvRunner:
             mask=mask_T_B,
             first=first_T_B,
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
+            state=self._acting.states(),
         )
         self._intact = True
         return Sample(
@@ -220,6 +221,7 @@ class EnvRunner:
             "length": self._length_B.copy(),
             "discounted_return": None if self._discounted is None else self._discounted.return_B.copy(),
             "ended": self._ended_B.copy(),
+            "memory": self._acting.state_B,
         }
 
     def set_state(self, state: State) -> None:
@@ -229,6 +231,7 @@ class EnvRunner:
         self._fragment = int(state["fragment"])
         self._return_B, self._length_B = state["return"].copy(), state["length"].copy()
         self._ended_B = state["ended"].copy()
+        self._acting.state_B = state.get("memory")  # which a checkpoint from before there were memories has not
         if self._discounted is not None and state["discounted_return"] is not None:
             self._discounted.return_B = state["discounted_return"].copy()
         self._forget(~restored_B)
@@ -263,6 +266,7 @@ class EnvRunner:
         self._return_B[new_B], self._length_B[new_B], self._ended_B[new_B] = 0.0, 0, False
         if self._discounted is not None:
             self._discounted.return_B[new_B] = 0.0
+        self._acting.forget(new_B)
 
     def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
@@ -273,6 +277,8 @@ class EnvRunner:
         acting.start(num_steps, envs.num_envs, noise)
         inference_s, env_s = clock() - started, 0.0
         raw_B = envs.obs_B
+        step = envs.step if acting.state_B is None else self._step_and_forget
+        self._resets_B = self._ended_B
         for t in range(num_steps):
             obs_B = fragment.raw[t]
             obs_B[...] = raw_B
@@ -283,7 +289,7 @@ class EnvRunner:
             stepping_started = clock()
             fragment.action[t] = action_B
             try:
-                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = envs.step(action_B)
+                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = step(action_B)
             except Exception as error:
                 error.add_note(f"at step {t} of fragment {self._fragment - 1} ({num_steps} steps)")
                 raise
@@ -298,12 +304,22 @@ class EnvRunner:
         fragment.env_s, fragment.inference_s = env_s, inference_s
         return fragment
 
+    def _step_and_forget(self, action_B: np.ndarray) -> Step:
+        """Step, and empty the memory of the environments whose next observation begins an episode."""
+        _, _, terminated_B, truncated_B, final_obs = step = self._envs.step(action_B)
+        done_B = np.logical_or(terminated_B, truncated_B)
+        failed_B = np.array([final_obs.get(index) is FAILED for index in range(len(done_B))])
+        self._acting.forget((self._resets_B if self._envs.resets_on_next_step else done_B) | failed_B)
+        self._resets_B = done_B
+        return step
+
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
         finals = [obs for _, _, obs in fragment.cuts]
-        last_B = self._envs.obs_B
+        last_B, last = self._envs.obs_B, len(value_T_B) - 1
+        after_N = [(last, index) for index in range(len(last_B))] + [(t, index) for t, index, _ in fragment.cuts]
         obs_N = np.concatenate([last_B, np.stack(finals)]) if finals else last_B
-        tail_N = self._acting.value(obs_N if self._normalizer is None else self._normalizer(obs_N))
+        tail_N = self._acting.value(obs_N if self._normalizer is None else self._normalizer(obs_N), after_N)
         next_value_T_B = np.concatenate([value_T_B[1:], tail_N[None, : len(last_B)]])
         for (t, index, _), value in zip(fragment.cuts, tail_N[len(last_B) :], strict=True):
             next_value_T_B[t, index] = value
