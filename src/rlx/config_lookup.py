@@ -106,6 +106,16 @@ def check_environment(id: str | Callable[..., Any] | None, subject: str) -> None
     _check_gymnasium_id(name, subject)
 
 
+def check_network(custom: str | Callable[..., Any] | None, subject: str) -> None:
+    """Raise ConfigError where a user's network cannot be found."""
+    if custom is None or callable(custom):
+        return
+    module, _, name = custom.rpartition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ConfigError(f"{subject}; write pkg.module:Class, of a class at the top level of a module.")
+    _check_import_path(module, name, subject)
+
+
 def did_you_mean(word: str, candidates: Iterable[str], count: int = 1, key: Callable[[str], str] = str) -> str:
     """Return " Did you mean X?" with the nearest candidates, or nothing; `key` gives the part to compare."""
 

@@ -128,7 +128,7 @@ def load_policy(path: str | Path) -> TrainedPolicy:
 
 def policy_builder(settings: Settings) -> Callable[..., Policy]:
     """Return the function (encoded observation space, action space) -> Policy with freshly initialised weights."""
-    return functools.partial(build_policy, **settings.model.model_dump(), seed=settings.runtime.seed)
+    return functools.partial(build_policy, **dict(settings.model), seed=settings.runtime.seed)
 
 
 def evaluation_metrics(

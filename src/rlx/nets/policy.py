@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlx.errors import ConfigError
 from rlx.nets.actions import ActionLayout
+from rlx.nets.custom import Custom, build_custom
 from rlx.nets.distributions import Distribution, distribution_for, mask_head
 from rlx.nets.encoders import build_encoder, orthogonal_linear
 from rlx.nets.observation import ObservationLayout, Space
@@ -68,6 +70,22 @@ class Policy(nn.Module):
         return head if legal is None else mask_head(head, legal), value
 
 
+class CustomPolicy(Policy):
+    """A user's network that makes heads and values itself."""
+
+    def __init__(self, network: nn.Module, distribution: Distribution, layout: ObservationLayout) -> None:
+        nn.Module.__init__(self)
+        self.network = network
+        self.distribution = distribution
+        self.masked = layout if layout.mask_size else None
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the distribution's head [N, head_size], masked where a choice is illegal, and V(obs) [N]."""
+        head, value = self.network(obs)
+        legal = None if self.masked is None else self.masked.mask(obs)
+        return head if legal is None else mask_head(head, legal), value
+
+
 class RecurrentPolicy(Policy):
     """A policy with a memory between the encoder and the heads; the value function has its own where its encoder is.
 
@@ -121,7 +139,9 @@ def build_policy(
     hidden: Sequence[int] = (64, 64),
     activation: str = "tanh",
     encoder: str = "auto",
-    share_encoder: bool = False,
+    share_encoder: bool | str = "auto",
+    custom: Custom | None = None,
+    custom_kwargs: Mapping[str, Any] | None = None,
     log_std_init: float = 0.0,
     memory: str = "none",
     memory_size: int = 128,
@@ -130,7 +150,9 @@ def build_policy(
 ) -> Policy:
     """Return a policy for an environment's spaces; it reads the rows of `ObservationLayout`.
 
-    With `memory` "lstm" or "gru" it is a RecurrentPolicy, to be trained on sequences of at most `sequence_length`.
+    share_encoder: "auto" shares it where there are images, as convolutions are most of the work. custom: a user's
+    network, see `rlx.nets.custom`. With `memory` "lstm" or "gru" it is a RecurrentPolicy, to be trained on sequences of
+    at most `sequence_length`.
 
     Initialisation as in PPO's reference implementations: orthogonal with gain sqrt(2), 0.01 for the action
     head (so that the first actions are near uniform), 1 for the value head, zero biases.
@@ -138,15 +160,30 @@ def build_policy(
     generator = torch.Generator().manual_seed(seed)
     layout = ObservationLayout(observation_space)
     distribution = distribution_for(ActionLayout(action_space), log_std_init)
+    is_shared = bool(layout.images) if share_encoder == "auto" else bool(share_encoder)
+
+    def make_encoder() -> tuple[nn.Module, int | None]:
+        if custom is None:
+            return build_encoder(layout, encoder, hidden, activation, generator)
+        return build_custom(custom, custom_kwargs or {}, layout, action_space, distribution.head_size)
+
     with torch.random.fork_rng(devices=[]):  # layers draw their default init from the global generator: leave it alone
-        features, size = build_encoder(layout, encoder, hidden, activation, generator)
+        torch.manual_seed(seed)  # of what a user brings
+        features, size = make_encoder()
+        if size is None:
+            if memory != "none":
+                raise ConfigError(
+                    f"model.memory={memory} needs an encoder, and model.custom makes a whole policy; give it the "
+                    "attribute features_size and let it return features, or set model.memory=none."
+                )
+            return CustomPolicy(features, distribution, layout)
         width = size if memory == "none" else memory_size
         action_head = orthogonal_linear(width, distribution.head_size, 0.01, generator)
-        value_encoder = None if share_encoder else build_encoder(layout, encoder, hidden, activation, generator)[0]
+        value_encoder = None if is_shared else make_encoder()[0]
         value_head = orthogonal_linear(width, 1, 1.0, generator)
         parts = (features, action_head, value_encoder, value_head, distribution, layout)
         if memory == "none":
             return Policy(*parts)
-        memories = [Memory(memory, size, memory_size, generator) for _ in range(1 if share_encoder else 2)]
-    value_memory = None if share_encoder else memories[1]
+        memories = [Memory(memory, size, memory_size, generator) for _ in range(1 if is_shared else 2)]
+    value_memory = None if is_shared else memories[1]
     return RecurrentPolicy(*parts, memory=memories[0], value_memory=value_memory, sequence_length=sequence_length)
