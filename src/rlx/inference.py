@@ -127,7 +127,7 @@ def load_policy(path: str | Path) -> TrainedPolicy:
 
 
 def policy_builder(settings: Settings) -> Callable[..., Policy]:
-    """Return the function (encoded observation space, action space) -> Policy with freshly initialised weights."""
+    """Return the function (observation space, action space) -> Policy with freshly initialised weights."""
     return functools.partial(build_policy, **dict(settings.model), seed=settings.runtime.seed)
 
 

@@ -50,6 +50,10 @@ class Trajectory:
         every = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: array for name, array in every.items() if array is not None}
 
+    def copy(self) -> Trajectory:
+        """Return the same in memory of its own."""
+        return Trajectory(**{name: array.copy() for name, array in self.arrays().items()})
+
     def tensors(self) -> Batch:
         """Return every field as a tensor [T, B, ...]: writable, of this trajectory's memory where that is writable."""
         return Batch(**{name: _tensor(array) for name, array in self.arrays().items()})
@@ -121,6 +125,11 @@ class Batch:
             return self.flatten(*names, **more)
         length = -(-len(self) // len(self.state))
         return self.sequences(length, *names, "first", "state", **more)
+
+    def fragments(self, *names: str, **more: Tensor) -> Batch:
+        """Return whole fragments as rows [B, T, ...], with `first` and the `state` that a memory begins them with."""
+        memory = ("first", "state") if "state" in self.tensors else ()
+        return self.sequences(len(self), *names, *memory, **more)
 
     def take(self, index: Tensor) -> Batch:
         """Return the rows at `index` [M] (a copy)."""

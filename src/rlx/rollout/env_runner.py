@@ -6,8 +6,7 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -23,8 +22,10 @@ from rlx.nets.policy import Policy
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, InPlaceEnvs, Step
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
+from rlx.rollout.sample import Sample
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
 
@@ -36,40 +37,6 @@ NUMBERS_PER_CALL = 1 << 20
 """More fragments and episodes of one environment than any call begins: from call to call no number comes twice."""
 
 
-@dataclass
-class Sample:
-    """What one call of `sample` returns."""
-
-    trajectory: Trajectory
-    episodes: list[tuple[float, int]]
-    """Sum of unscaled rewards and number of transitions of each episode that ended, in order of their end."""
-    obs_moments: RunningMoments | None
-    """Moments of the fragment's raw observations; None unless they are normalised."""
-    return_moments: RunningMoments | None
-    """Moments of the fragment's discounted returns; None unless rewards are normalised."""
-    env_s: float
-    """Seconds inside the environments."""
-    inference_s: float
-    """Seconds inside the policy."""
-    busy_s: float
-    """Seconds inside `sample`."""
-    stepped_one_by_one: bool
-    """Whether the environments' seconds add up: they are scalar ones in a loop."""
-    env_failures: int
-    """Failures of environments (an exception, a hang) since the sample before."""
-    runner_restarts: int = 0
-    """Of several runners: how often one was started again since the sample before."""
-    wait_s: float = 0.0
-    """Of several runners: seconds that the slowest was busy longer than the mean."""
-    transfer_s: float = 0.0
-    """Of runners in other processes: seconds of the call during which the slowest was not busy."""
-
-    @property
-    def env_steps(self) -> int:
-        """Number of transitions."""
-        return int(self.trajectory.mask.sum())
-
-
 class EnvRunner:
     """Owns `num_envs` environments and a copy of the policy.
 
@@ -78,7 +45,8 @@ class EnvRunner:
     scaled by. Of observations only the numbers of a Box are normalised, and no uint8 image. policy_channel: where
     weights, statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a
     sample begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step
-    that failed is masked, and the one before it truncated.
+    that failed is masked, and the one before it truncated. callbacks: makes those that hear of environments and
+    episodes, see `EnvHooks`.
     """
 
     def __init__(
@@ -99,7 +67,9 @@ class EnvRunner:
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
         policy_channel: AnyChannel | None = None,
+        callbacks: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
+        self._hooks = None if callbacks is None else EnvHooks(callbacks)
         self._failures = Failures(
             num_envs,
             on_env_error=on_env_error,
@@ -113,6 +83,7 @@ class EnvRunner:
             seed=seed,
             first_env_index=first_env_index,
             failures=self._failures,
+            hooks=self._hooks,
         )
         self._layout = self._envs.layout
         policy = build_policy(*self.spaces())
@@ -163,6 +134,8 @@ class EnvRunner:
         if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
             self._restart(call)
         self._intact = False
+        if self._hooks is not None:
+            self._hooks.forget()
         fragment = self._collect(num_steps)
         self._check_finite(fragment)
         inference_started = perf_counter()
@@ -176,6 +149,9 @@ class EnvRunner:
         self._check_legal(fragment, mask_T_B)
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
+        episode_metrics: dict[str, list[float]] = {}
+        if self._hooks is not None:
+            episode_metrics = self._hooks.episodes_ended(episodes, done_T_B, fragment.terminated, self._first)
         obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
         self._envs.record(fragment.action, done_T_B | fragment.failed)
         # The last good observation is obs[t] of the failed row, so next_value[t - 1] is its value already.
@@ -205,6 +181,7 @@ class EnvRunner:
             busy_s=perf_counter() - started,
             stepped_one_by_one=isinstance(self._envs, InPlaceEnvs),
             env_failures=self._failures.take_count(),
+            episode_metrics=episode_metrics,
         )
 
     def get_state(self, call: int = 0) -> State:

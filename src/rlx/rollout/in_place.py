@@ -19,6 +19,7 @@ from rlx.errors import CheckpointError, EnvError
 from rlx.nets.observation import MISFIT, ObservationLayout
 from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks, StepFunction
 from rlx.rollout.spaces import layouts
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class InPlaceEnvs:
         first_env_index: int,
         make: Callable[[], gymnasium.Env[Any, Any]],
         failures: Failures,
+        hooks: EnvHooks | None = None,
     ) -> None:
         self.name = name
         self.num_envs = len(envs)
@@ -66,7 +68,8 @@ class InPlaceEnvs:
         self.envs = envs
         self._seed, self._first = seed, first_env_index
         self._make, self._failures, self._watchdog = make, failures, failures.watchdog
-        self._steps = [env.step for env in envs]
+        self._steps: list[StepFunction] = [env.step for env in envs]
+        self._hooks = hooks
         self._steps_begun = 0
         self._row_shape = self.layout.shape if self.layout.is_verbatim else None
         self._unchecked = set(range(self.num_envs))
@@ -77,6 +80,8 @@ class InPlaceEnvs:
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
         self._changes: Changes = ()  # for episodes that begin from now on
         self._changed: list[Changes] = [()] * self.num_envs  # what each environment has had
+        for index in range(self.num_envs):
+            self._introduce(index)
 
     def change(self, changes: Changes) -> None:
         """Have each environment changed so when its next episode begins."""
@@ -233,9 +238,16 @@ class InPlaceEnvs:
     def _make_anew(self, index: int, where: str) -> None:
         self._failures.close(self.envs[index].close, where, index)
         self.envs[index] = self._watchdog.run("__init__", index, self._make)
-        self._steps[index] = self.envs[index].step
         self._unchecked.add(index)
         self._changed[index] = ()
+        self._introduce(index)
+
+    def _introduce(self, index: int) -> None:
+        """Make a new environment known to those who step it, and who want to hear of it."""
+        self._steps[index] = self.envs[index].step
+        if self._hooks is not None:
+            self._hooks.env_created(self.envs[index], self._first + index)
+            self._steps[index] = self._hooks.watched(index, self.envs[index].step)
 
     def _change_one(self, index: int) -> None:
         where = self._where(index)

@@ -21,6 +21,7 @@ from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.env_state import CannotCapture, capture, restore
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, NO_FINALS, InPlaceEnvs, State, Step, describe, episode_seed, saved_rows
 from rlx.rollout.spaces import layouts
 
@@ -84,12 +85,13 @@ def make_envs(
     seed: int = 0,
     first_env_index: int = 0,
     failures: Failures | None = None,
+    hooks: EnvHooks | None = None,
 ) -> Envs:
     """Return `num_envs` environments made from `env`.
 
     vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
     a loop, "auto" prefers the native one where it exists and can be made. failures: what becomes of an environment
-    that fails; by default its error is raised.
+    that fails; by default its error is raised. hooks: who hears of environments and of the ends of episodes.
     """
     source, name = resolve(env)
     options = dict(kwargs or {})
@@ -108,15 +110,15 @@ def make_envs(
         if not isinstance(native, VectorEnv):
             raise EnvError(f"{name} takes num_envs but made a {type(native).__name__}, not a gymnasium VectorEnv.")
     if native is not None:
-        return VectorEnvAdapter(native, num_envs, *common, make, failures)
+        return VectorEnvAdapter(native, num_envs, *common, make, failures, hooks)
     make = partial(make_scalar, source, options, name)
     first = make()
     if isinstance(first, VectorEnv):
-        return VectorEnvAdapter(first, num_envs, *common, make, failures)
+        return VectorEnvAdapter(first, num_envs, *common, make, failures, hooks)
     scalars = [first] + [make() for _ in range(num_envs - 1)]
     if len(set(map(id, scalars))) < num_envs:
         raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
-    return InPlaceEnvs(scalars, *common, make, failures)
+    return InPlaceEnvs(scalars, *common, make, failures, hooks)
 
 
 def resolve(env: EnvSource) -> tuple[Any, str]:
@@ -209,6 +211,7 @@ class VectorEnvAdapter:
         first_env_index: int,
         make: Callable[[], Any] | None,
         failures: Failures,
+        hooks: EnvHooks | None = None,
     ) -> None:
         if env.num_envs != num_envs:
             raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
@@ -232,6 +235,9 @@ class VectorEnvAdapter:
         self._steps_begun = 0
         self._checked = False
         self._changes: Changes = ()
+        self._hooks = hooks
+        if hooks is not None:
+            hooks.env_created(env, first_env_index)
 
     def change(self, changes: Changes) -> None:
         """Change the vector environment now; it alone knows when the episodes of its environments begin."""
@@ -289,6 +295,8 @@ class VectorEnvAdapter:
         if not self._checked:
             self._check_step(returned)
         obs_B, reward_B, terminated_B, truncated_B, info = returned
+        if self._hooks is not None:
+            self._hooks.vector_step(np.logical_or(terminated_B, truncated_B), info, self._mode)
         obs_B, final_obs = self._rows("step", obs_B), NO_FINALS
         if not self.resets_on_next_step:
             done_B = np.logical_or(terminated_B, truncated_B)
@@ -387,6 +395,8 @@ class VectorEnvAdapter:
         self.env = self._failures.watchdog.run("__init__", 0, self._make)
         self._checked = False
         self._changes = ()
+        if self._hooks is not None:
+            self._hooks.env_created(self.env, self._first)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:
