@@ -8,6 +8,7 @@ what it was shown; `policy.reset()` begins an episode.
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
 from rlx.nets.observation import MISFIT
 from rlx.nets.policy import Policy, build_policy
+from rlx.nets.summary import NO_BREAK, summarize
 from rlx.rollout.env_changes import Changes, changes_from_state
 from rlx.rollout.evaluation import evaluate
 from rlx.rollout.in_place import describe
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer
 from rlx.rollout.spaces import layouts, space_from_state
+from rlx.rollout.vector import make_envs
 from rlx.settings import Settings
 
 
@@ -129,6 +132,24 @@ def load_policy(path: str | Path) -> TrainedPolicy:
 def policy_builder(settings: Settings) -> Callable[..., Policy]:
     """Return the function (observation space, action space) -> Policy with freshly initialised weights."""
     return functools.partial(build_policy, **dict(settings.model), seed=settings.runtime.seed)
+
+
+def network_summary(settings: Settings) -> str:
+    """Return what network these settings build, a line a part; one environment is made, as it knows the spaces."""
+    environment = settings.environment
+    envs = make_envs(environment.chosen(), 1, kwargs=environment.kwargs, vectorization="in_place")
+    try:
+        policy = policy_builder(settings)(envs.observation_space, envs.action_space)
+    finally:
+        envs.close()
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    rows = [("observation", repr(envs.layout), ""), ("action", repr(envs.actions), "")]
+    rows += [(name, layers, f"{count:,}") for name, layers, count in summarize(policy)]
+    lines = [f"network for {envs.name}: {total:,} parameters"]
+    for name, text, count in rows:
+        first, *more = textwrap.wrap(text, 80) or [""]
+        lines += [f"  {name:<14} {first:<80}{count:>11}".rstrip(), *(f"{'':17}{line}" for line in more)]
+    return "\n".join(lines).replace(NO_BREAK, " ")
 
 
 def evaluation_metrics(

@@ -69,7 +69,7 @@ class ActionLayout:
         """What is chosen, in a line."""
         parts = [f"1 of {self.sizes[0]}"] if len(self.sizes) == 1 else []
         parts += [f"{len(self.sizes)} choices, 1 of {self.sizes} each"] if len(self.sizes) > 1 else []
-        parts += [f"{self.num_floats} numbers"] if self.num_floats else []
+        parts += [f"{self.num_floats} number{'s' * (self.num_floats > 1)}"] if self.num_floats else []
         return f"{self.dtype} {list(self.shape)}: {' and '.join(parts)}"
 
     def _converters(self, space: Space, path: tuple[str | int, ...]) -> Callable[[int], Convert]:

@@ -194,8 +194,10 @@ class ObservationLayout:
 
     def __repr__(self) -> str:
         """What the policy sees, in a line."""
-        parts = [f"{self.vector_size} numbers"] if self.vector_size else []
-        parts += [f"image {name or 'alone'} {leaf.shape} {leaf.space.dtype}" for name, leaf in self.images.items()]
+        parts = [f"{self.vector_size} number{'s' * (self.vector_size > 1)}"] if self.vector_size else []
+        parts += [
+            f"image {name} {leaf.shape} {leaf.space.dtype}".replace("  ", " ") for name, leaf in self.images.items()
+        ]
         parts += [f"mask of {self.mask_size} choices"] if self.mask_size else []
         return f"{self.dtype} {list(self.shape)}: {', '.join(parts)}"
 
