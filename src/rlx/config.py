@@ -97,6 +97,7 @@ class AlgorithmConfig:
             *self._not_found("environment.id", check_environment, self.settings.environment.id),
             *self._not_found("model.custom", check_network, self.settings.model.custom),
             *_problems(check_callbacks, self.settings.callbacks.classes),
+            *_problems(self.settings.evaluation.check),
             *_problems(self.check, self.settings),
         ]
         if problems:

@@ -142,5 +142,7 @@ def test_what_is_no_network_is_refused():
     for custom in ("no_such_package:Net", "rlx.nets.policy:Nett", "json"):
         with pytest.raises(ConfigError, match=rf"model.custom is \"{custom}\"; "):
             config("CartPole-v1", custom=custom).validate()
+    with pytest.raises(ConfigError, match=r"Whole cannot be called .* {'size': 3}: got an unexpected keyword"):
+        build_policy(VECTOR, DISCRETE, custom=Whole, custom_kwargs={"size": 3})
     with pytest.raises(ConfigError, match=r"model.memory=gru needs an encoder, and model.custom makes a whole policy"):
         build_policy(spaces.Discrete(3), DISCRETE, custom=Whole, memory="gru")

@@ -13,6 +13,7 @@ and Tuple; an "action_mask" is left out, since rlx applies it.
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,7 +49,15 @@ def build_custom(
     ConfigError where it does not return what it should, for two observations of zeros.
     """
     name = custom if isinstance(custom, str) else f"{custom.__module__}:{custom.__qualname__}"
-    network = _found(custom, name)(layout.space, action_space, **kwargs)
+    make = _found(custom, name)
+    try:
+        inspect.signature(make).bind(layout.space, action_space, **kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.custom {name} cannot be called with (observation_space, action_space) and model.custom_kwargs "
+            f"{dict(kwargs)}: {error}."
+        ) from error
+    network = make(layout.space, action_space, **kwargs)
     if not isinstance(network, nn.Module):
         raise ConfigError(f"model.custom {name} made a {type(network).__name__}; it must make a torch.nn.Module.")
     parameters = dict(network.named_parameters())
