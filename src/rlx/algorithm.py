@@ -94,7 +94,7 @@ class Algorithm(ABC):
         build = policy_builder(s)
         try:
             self.runners = self._build_runners(build)
-            self._build_policy = functools.partial(build, *self.runners.policy_spaces())
+            self._build_policy = functools.partial(build, *self.runners.spaces())
             self.learners = self._build_learners()
             self.callbacks("on_algorithm_start", self)
         except BaseException:
