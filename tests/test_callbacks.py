@@ -320,7 +320,7 @@ def test_a_killed_runner_comes_back_with_the_level_and_is_told_of():
     with config(Restarts, num_env_runners=2).reporting(window_episodes=8).build() as algorithm:
         algorithm.set_env_attribute("level", 5)
         assert algorithm.train()["episode_return_min"] == 20.0
-        os.kill(algorithm._runtime.state()["env_runner/1"].pid, signal.SIGKILL)
+        os.kill(algorithm._runtime().state()["env_runner/1"].pid, signal.SIGKILL)
         row = algorithm.train()
     assert (row["runner_restarts"], row["episode_return_min"]) == (1, 20.0) and Restarts.counts == [1]
 

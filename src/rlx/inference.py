@@ -19,6 +19,7 @@ from rlx.checkpoint import load_state
 from rlx.errors import EnvError
 from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
+from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy, build_policy
 from rlx.rollout.env_changes import Changes, changes_from_state
 from rlx.rollout.evaluation import evaluate
@@ -116,6 +117,22 @@ def load_policy(path: str | Path) -> TrainedPolicy:
 def policy_builder(settings: Settings) -> Callable[..., Policy]:
     """Return the function (encoded observation space, action space) -> Policy with freshly initialised weights."""
     return functools.partial(build_policy, **settings.model.model_dump(), seed=settings.runtime.seed)
+
+
+class Evaluator:
+    """Plays evaluation episodes with a policy of its own, which gets the learners' weights each time."""
+
+    def __init__(self, build_policy: Callable[[], Policy]) -> None:
+        self._build_policy = build_policy
+        self._policy: Policy | None = None
+
+    def play(self, settings: Settings, weights: np.ndarray, *arguments: Any, **options: Any) -> Metrics:
+        """Return what `evaluation_metrics` returns, for the policy with these weights (flat float32)."""
+        if self._policy is None:
+            self._policy = self._build_policy()
+            self._parameters = FlatParameters(self._policy)
+        self._parameters.load(weights)
+        return evaluation_metrics(settings, self._policy, *arguments, **options)
 
 
 def evaluation_metrics(
