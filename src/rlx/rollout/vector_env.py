@@ -1,0 +1,222 @@
+"""Any gymnasium VectorEnv as rlx steps it: in whichever autoreset mode its metadata states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+
+from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.deadline import EnvTimeout
+from rlx.rollout.env_state import CannotCapture, capture, restore
+from rlx.rollout.failures import Failures
+from rlx.rollout.in_place import FAILED, NO_FINALS, State, Step, describe, episode_seed
+from rlx.rollout.spaces import check_spaces, env_action
+
+log = logging.getLogger(__name__)
+
+AnyVectorEnv = VectorEnv[Any, Any, Any]
+
+
+class VectorEnvAdapter:
+    """Any gymnasium VectorEnv, in whichever autoreset mode its metadata states.
+
+    A failure concerns all of its environments, also where only the reset of an ended episode failed: the step is lost
+    for all, and `make` builds the whole anew; where that is None it is only reset.
+    """
+
+    def __init__(
+        self,
+        env: AnyVectorEnv,
+        num_envs: int,
+        name: str,
+        seed: int,
+        first_env_index: int,
+        make: Callable[[], Any] | None,
+        failures: Failures,
+    ) -> None:
+        if env.num_envs != num_envs:
+            raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
+        mode = env.metadata.get("autoreset_mode")
+        if not isinstance(mode, AutoresetMode):
+            raise EnvError(
+                f"{name} states autoreset_mode {mode!r}; set metadata['autoreset_mode'] of the VectorEnv to "
+                "gymnasium.vector.AutoresetMode.NEXT_STEP, SAME_STEP or DISABLED, whichever it does."
+            )
+        self.name = name
+        self.num_envs = num_envs
+        self.observation_space = env.single_observation_space
+        self.action_space = env.single_action_space
+        check_spaces(self.observation_space, self.action_space, name)
+        self.env = env
+        self.env_action = env_action(self.action_space)
+        self.resets_on_next_step = mode is AutoresetMode.NEXT_STEP
+        self.obs_B = np.zeros((num_envs, *(self.observation_space.shape or ())), self.observation_space.dtype)
+        self._mode = mode
+        self._seed, self._first, self._resets = seed, first_env_index, 0
+        self._make, self._failures = make, failures
+        self._steps_begun = 0
+        self._checked = False
+
+    def begin_at(self, episode: int) -> None:
+        """Take the resets before number `episode` as done."""
+        self._resets = episode
+
+    def reset(self) -> np.ndarray:
+        """Return the first observations of a new episode in every environment."""
+        try:
+            self._reset_all()
+        except Exception as error:
+            if self._resets == 1:
+                raise  # it has never worked: a mistake, not a mishap
+            self._recover(error)
+        return self.obs_B
+
+    def _reset_all(self) -> None:
+        self._resets += 1
+        self._reset(episode_seed(self._seed, self._first, self._resets - 1))
+
+    def _reset(self, seed: int | None, reset_mask: np.ndarray | None = None) -> np.ndarray:
+        """Return the observations after a reset with `seed`, of all environments or those in `reset_mask` [B]."""
+        options = None if reset_mask is None else {"reset_mask": reset_mask}
+        returned = self._call("reset", seed=seed, options=options)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise EnvError(f"{self.name}: reset() returned {describe(returned)}; gymnasium asks for (obs, info).")
+        obs_B = np.asarray(returned[0])
+        self._check_shape("reset", "observations", obs_B, self.obs_B.shape)
+        self.obs_B = obs_B
+        return obs_B
+
+    def step(self, action_B: np.ndarray) -> Step:
+        """Return what followed the policy's actions."""
+        self._steps_begun += 1
+        try:
+            return self._step(action_B)
+        except Exception as error:
+            self._recover(error)
+        none_B = np.zeros(self.num_envs, bool)
+        return self.obs_B, np.zeros(self.num_envs), none_B, none_B, dict.fromkeys(range(self.num_envs), FAILED)
+
+    def _step(self, action_B: np.ndarray) -> Step:
+        returned = self._call("step", self.env_action(action_B))
+        if not self._checked:
+            self._check_step(returned)
+        obs_B, reward_B, terminated_B, truncated_B, info = returned
+        obs_B, final_obs = np.asarray(obs_B), NO_FINALS
+        if not self.resets_on_next_step:
+            done_B = np.logical_or(terminated_B, truncated_B)
+            if done_B.any():
+                obs_B, final_obs = self._restart(obs_B, done_B, info)
+        self.obs_B = obs_B
+        return obs_B, reward_B, terminated_B, truncated_B, final_obs
+
+    def _restart(
+        self, obs_B: np.ndarray, done_B: np.ndarray, info: dict[str, Any]
+    ) -> tuple[np.ndarray, dict[int, Any]]:
+        """Return the observations after the reset of ended episodes, and their final ones."""
+        (ended,) = done_B.nonzero()
+        if self._mode is AutoresetMode.SAME_STEP:
+            if "final_obs" not in info:
+                raise EnvError(
+                    f"{self.name} resets in the same step but its info has no 'final_obs', only {sorted(info)}; "
+                    "put the last observation of the ended episode there."
+                )
+            return obs_B, {int(i): np.array(info["final_obs"][i]) for i in ended}
+        final_obs = {int(i): np.array(obs_B[i]) for i in ended}
+        kept_B = obs_B.copy()
+        kept_B[ended] = self._reset(None, done_B.copy())[ended]
+        return kept_B, final_obs
+
+    def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
+        """Nothing: the state is in the environment's attributes."""
+
+    def get_state(self) -> State:
+        """Return the environment's plain attributes, or why it has none that can be saved."""
+        state: State = {
+            "kind": "vector",
+            "resets": self._resets,
+            "rebuilds": list(self._failures.rebuilds),
+            "obs": self.obs_B.copy(),
+            "env": None,
+            "obstacle": None,
+        }
+        try:
+            state["env"] = capture(self.env)
+        except CannotCapture as obstacle:
+            state["obstacle"] = str(obstacle)
+        return state
+
+    def set_state(self, state: State) -> np.ndarray:
+        """Return a bool [B]: all True if the environment was restored, all False if it had to be reset."""
+        if state["kind"] != "vector" or len(state["obs"]) != self.num_envs:
+            raise CheckpointError(
+                f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has "
+                f"{self.num_envs} of kind vector; resume with the num_envs and vectorization of the saved run."
+            )
+        self._resets = int(state["resets"])
+        self._failures.rebuilds = list(state["rebuilds"])
+        obstacle = state["obstacle"]
+        self.reset()
+        if state["env"] is not None:
+            try:
+                restore(self.env, state["env"])
+                self._resets = int(state["resets"])
+                self.obs_B = state["obs"].copy()
+                return np.ones(self.num_envs, bool)
+            except CannotCapture as reason:
+                obstacle = reason
+        log.warning(
+            "%s cannot be saved (%s): its %d environments begin new episodes, so this resume is not exact. "
+            "vectorization=in_place can be resumed exactly.",
+            *(self.name, obstacle, self.num_envs),
+        )
+        return np.zeros(self.num_envs, bool)
+
+    def close(self) -> None:
+        """Close the vector environment."""
+        self.env.close()
+
+    def _recover(self, error: Exception) -> None:
+        """Begin episodes in a new vector environment in the place of one that failed with `error`, or raise it."""
+        where = f"the vector environment {self.name}"
+        renew = partial(self._renew, where, isinstance(error, EnvTimeout))
+        self._failures.recover(error, renew, where=where, index=0, step=self._steps_begun)
+
+    def _renew(self, where: str, is_stuck: bool) -> None:
+        if self._make is not None:
+            close = self.env.close
+            if is_stuck and isinstance(self.env.unwrapped, AsyncVectorEnv):
+                close = partial(close, terminate=True)  # it would wait for the process that hangs
+            self._failures.close(close, where, 0)
+            self.env = self._failures.watchdog.run("__init__", 0, self._make)
+            self._checked = False
+        self._reset_all()
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._failures.watchdog.run(method, 0, getattr(self.env, method), *args, **kwargs)
+        except Exception as error:
+            error.add_note(f"in {method}() of the vector environment {self.name}, called with {args or kwargs}")
+            raise
+
+    def _check_step(self, returned: Any) -> None:
+        if not (isinstance(returned, tuple) and len(returned) == 5):
+            raise EnvError(
+                f"{self.name}: step() returned {describe(returned)}; gymnasium asks for (obs, reward, terminated, "
+                "truncated, info)."
+            )
+        shapes = (self.obs_B.shape, (self.num_envs,), (self.num_envs,), (self.num_envs,))
+        names = ("observations", "rewards", "terminated", "truncated")
+        for name, value, shape in zip(names, returned, shapes, strict=False):
+            self._check_shape("step", name, np.asarray(value), shape)
+            if np.asarray(value).dtype.kind not in "biuf":
+                raise EnvError(f"{self.name}: step() returned {name} {describe(value)}; gymnasium asks for numbers.")
+        self._checked = True
+
+    def _check_shape(self, method: str, name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+        if value.shape != shape:
+            raise EnvError(f"{self.name}: {method}() returned {name} of shape {value.shape}; its spaces say {shape}.")
