@@ -25,6 +25,7 @@ from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.metrics import Clock, EpisodeWindow, Metrics
 from rlx.nets.flat import FlatParameters
 from rlx.progress import progress_display
+from rlx.rollout.atari import is_atari
 from rlx.rollout.runner_group import RunnerGroup
 from rlx.rollout.spaces import space_to_state
 from rlx.run import Run, check_resumable
@@ -59,6 +60,7 @@ class Algorithm(ABC):
     def __init__(self, config: AlgorithmConfig, run_dir: str | Path | None = None) -> None:
         self.config = config
         self.settings = s = config.settings
+        self._is_atari = is_atari(s.environment.id)
         self.training: Any = s.training
         self.iteration = self.env_steps = self.episodes = 0
         self.env_failures = self.runner_restarts = self.learner_restarts = 0
@@ -179,6 +181,7 @@ class Algorithm(ABC):
         self.total_s += float(times["time/iteration_s"] or 0)
         return {
             **{name: getattr(self, name) for name in COUNTERS},
+            **({"frames": self.env_steps * self.settings.atari.frame_skip} if self._is_atari else {}),
             "gradient_steps": self.learners.gradient_steps,
             "weights_version": self.learners.version,
             "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
@@ -288,6 +291,7 @@ class Algorithm(ABC):
             on_env_error=s.fault_tolerance.on_env_error,
             max_env_failures=s.fault_tolerance.max_env_failures,
             env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
+            atari=s.atari.model_dump(),
             **s.environment.model_dump(exclude={"id"}),
         )
 

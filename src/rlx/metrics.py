@@ -23,6 +23,7 @@ Metrics = dict[str, float | int | None]
 METRICS: dict[str, str] = {
     "iteration": "Number of finished training iterations.",
     "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
+    "frames": "Frames of the emulator trained on so far, env_steps times atari.frame_skip; in Atari runs only.",
     "episodes": "Episodes finished during training so far.",
     "env_failures": "Failures of training environments so far: exceptions and hangs after which one was built anew.",
     "runner_restarts": "Restarts of env runners so far: deaths and hangs after which a fragment was collected again.",

@@ -129,6 +129,38 @@ class EnvironmentSection(Section):
         return self.id
 
 
+class AtariSection(Section):
+    """What lies between an Atari game (an id such as ALE/Pong-v5) and the policy; other environments ignore it.
+
+    The defaults are the protocol of Machado et al. 2018 (arXiv:1709.06009) as Dopamine and gymnasium's v5 games apply
+    it: frame skip 4 and the game's own actions, in place of 5 and all 18.
+    """
+
+    frame_skip: int = Field(default=4, gt=0)
+    """Frames that an action is played for; env_steps counts actions, frames counts these."""
+    max_pool: bool = True
+    """Take the brighter of the last two frames for each pixel: some games draw a sprite in every other frame only."""
+    sticky_actions: float = Field(default=0.25, ge=0, le=1)
+    """Probability that the emulator repeats the last action for one more frame."""
+    noop_max: int = Field(default=0, ge=0)
+    """Most frames without an action at the beginning of a game, their number drawn; 30 before sticky actions."""
+    fire_reset: bool = False
+    """Press FIRE at the beginning of a game that has that button."""
+    episodic_life: bool = False
+    """In training, a lost life ends what the policy learns from, as if terminated; the game goes on, episodes and
+    their returns are whole games, and evaluation never sees it."""
+    clip_reward: bool = True
+    """Learn from rewards cut to [-1, 1]; reported returns are the whole score."""
+    stack: int = Field(default=4, gt=0)
+    """Newest frames that one observation holds, by their brightness."""
+    size: int = Field(default=84, gt=0)
+    """Height and width of a frame as the policy sees it, in pixels."""
+    full_action_space: bool = False
+    """All 18 actions; false: those that the game answers to."""
+    max_frames: int = Field(default=108_000, gt=0)
+    """Frames after which a game is truncated; 108,000 are half an hour."""
+
+
 class EnvRunnersSection(Section):
     """Who collects experience, and how much at a time."""
 
@@ -292,6 +324,7 @@ class Settings(Section):
     algorithm: str = ""
     """ppo for rlx.algorithms.ppo, pkg.module, or ./file.py next to the YAML file."""
     environment: EnvironmentSection = Field(default_factory=EnvironmentSection)
+    atari: AtariSection = Field(default_factory=AtariSection)
     env_runners: EnvRunnersSection = Field(default_factory=EnvRunnersSection)
     model: ModelSection = Field(default_factory=ModelSection)
     training: TrainingSection = Field(default_factory=TrainingSection)

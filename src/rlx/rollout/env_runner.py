@@ -20,6 +20,7 @@ from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
+from rlx.rollout.atari import is_atari
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
@@ -78,6 +79,7 @@ class EnvRunner:
     scaled by. Images and Discrete observations are never normalised. policy_channel: where weights and statistics
     are published, as {"weights", "normalizer"}; a sample begins with the newest. on_env_error, max_env_failures,
     env_step_timeout_s: see `Failures`; the row of a step that failed is masked, and the one before it truncated.
+    atari: see `rlx.settings.AtariSection`; episodes are accounted for before lives and clipping come in.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class EnvRunner:
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
         policy_channel: AnyChannel | None = None,
+        atari: Mapping[str, Any] | None = None,
     ) -> None:
         self._failures = Failures(
             num_envs,
@@ -105,6 +108,8 @@ class EnvRunner:
             max_env_failures=max_env_failures,
             env_step_timeout_s=env_step_timeout_s,
         )
+        games = atari if atari is not None and is_atari(env) else {"episodic_life": False, "clip_reward": False}
+        self._clips_reward = bool(games["clip_reward"])
         self._envs: Envs = make_envs(
             *(env, num_envs),
             kwargs=kwargs,
@@ -112,6 +117,8 @@ class EnvRunner:
             seed=seed,
             first_env_index=first_env_index,
             failures=self._failures,
+            atari=atari,
+            counts_lives=bool(games["episodic_life"]),
         )
         self._obs_space = encoded_observation_space(self._envs.observation_space)
         policy = build_policy(self._obs_space, self._envs.action_space)
@@ -167,6 +174,12 @@ class EnvRunner:
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
+        if self._envs.lives_B is not None:
+            life_lost_T_B = fragment.life_lost() & mask_T_B
+            fragment.terminated |= life_lost_T_B
+            next_value_T_B[life_lost_T_B] = 0.0
+        if self._clips_reward:
+            np.clip(fragment.reward, -1.0, 1.0, out=fragment.reward)
         obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
         self._envs.record(fragment.action, done_T_B | fragment.failed)
         # The last good observation is obs[t] of the failed row, so next_value[t - 1] is its value already.
@@ -256,6 +269,8 @@ class EnvRunner:
     def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
         fragment = Fragment.empty(num_steps, envs, self._obs_space, normalizer is not None)
+        if fragment.lives is not None:
+            fragment.lives[0] = envs.lives_B
         started = clock()
         noise = np.random.default_rng([self._seed, ACTING_STREAM, self._first, self._fragment])
         self._fragment += 1
@@ -278,6 +293,8 @@ class EnvRunner:
             env_s += clock() - stepping_started
             inference_s += stepping_started - acting_started
             fragment.terminated[t], fragment.truncated[t] = terminated_B, truncated_B
+            if fragment.lives is not None:
+                fragment.lives[t + 1] = envs.lives_B
             for index, obs in final_obs.items():
                 if obs is FAILED:
                     fragment.failed[t, index] = True

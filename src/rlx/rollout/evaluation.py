@@ -45,6 +45,7 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
+    atari: Mapping[str, Any] | None = None,
     on_frame: OnFrame | None = None,
     timeout_s: float = 3600.0,
 ) -> EvaluationResult:
@@ -53,11 +54,12 @@ def evaluate(
     Scalar environments: episode k is reset with seed + k and counts once, whatever num_envs is, so that short
     episodes are not favoured. An environment that only exists as a VectorEnv counts a fixed number of episodes of
     each of its environments. on_frame gets every rgb frame of the first environment. EnvError after timeout_s.
+    Atari games end with their last life and count every point, whatever training sees of them.
     """
     options = dict(kwargs or {})
     if on_frame is not None and isinstance(env, str):
         options["render_mode"] = "rgb_array"
-    envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed)
+    envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed, atari=atari)
     choose = _chooser(envs, acting_for(policy), normalizer_state, obs_clip, deterministic, seed)
     episodes = _Episodes(num_episodes, envs.name, monotonic() + timeout_s)
     show = _shower(envs, on_frame)

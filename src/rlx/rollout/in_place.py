@@ -54,6 +54,7 @@ class InPlaceEnvs:
         first_env_index: int,
         make: Callable[[], gymnasium.Env[Any, Any]],
         failures: Failures,
+        counts_lives: bool = False,
     ) -> None:
         self.name = name
         self.num_envs = len(envs)
@@ -64,6 +65,7 @@ class InPlaceEnvs:
         assert shape is not None and dtype is not None
         self.obs_B = np.zeros((self.num_envs, *shape), dtype)
         self.envs = envs
+        self.lives_B: np.ndarray | None = np.zeros(self.num_envs, np.int64) if counts_lives else None
         self.env_action = env_action(self.action_space)
         self._seed, self._first = seed, first_env_index
         self._make, self._failures, self._watchdog = make, failures, failures.watchdog
@@ -116,12 +118,14 @@ class InPlaceEnvs:
                 returned = self._steps[index](action)
             finally:
                 watchdog.call = None
-            obs, reward, terminated, truncated, _ = returned
+            obs, reward, terminated, truncated, info = returned
             if index in self._unchecked:
                 self._check_step(index, returned)
             elif self._box_shape is not None and obs.shape != self._box_shape:
                 raise ValueError("shape")  # would broadcast in silence
             self.obs_B[index] = obs
+            if self.lives_B is not None:
+                self.lives_B[index] = info["lives"]
             return float(reward), terminated, truncated
         except Exception as error:
             self._explain(error, index, "step", returned, f"with action {action!r}")
@@ -133,9 +137,11 @@ class InPlaceEnvs:
             returned = self._watchdog.run("reset", index, self.envs[index].reset, seed=seed)
             if not isinstance(returned, tuple):  # a bare array of two numbers would unpack
                 raise TypeError("not a tuple")
-            obs, _ = returned
+            obs, info = returned
             self._check_obs(index, "reset", obs)
             self.obs_B[index] = obs
+            if self.lives_B is not None:
+                self.lives_B[index] = info["lives"]
         except Exception as error:
             self._explain(error, index, "reset", returned, f"with seed {seed}")
 

@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from rlx.errors import EnvError
+from rlx.rollout.atari import AtariEnv, atari_vector_env, is_atari
 from rlx.rollout.failures import Failures
 from rlx.rollout.in_place import InPlaceEnvs, State, Step
 from rlx.rollout.spaces import Space
@@ -37,6 +38,8 @@ class Envs(Protocol):
     """Current raw observations."""
     resets_on_next_step: bool
     """True if the step after an episode's end only resets (its row is no transition, and its obs is the final one)."""
+    lives_B: np.ndarray | None
+    """Lives left in the running episodes, after any reset; None where nobody counts them."""
 
     def reset(self) -> np.ndarray:
         """Return the first observations of a new episode in every environment."""
@@ -74,14 +77,20 @@ def make_envs(
     seed: int = 0,
     first_env_index: int = 0,
     failures: Failures | None = None,
+    atari: Mapping[str, Any] | None = None,
+    counts_lives: bool = False,
 ) -> Envs:
     """Return `num_envs` environments made from `env`.
 
     vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
     a loop, "auto" prefers the native one where it exists and can be made. failures: what becomes of an environment
-    that fails; by default its error is raised.
+    that fails; by default its error is raised. atari: how Atari games are shown, see `rlx.settings.AtariSection`;
+    None leaves them as gymnasium makes them. counts_lives: keep `lives_B`, of environments whose info has lives.
     """
     source, name = resolve(env)
+    if atari is not None and is_atari(source):
+        games: Any = AtariEnv if vectorization == "in_place" else atari_vector_env
+        source = partial(games, source, atari)
     options = dict(kwargs or {})
     common = (name, seed, first_env_index)
     failures = failures or Failures(num_envs)
@@ -98,15 +107,15 @@ def make_envs(
         if not isinstance(native, VectorEnv):
             raise EnvError(f"{name} takes num_envs but made a {type(native).__name__}, not a gymnasium VectorEnv.")
     if native is not None:
-        return VectorEnvAdapter(native, num_envs, *common, make, failures)
+        return VectorEnvAdapter(native, num_envs, *common, make, failures, counts_lives)
     make = partial(make_scalar, source, options, name)
     first = make()
     if isinstance(first, VectorEnv):
-        return VectorEnvAdapter(first, num_envs, *common, make, failures)
+        return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives)
     scalars = [first] + [make() for _ in range(num_envs - 1)]
     if len(set(map(id, scalars))) < num_envs:
         raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
-    return InPlaceEnvs(scalars, *common, make, failures)
+    return InPlaceEnvs(scalars, *common, make, failures, counts_lives)
 
 
 def resolve(env: EnvSource) -> tuple[Any, str]:

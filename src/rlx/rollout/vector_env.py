@@ -38,6 +38,7 @@ class VectorEnvAdapter:
         first_env_index: int,
         make: Callable[[], Any] | None,
         failures: Failures,
+        counts_lives: bool = False,
     ) -> None:
         if env.num_envs != num_envs:
             raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
@@ -56,6 +57,7 @@ class VectorEnvAdapter:
         self.env_action = env_action(self.action_space)
         self.resets_on_next_step = mode is AutoresetMode.NEXT_STEP
         self.obs_B = np.zeros((num_envs, *(self.observation_space.shape or ())), self.observation_space.dtype)
+        self.lives_B: np.ndarray | None = np.zeros(num_envs, np.int64) if counts_lives else None
         self._mode = mode
         self._seed, self._first, self._resets = seed, first_env_index, 0
         self._make, self._failures = make, failures
@@ -89,6 +91,7 @@ class VectorEnvAdapter:
         obs_B = np.asarray(returned[0])
         self._check_shape("reset", "observations", obs_B, self.obs_B.shape)
         self.obs_B = obs_B
+        self._count_lives(returned[1])
         return obs_B
 
     def step(self, action_B: np.ndarray) -> Step:
@@ -106,6 +109,7 @@ class VectorEnvAdapter:
         if not self._checked:
             self._check_step(returned)
         obs_B, reward_B, terminated_B, truncated_B, info = returned
+        self._count_lives(info)
         obs_B, final_obs = np.asarray(obs_B), NO_FINALS
         if not self.resets_on_next_step:
             done_B = np.logical_or(terminated_B, truncated_B)
@@ -202,6 +206,10 @@ class VectorEnvAdapter:
         except Exception as error:
             error.add_note(f"in {method}() of the vector environment {self.name}, called with {args or kwargs}")
             raise
+
+    def _count_lives(self, info: dict[str, Any]) -> None:
+        if self.lives_B is not None:
+            self.lives_B = np.asarray(info["lives"])
 
     def _check_step(self, returned: Any) -> None:
         if not (isinstance(returned, tuple) and len(returned) == 5):
