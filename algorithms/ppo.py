@@ -85,7 +85,7 @@ def loss_derivatives(
     coefficients: Mapping[str, float],
     training: PPOTraining,
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
-    """Return the derivatives of `PPO.loss` by new_logp, entropy and value, all [N], and its stats.
+    """Return the derivatives of `PPO.loss` by new_logp, entropy and value, each in its shape, and its stats.
 
     The same formulas, differentiated by hand for small networks, whose updates take half the time with it. Whoever
     changes the loss may simply delete the decorator that names this function; forgetting it is an error at the start.
@@ -104,11 +104,11 @@ def loss_derivatives(
         d_value_error = np.where(near * near > value_error, 2 * near * moves, d_value_error)
         value_error = np.maximum(value_error, near * near)
     stats = {
-        "policy_loss": -float(np.minimum(surrogate, bound) @ weight),
-        "value_loss": float(value_error @ weight),
-        "entropy": float(entropy @ weight),
-        "kl": float((ratio - 1 - log_ratio) @ weight),
-        "clip_fraction": float((np.abs(ratio - 1) > clip_range) @ weight),
+        "policy_loss": -float(np.vdot(np.minimum(surrogate, bound), weight)),
+        "value_loss": float(np.vdot(value_error, weight)),
+        "entropy": float(np.vdot(entropy, weight)),
+        "kl": float(np.vdot(ratio - 1 - log_ratio, weight)),
+        "clip_fraction": float(np.vdot(np.abs(ratio - 1) > clip_range, weight)),
     }
     loss = stats["policy_loss"] + training.value_coef * stats["value_loss"] - training.entropy_coef * stats["entropy"]
     by_new_logp = -(surrogate * (surrogate <= bound)) * weight  # d ratio / d new_logp = ratio
@@ -154,7 +154,7 @@ class PPO(Algorithm, config=PPOConfig):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return PPO's loss (eq. 9) and stats; every mean is a sum weighted by `minibatch.weight`."""
         clip_range = coefficients["clip_range"]
-        new_logp, entropy, value = policy.evaluate(minibatch.obs, minibatch.action)
+        new_logp, entropy, value = policy.evaluate(minibatch)
         ratio = (new_logp - minibatch.logp).exp()
         policy_loss = weighted_sum(clipped_surrogate(ratio, minibatch.advantage, clip_range), minibatch.weight)
         if training.value_clip is None:

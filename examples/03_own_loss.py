@@ -29,7 +29,7 @@ class PenaltyPPO(PPO, config=PenaltyConfig):
     @staticmethod
     def loss(policy, minibatch, coefficients, training):
         """Return the loss and its stats; every mean is a sum weighted by `minibatch.weight`."""
-        new_logp, entropy, value = policy.evaluate(minibatch.obs, minibatch.action)
+        new_logp, entropy, value = policy.evaluate(minibatch)
         ratio = (new_logp - minibatch.logp).exp()
         policy_loss = -weighted_sum(ratio * minibatch.advantage, minibatch.weight)
         value_loss = weighted_sum(squared_error(value, minibatch.return_), minibatch.weight)

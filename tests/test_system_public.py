@@ -273,7 +273,7 @@ class Own(PPO, config=OwnConfig):
     @staticmethod
     def loss(policy, minibatch, coefficients, training):
         total, stats = PPO.loss(policy, minibatch, coefficients, training)
-        logp, _, _ = policy.evaluate(minibatch.obs, minibatch.action)
+        logp, _, _ = policy.evaluate(minibatch)
         fondness = (logp * minibatch.weight).sum()
         return total - training.fondness * fondness, stats | {"fondness": fondness.detach()}
 '''

@@ -23,6 +23,7 @@ def numbered(steps: int, envs: int, start: int = 0) -> Trajectory:
         terminated=as_bool,
         truncated=as_bool,
         mask=as_bool,
+        first=~as_bool,
         weights_version=number,
     )
 
@@ -53,6 +54,40 @@ def test_flatten_keeps_a_sample_s_fields_together():
     assert batch.action.tolist() == [0, 1, 10, 11, 20, 21]
     assert batch.obs[:, 0].tolist() == batch.action.tolist()
     assert batch.advantage.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_sequences_are_cut_for_each_environment_and_end_in_zeros_that_do_not_count():
+    """5 steps of 2 environments in rows of 2 steps: three rows each, of which the last has one step."""
+    trajectory = numbered(5, 2, start=1)
+    trajectory.mask = np.ones((5, 2), bool)
+    batch = trajectory.tensors().sequences(2, "obs", "action", "mask", advantage=torch.arange(10).view(5, 2))
+    assert batch.action.tolist() == [[1, 11], [2, 12], [21, 31], [22, 32], [41, 0], [42, 0]]
+    assert batch.advantage.tolist() == [[0, 2], [1, 3], [4, 6], [5, 7], [8, 0], [9, 0]]
+    assert batch.mask.tolist() == [[True, True]] * 4 + [[True, False]] * 2
+    assert batch.obs.shape == (6, 2, 2) and batch.obs[..., 0].tolist() == batch.action.tolist()
+    assert len(batch) == 6 and batch.take(torch.tensor([3])).action.tolist() == [[22, 32]]
+
+
+def test_a_sequence_as_long_as_the_fragment_is_an_environment_s_row():
+    batch = numbered(3, 2).tensors().sequences(3, "action", "obs")
+    assert batch.action.tolist() == [[0, 10, 20], [1, 11, 21]]
+    assert numbered(3, 2).tensors().sequences(4, "action").action.tolist() == [[0, 10, 20, 0], [1, 11, 21, 0]]
+
+
+def test_a_sequence_begins_with_the_state_before_its_first_step():
+    """States before the steps 0, 2 and 4 of two environments: [c, b] holds 10 c + b."""
+    trajectory = numbered(5, 2)
+    trajectory.state = (10.0 * np.arange(3)[:, None] + np.arange(2))[..., None].astype(np.float32)
+    batch = trajectory.tensors()
+    assert batch.sequences(2, "action", "state").state[:, 0].tolist() == [0, 1, 10, 11, 20, 21]
+    assert batch.sequences(5, "action", "state").state[:, 0].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="known before 3 steps, and sequences of 3 need 2"):
+        batch.sequences(3, "action", "state")
+
+
+def test_a_trajectory_without_a_state_has_no_such_field():
+    assert "state" not in numbered(2, 1).tensors().tensors
+    assert Trajectory.concatenate([numbered(2, 1), numbered(2, 1)]).state is None
 
 
 def test_take_copies_the_rows_in_the_order_of_the_index():

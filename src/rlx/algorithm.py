@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from rlx import actors
-from rlx.checkpoint import is_run, load_newest, load_state, save_checkpoint
+from rlx.checkpoint import load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.errors import RlxError
 from rlx.inference import evaluation_metrics, policy_builder
@@ -28,7 +27,8 @@ from rlx.progress import progress_display
 from rlx.rollout.atari import is_atari
 from rlx.rollout.runner_group import RunnerGroup
 from rlx.rollout.spaces import space_to_state
-from rlx.run import Run, check_resumable
+from rlx.run import check_resumable
+from rlx.saves import Saves
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
@@ -69,15 +69,11 @@ class Algorithm(ABC):
         self.best_iteration: int | None = None
         self.window = EpisodeWindow(s.reporting.window_episodes)
         self.stop_reason = ""
-        self.run: Run | None = None
-        self._run_dir = None if run_dir is None else Path(run_dir)
+        self._saves = Saves(self, None if run_dir is None else Path(run_dir))
         self._runtime: actors.Runtime | None = None
         self._evaluation_policy: Any = None
         self._weights_are_stale = True
         self._advised = False
-        self._restored_run: Path | None = None
-        self._saved_iteration: int | None = None
-        self._kept_state: dict[str, Any] | None = None  # to go back to, without a run folder
         self._clock = Clock()
         self._sample_metrics: Metrics = {}
         build = policy_builder(s)
@@ -159,10 +155,10 @@ class Algorithm(ABC):
         """
         while True:
             try:
-                self._keep_state()
+                self._saves.keep_copy()
                 return self._train_once()
             except LearnersLost as lost:
-                self._go_back(lost)
+                self._saves.go_back(lost)
 
     def _train_once(self) -> Metrics:
         self._clock = Clock()
@@ -199,18 +195,18 @@ class Algorithm(ABC):
         current iteration, with a checkpoint; a second one at once. So does SIGTERM.
         """
         self.settings.stop.require_limit()
-        self._open_run()
+        self._saves.open()
         metrics: Metrics = {}
         with deferred_interrupt() as interrupted, progress_display(self.settings) as progress:
             while not (reason := "interrupted" if interrupted() else self._reason_to_stop()):
                 try:
                     metrics = self._iterate()
                 except LearnersLost as lost:  # in an evaluation or a checkpoint
-                    self._go_back(lost)
+                    self._saves.go_back(lost)
                     continue
                 progress.update(metrics)
         self.stop_reason = reason
-        self._save_to_run()
+        self._saves.save()
         return metrics
 
     def evaluate(self, num_episodes: int | None = None, on_frame: Callable | None = None) -> Metrics:
@@ -233,7 +229,7 @@ class Algorithm(ABC):
         """Continue from a checkpoint folder, or from the newest checkpoint of a run folder."""
         path = Path(path)
         self.set_state(load_state(path))
-        self._restored_run = path.resolve() if is_run(path) else None
+        self._saves.restored(path)
 
     def get_state(self) -> dict[str, Any]:
         """Return the whole state as a tree of plain values and numpy arrays."""
@@ -258,9 +254,7 @@ class Algorithm(ABC):
         self._weights_are_stale = True
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
-        self._saved_iteration = self._kept_state = None
-        if self.run is not None:
-            self.run.rewind(self.iteration)
+        self._saves.rewind()
 
     def close(self) -> None:
         """End every process and file of this algorithm; closing twice is fine."""
@@ -269,9 +263,7 @@ class Algorithm(ABC):
                 part.close()
         if self._runtime is not None:
             self._runtime.close()
-        if self.run is not None:
-            self.run.close()
-            self.run = None
+        self._saves.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -313,55 +305,14 @@ class Algorithm(ABC):
         """Return the actor runtime, started on first use: a run without actors starts none."""
         if self._runtime is None:
             engine = self.settings.runtime.engine
-            logs: dict[str, Any] = {"log_folder": self._run_dir / "logs"} if self._run_dir and engine == "local" else {}
+            folder = self._saves.folder
+            logs: dict[str, Any] = {"log_folder": folder / "logs"} if folder and engine == "local" else {}
             self._runtime = actors.runtime(engine, **logs)
         return self._runtime
 
     def _restart_rule(self) -> actors.Restart | None:
         f = self.settings.fault_tolerance
         return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
-
-    def _keep_state(self) -> None:
-        """Keep what `_go_back` needs where no run folder holds it."""
-        if self.run is not None or not self.settings.learners.num_learners or self._restart_rule() is None:
-            return
-        interval, kept = self.settings.checkpointing.interval, self._kept_state
-        if kept is None or (interval and self.iteration % interval == 0 and kept["iteration"] != self.iteration):
-            self._kept_state = copy.deepcopy(self.get_state())  # deep: arrays of actors are views of their memory
-
-    def _go_back(self, lost: LearnersLost) -> None:
-        """Continue from the last checkpoint with the learners that were started again."""
-        state = self._kept_state if self.run is None else load_newest(self.run.checkpoints)[1]
-        if state is None:  # they went down before there was anything to keep
-            raise lost
-        while True:
-            log.warning(
-                "%s The learners are started again, and the run goes back to iteration %d.", lost, state["iteration"]
-            )
-            restarts = self.runner_restarts, self.learner_restarts + 1
-            try:
-                self.set_state(state)
-                return
-            except LearnersLost as again:
-                lost = again
-            finally:  # these are about what happened, which no going back undoes
-                self.runner_restarts, self.learner_restarts = restarts
-                self._kept_state = None if self.run else state
-
-    def _open_run(self) -> None:
-        if self._run_dir is None or self.run is not None:
-            return
-        s = self.settings
-        if self._restored_run == self._run_dir.resolve():
-            self.run = Run.open(self._run_dir, tensorboard=s.reporting.tensorboard)
-            self.run.rewind(self.iteration)
-            log.info("resuming %s from iteration %d", self._run_dir, self.iteration)
-            self.run.write_config(self.config.to_yaml())
-        else:
-            self.run = Run.create(
-                self._run_dir, self.config.to_yaml(), s.runtime.seed, tensorboard=s.reporting.tensorboard
-            )
-            self._save_to_run()  # a run killed before its first interval resumes from here
 
     def _iterate(self) -> Metrics:
         """Train, evaluate and checkpoint as their intervals say."""
@@ -371,12 +322,11 @@ class Algorithm(ABC):
             started = time.perf_counter()
             metrics |= self.evaluate()
             metrics["time/evaluation_s"] = time.perf_counter() - started
-        if self.run is not None:
-            self.run.write_metrics(metrics)
+        self._saves.write_metrics(metrics)
         self._track_best(metrics)
         interval = self.settings.checkpointing.interval
         if interval and self.iteration % interval == 0:
-            self._save_to_run()
+            self._saves.save()
         return metrics
 
     def _track_best(self, metrics: Metrics) -> None:
@@ -387,12 +337,6 @@ class Algorithm(ABC):
         score = metrics.get("evaluation/episode_return_mean", metrics["episode_return_mean"])
         if score is not None and (self.best_return is None or score > self.best_return):
             self.best_return, self.best_iteration = score, self.iteration
-
-    def _save_to_run(self) -> None:
-        if self.run is not None and self._saved_iteration != self.iteration:
-            c = self.settings.checkpointing
-            self.run.save(self.iteration, self.get_state(), keep=c.keep, best_iteration=self.best_iteration)
-            self._saved_iteration = self.iteration
 
     def _reason_to_stop(self) -> str:
         mean = self.window.summary()["episode_return_mean"] if self.window.is_full else None

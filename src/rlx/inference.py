@@ -19,6 +19,7 @@ from rlx.errors import EnvError
 from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
 from rlx.nets.policy import Policy, build_policy
+from rlx.rollout.env_changes import Changes, changes_from_state
 from rlx.rollout.evaluation import evaluate
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer
 from rlx.rollout.spaces import encode_obs, encoded_observation_space, env_action, space_from_state
@@ -36,6 +37,7 @@ class TrainedPolicy:
         weights = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
         self.policy.load_state_dict(weights)
         self.normalizer_state = state["runners"]["normalizer"]
+        self.env_changes = changes_from_state(state["runners"].get("env_changes", ()))
         self._acting = acting_for(self.policy)
         moments = Normalizer.from_state(self.normalizer_state).obs
         self._normalize = ObsNormalizer(moments, settings.environment.obs_clip)
@@ -67,9 +69,12 @@ class TrainedPolicy:
     def evaluate(
         self, num_episodes: int | None = None, seed: int | None = None, on_frame: Callable | None = None
     ) -> Metrics:
-        """Return the evaluation/* metrics over episodes on fresh environments."""
+        """Return the evaluation/* metrics over episodes on fresh environments, changed as the run had changed its."""
         return evaluation_metrics(
-            self.settings, self.policy, self.normalizer_state, num_episodes, seed=seed, on_frame=on_frame
+            *(self.settings, self.policy, self.normalizer_state, num_episodes),
+            seed=seed,
+            changes=self.env_changes,
+            on_frame=on_frame,
         )
 
 
@@ -93,6 +98,8 @@ def evaluation_metrics(
     num_episodes: int | None = None,
     *,
     seed: int | None = None,
+    num_envs: int | None = None,
+    changes: Changes = (),
     on_frame: Callable | None = None,
 ) -> Metrics:
     """Return the evaluation/* metrics of `policy` on environments of its own, with a frozen normaliser."""
@@ -107,9 +114,10 @@ def evaluation_metrics(
         kwargs=environment.kwargs,
         atari=settings.atari.model_dump(),
         num_episodes=num_episodes or e.num_episodes,
-        num_envs=e.num_envs,
+        num_envs=num_envs or e.num_envs,
         deterministic=e.deterministic,
         seed=seed,
+        changes=changes,
         on_frame=on_frame,
     )
     returns = np.asarray(result.returns)

@@ -1,7 +1,7 @@
-"""The containers that experience travels in: a time-major `Trajectory` and a flat `Batch`.
+"""The containers that experience travels in: a time-major `Trajectory` and a `Batch` of rows.
 
 A Trajectory is what a runner collected, as numpy arrays; a Batch is what a learner consumes, as tensors.
-Axes: T time, B environments (or sequences), N = T * B flat samples.
+Axes: T time, B environments, N = T * B flat samples, S sequences of L steps.
 """
 
 from __future__ import annotations
@@ -36,20 +36,29 @@ class Trajectory:
     """[T, B] bool: the episode was cut (a time limit, say) after action[t]; next_value bootstraps it."""
     mask: np.ndarray
     """[T, B] bool: False where the row is no transition (the reset step of a NEXT_STEP vector environment)."""
+    first: np.ndarray
+    """[T, B] bool: an episode begins with obs[t], so a memory is empty before it."""
     weights_version: np.ndarray
     """[T, B] int64: version of the weights that chose action[t]."""
+    state: np.ndarray | None = None
+    """[C, B, H] float32: the memory of a recurrent policy before the steps 0, L, 2 L, ... of sequences of L steps."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the fields by name, without those that are None."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in every.items() if array is not None}
 
     def tensors(self) -> Batch:
         """Return every field as a tensor [T, B, ...]: writable, of this trajectory's memory where that is writable."""
-        return Batch(**{field.name: _tensor(getattr(self, field.name)) for field in fields(self)})
+        return Batch(**{name: _tensor(array) for name, array in self.arrays().items()})
 
     @staticmethod
     def concatenate(parts: list[Trajectory]) -> Trajectory:
         """Join trajectories of equal length along the B axis, in the order given."""
         if len(parts) == 1:
             return parts[0]
-        names = [field.name for field in fields(Trajectory)]
-        return Trajectory(**{name: np.concatenate([getattr(p, name) for p in parts], axis=1) for name in names})
+        of_parts = [part.arrays() for part in parts]
+        return Trajectory(**{name: np.concatenate([arrays[name] for arrays in of_parts], 1) for name in of_parts[0]})
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -60,7 +69,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 class Batch:
     """Named tensors that share their leading axes; `batch.obs` reads a field.
 
-    A plain holder: it slices and shuffles all fields alike and knows no algorithm. Learners take it flat: [N].
+    A plain holder: it slices and shuffles all fields alike and knows no algorithm. Learners take one whose rows are
+    samples [N], as `flatten` makes it, or sequences [S, L], as `sequences` does.
     """
 
     def __init__(self, **tensors: Tensor) -> None:
@@ -86,6 +96,23 @@ class Batch:
         chosen = {name: self.tensors[name] for name in names} | more
         return Batch(**{name: tensor.flatten(0, 1) for name, tensor in chosen.items()})
 
+    def sequences(self, length: int, *names: str, **more: Tensor) -> Batch:
+        """Return the fields `names` and the tensors `more`, [T, B, ...], cut into rows [S, L, ...] of `length` steps.
+
+        Row c * B + b holds the steps c * L and following of environment b, S = ceil(T / L) * B. Where T is no multiple
+        of L the last rows end in zeros: name `mask`, which is False there. Of `state` [C, B, H] a row gets the one
+        before its first step, [S, H].
+        """
+        chosen = {name: self.tensors[name] for name in names} | more
+        state = chosen.pop("state", None)
+        cut = {name: _cut(tensor, length) for name, tensor in chosen.items()}
+        if state is not None:
+            count = len(next(iter(cut.values()))) // state.shape[1]
+            if count not in (1, len(state)):
+                raise ValueError(f"a state is known before {len(state)} steps, and sequences of {length} need {count}.")
+            cut["state"] = state[:count].flatten(0, 1)
+        return Batch(**cut)
+
     def take(self, index: Tensor) -> Batch:
         """Return the rows at `index` [M] (a copy)."""
         return self.map(lambda tensor: tensor.index_select(0, index))
@@ -94,3 +121,12 @@ class Batch:
         """Yield consecutive slices (views) of `size` rows; the last may be shorter."""
         for start in range(0, len(self), size):
             yield self.map(lambda tensor, a=start: tensor[a : a + size])
+
+
+def _cut(tensor: Tensor, length: int) -> Tensor:
+    """Return [T, B, ...] as rows [S, L, ...], with zeros after the last step."""
+    steps, envs, *rest = tensor.shape
+    count = -(-steps // length)
+    if count * length > steps:
+        tensor = torch.cat([tensor, tensor.new_zeros(count * length - steps, envs, *rest)])
+    return tensor.reshape(count, length, envs, *rest).transpose(1, 2).reshape(count * envs, length, *rest)

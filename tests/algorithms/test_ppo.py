@@ -63,7 +63,7 @@ class Probe(PPO, config=ProbeConfig):
 
     @staticmethod
     def loss(policy, minibatch, coefficients, training):
-        new_logp = policy.evaluate(minibatch.obs, minibatch.action)[0]
+        new_logp = policy.evaluate(minibatch)[0]
         Probe.seen.append((minibatch, new_logp.detach().clone()))
         return PPO.loss(policy, minibatch, coefficients, training)
 

@@ -21,7 +21,8 @@ UPDATE = {"epochs": 3, "minibatch_size": 8, "lr": 3e-3, "coefficients": {"clip_r
 
 def ppo_loss(policy: Any, minibatch: Batch, coefficients: Mapping[str, Any]) -> tuple[torch.Tensor, dict]:
     """Return the clipped surrogate plus value error minus entropy, written without rlx.functional."""
-    new_logp, entropy, value = policy.evaluate(minibatch.obs, minibatch.action)
+    new_logp, entropy, value = policy.evaluate(minibatch)
+    assert new_logp.shape == entropy.shape == value.shape == minibatch.weight.shape
     ratio, clip_range = (new_logp - minibatch.logp).exp(), coefficients["clip_range"]
     clipped = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
     surrogate = torch.minimum(ratio * minibatch.advantage, clipped * minibatch.advantage)
@@ -46,13 +47,21 @@ def make_batch(count: int = 21, seed: int = 0, continuous: bool = False) -> Batc
     )
 
 
+def make_sequences(count: int = 7, length: int = 3, **options: Any) -> Batch:
+    """Return the samples of `make_batch` as the rows of `count` sequences, the last ones padded."""
+    batch = make_batch(count * length, **options).map(lambda tensor: tensor.unflatten(0, (count, length)))
+    batch.mask[-2:, -1] = False
+    return batch
+
+
 @pytest.fixture
 def problem() -> SimpleNamespace:
-    """`build`, `build_continuous`, `loss`, `batch(...)` and `update`, the options of Learner.update."""
+    """`build`, `build_continuous`, `loss`, `batch(...)`, `sequences(...)` and `update`, for Learner.update."""
     return SimpleNamespace(
         build=build_discrete,
         build_continuous=build_continuous,
         loss=ppo_loss,
         batch=make_batch,
+        sequences=make_sequences,
         update=UPDATE,
     )

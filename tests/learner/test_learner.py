@@ -212,6 +212,41 @@ def test_the_numpy_gradient_of_ppo_s_loss_is_autograd_s(problem, continuous, act
             assert stat == pytest.approx(expected_stats[name].item(), rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.parametrize("continuous", [False, True])
+@pytest.mark.parametrize("make", [numpy_gradient, eager_gradient])
+def test_a_gradient_of_sequences_is_that_of_their_samples(problem, continuous, make):
+    policy = (problem.build_continuous if continuous else problem.build)()
+    flat = FlatParameters(policy)
+    sequences = with_weight(problem.sequences(continuous=continuous))
+    sequences.tensors["value"] = sequences.return_ - 0.5
+    gradients, stats = zip(
+        *(
+            make(policy, flat, ppo_loss_of(value_clip=0.3))(batch, {"clip_range": 0.2})
+            for batch in (sequences, sequences.map(lambda tensor: tensor.flatten(0, 1)))
+        ),
+        strict=True,
+    )
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+    for name, stat in stats[0].items():
+        assert float(stat) == pytest.approx(float(stats[1][name]), rel=1e-5), name
+
+
+def test_a_minibatch_of_sequences_counts_their_samples(problem):
+    """7 sequences of 3 steps: minibatches of 8 samples are 2 sequences; of 2 samples, one."""
+    shapes = []
+
+    def loss(policy, minibatch, coefficients):
+        shapes.append(tuple(minibatch.weight.shape))
+        assert minibatch.weight.sum().item() == pytest.approx(1) and not minibatch.weight[~minibatch.mask].any()
+        return problem.loss(policy, minibatch, coefficients)
+
+    for minibatch_size, expected in ((8, [(2, 3)] * 3 + [(1, 3)]), (2, [(1, 3)] * 7)):
+        shapes.clear()
+        options = problem.update | {"epochs": 1, "minibatch_size": minibatch_size}
+        Learner(problem.build, loss).update(problem.sequences(), **options, seed=0)
+        assert shapes == expected
+
+
 def test_derivatives_by_hand_belong_to_their_loss_alone(problem):
     class Other(PPO):
         @staticmethod
@@ -235,7 +270,7 @@ def test_a_loss_that_was_changed_without_its_derivatives_is_refused(problem):
     def unclipped(policy, minibatch, coefficients, training):
         """The same wherever the ratio is within the clip range, which is all of a real first minibatch."""
         _, stats = PPO.loss(policy, minibatch, coefficients, training)
-        new_logp, _, value = policy.evaluate(minibatch.obs, minibatch.action)
+        new_logp, _, value = policy.evaluate(minibatch)
         surrogate = -(new_logp - minibatch.logp).exp() * minibatch.advantage
         return ((surrogate + 0.5 * (value - minibatch.return_) ** 2) * minibatch.weight).sum(), stats
 
@@ -252,7 +287,7 @@ def test_the_check_of_derivatives_does_not_stumble_over_a_clip_range_of_zero(pro
     """At ratio 1 every sample is on the edge then, and rounding decides whether it has a gradient."""
     policy, batch = problem.build(), problem.batch()
     flat = FlatParameters(policy)
-    logp = policy.evaluate(batch.obs, batch.action)[0].detach()
+    logp = policy.evaluate(batch)[0].detach()
     minibatch = Batch(**{**with_weight(batch).tensors, "logp": logp}, value=batch.return_)
     numpy_gradient(policy, flat, ppo_loss_of())(minibatch, {"clip_range": 0.0})
 

@@ -24,9 +24,13 @@ def assert_same_stats(stats, expected) -> None:
         assert stats[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_learners_in_processes_of_their_own_equal_one(problem, runtime, tmp_path, world_size):
-    """21 samples in minibatches of 8, 8, 5: shares differ in size; some rows are masked; the KL is watched."""
+@pytest.mark.parametrize(("world_size", "rows"), [(2, "batch"), (3, "batch"), (2, "sequences")])
+def test_learners_in_processes_of_their_own_equal_one(problem, runtime, tmp_path, world_size, rows):
+    """21 samples in minibatches of 8, 8, 5, or as 7 sequences of 3 in minibatches of 2, 2, 2, 1.
+
+    Shares differ in size, and one is empty; some rows are masked; the KL is watched.
+    """
+    make = getattr(problem, rows)
     update = problem.update | {"target_kl": 50.0}
     ranks = [  # each starts from weights of its own: joining must give it rank 0's
         runtime.spawn(Learner, partial(problem.build, seed=1 + rank), problem.loss, env={"GLOO_SOCKET_IFNAME": "lo"})
@@ -37,8 +41,8 @@ def test_learners_in_processes_of_their_own_equal_one(problem, runtime, tmp_path
         join.result(60.0)
     one, group = Learner(problem.build, problem.loss), runtime.group(ranks)
     for seed in (1, 2):
-        expected = one.update(problem.batch(seed=seed), **update, seed=seed)
-        for stats in group.update.call(problem.batch(seed=seed), **update, seed=seed).values(60.0):
+        expected = one.update(make(seed=seed), **update, seed=seed)
+        for stats in group.update.call(make(seed=seed), **update, seed=seed).values(60.0):
             assert_same_stats(stats, expected)
     for weights in group.weights.call().values(10.0):
         np.testing.assert_allclose(weights, one.weights(), rtol=0, atol=1e-6)

@@ -11,6 +11,7 @@ from rlx.nets.distributions import Categorical
 from rlx.nets.flat import FlatParameters
 from rlx.nets.numpy_mlp import NumpyPolicy
 from rlx.nets.policy import Policy, build_policy
+from rlx.trajectory import Batch
 
 VECTOR = spaces.Box(-1, 1, (6,), np.float32)
 DISCRETE, BOX = spaces.Discrete(3), spaces.Box(-1, 1, (2,), np.float32)
@@ -132,12 +133,10 @@ def test_the_first_ratio_of_an_update_is_one(action_space, way):
     policy, obs = moved_policy(action_space), observations()
     action, logp, value = rollout(way(policy), obs)
     with torch.inference_mode():
-        new_logp, _, new_value = policy.evaluate(
-            torch.from_numpy(obs).flatten(0, 1), torch.from_numpy(action).flatten(0, 1)
-        )
-    ratio = (new_logp.view(STEPS, ENVS) - torch.from_numpy(logp)).exp()
+        new_logp, _, new_value = policy.evaluate(Batch(obs=torch.from_numpy(obs), action=torch.from_numpy(action)))
+    ratio = (new_logp - torch.from_numpy(logp)).exp()
     torch.testing.assert_close(ratio, torch.ones(STEPS, ENVS), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(value, new_value.view(STEPS, ENVS).numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(value, new_value.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("action_space", [DISCRETE, BOX])

@@ -11,6 +11,7 @@ from torch import nn
 from rlx.errors import ConfigError
 from rlx.nets.encoders import CNN_FEATURES, ImageEncoder, build_encoder
 from rlx.nets.policy import Policy, build_policy
+from rlx.trajectory import Batch
 
 VECTOR = spaces.Box(-1, 1, (6,), np.float32)
 DISCRETE = spaces.Discrete(3)
@@ -77,7 +78,7 @@ def test_the_value_net_is_separate_unless_the_encoder_is_shared():
 
 def test_a_policy_evaluates_actions_with_gradients_to_every_parameter():
     policy = build_policy(VECTOR, spaces.Box(-1, 1, (2, 2), np.float32), log_std_init=-0.5)
-    logp, entropy, value = policy.evaluate(torch.ones(5, 6), torch.ones(5, 4))
+    logp, entropy, value = policy.evaluate(Batch(obs=torch.ones(5, 6), action=torch.ones(5, 4)))
     assert logp.shape == entropy.shape == value.shape == (5,)
     gradients = torch.autograd.grad((logp + entropy + value).sum(), list(policy.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)

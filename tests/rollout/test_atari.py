@@ -91,7 +91,7 @@ def test_lost_lives_and_cut_rewards_are_learned_from_and_whole_games_are_reporte
 
 
 def rows(trajectory):
-    columns = {name: array[:, 0] for name, array in vars(trajectory).items()}
+    columns = {name: array[:, 0] for name, array in vars(trajectory).items() if array is not None}
     return ({name: column[t] for name, column in columns.items()} for t in range(len(columns["reward"])))
 
 

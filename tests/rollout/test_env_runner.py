@@ -40,6 +40,60 @@ def test_the_reset_row_of_next_step_is_masked_across_the_border_of_fragments(cou
     assert [episode for sample in samples for episode in sample.episodes] == [(6.0, 3), (6.0, 3)]
 
 
+def test_an_episode_begins_after_the_row_that_ended_one_also_across_the_border(count, make_runner):
+    """Episodes of 3 steps in fragments of 3, 2 and 4."""
+    runner = make_runner(count, 1)
+    first = [runner.sample(steps).trajectory.first[:, 0].tolist() for steps in (3, 2, 4)]
+    assert first == [[True, False, False], [True, False], [False, True, False, False]]
+
+
+def test_an_episode_begins_after_the_reset_row_of_next_step_also_across_the_border(count, make_runner):
+    """obs: 0 1 2 | 3 (reset) 0 1 | 2 3 (reset) | 0 1."""
+    runner = make_runner(lambda: SyncVectorEnv([count]), 1)
+    first = [runner.sample(steps).trajectory.first[:, 0].tolist() for steps in (3, 3, 2, 2)]
+    assert first == [[True, False, False], [False, True, False], [False, False], [True, False]]
+
+
+def test_an_episode_begins_after_a_failed_step(count, make_runner):
+    """The second of two environments fails at its second step and is built anew; so is all of a vector environment."""
+
+    class Fails(count):
+        made = 0
+
+        def __init__(self):
+            super().__init__(length=9)
+            Fails.made += 1
+            self.number = Fails.made
+
+        def step(self, action):
+            if self.number == 2 and self.steps == 1:
+                raise OSError("gone")
+            return super().step(action)
+
+    for make, others in ((Fails, False), (lambda: SyncVectorEnv([Fails, Fails]), True)):
+        Fails.made = 0
+        runner = make_runner(make, 2, on_env_error="rebuild")
+        trajectory = runner.sample(4).trajectory
+        assert trajectory.first[:, 1].tolist() == [True, False, True, False]
+        assert trajectory.first[:, 0].tolist() == [True, False, others, False]
+        Fails.made = 0
+        runner = make_runner(make, 2, on_env_error="rebuild")  # with the failed row at the fragment's end
+        runner.sample(2)
+        assert runner.sample(1).trajectory.first.tolist() == [[others, True]]
+
+
+def test_episodes_begin_anew_where_a_runner_is_restored(count, make_runner):
+    """Saved within an episode and at the end of one, in fragments of 2 steps of episodes of 3."""
+    for fragments, expected in ((1, False), (2, False), (3, True)):
+        runner, restored = make_runner(count, 1), make_runner(count, 1)
+        for _ in range(fragments):
+            runner.sample(2)
+        restored.set_state(runner.get_state())
+        first = restored.sample(2).trajectory.first
+        assert first[0, 0] == expected
+        np.testing.assert_array_equal(first, runner.sample(2).trajectory.first)
+
+
 def test_a_reward_on_a_reset_row_counts_for_nothing(count, make_runner):
     class Generous(SyncVectorEnv):
         def step(self, actions):
@@ -68,9 +122,9 @@ def test_rows_carry_the_version_of_the_weights_that_acted(count, make_runner):
 def test_trajectories_are_not_written_to_by_the_next_fragment(make_runner):
     runner = make_runner("CartPole-v1", 2, build_policy)
     first = runner.sample(4).trajectory
-    copies = {name: np.copy(array) for name, array in vars(first).items()}
+    copies = {name: np.copy(array) for name, array in first.arrays().items()}
     runner.sample(4)
-    for name, array in vars(first).items():
+    for name, array in first.arrays().items():
         np.testing.assert_array_equal(array, copies[name])
 
 
@@ -81,11 +135,9 @@ def test_logp_and_value_are_those_of_the_policy_at_the_stored_observation_and_ac
     trajectory = runner.sample(6).trajectory
     policy = build_policy(spaces.Box(-8, 8, (3,)), spaces.Box(-2, 2, (1,)))
     with torch.no_grad():
-        logp, _, value = policy.evaluate(
-            torch.from_numpy(trajectory.obs).flatten(0, 1), torch.from_numpy(trajectory.action).flatten(0, 1)
-        )
-    np.testing.assert_allclose(trajectory.logp.ravel(), logp, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(trajectory.value.ravel(), value, rtol=1e-5, atol=1e-5)
+        logp, _, value = policy.evaluate(trajectory.tensors())
+    np.testing.assert_allclose(trajectory.logp, logp, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(trajectory.value, value, rtol=1e-5, atol=1e-5)
 
 
 def test_observations_are_normalised_with_frozen_statistics_and_counted_raw_once(count, make_runner):

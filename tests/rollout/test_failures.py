@@ -147,7 +147,7 @@ def test_the_other_environments_notice_nothing(make_runner):
     sound = make_runner(shaky(), 3, **options)
     for _ in range(3):
         sample, expected = failing.sample(7), sound.sample(7)
-        for name, array in vars(expected.trajectory).items():
+        for name, array in expected.trajectory.arrays().items():
             np.testing.assert_array_equal(getattr(sample.trajectory, name)[:, ::2], array[:, ::2], err_msg=name)
     assert sample.episodes != expected.episodes
 
@@ -331,7 +331,7 @@ class Unlucky(gymnasium.Wrapper):
 
 
 def assert_same_sample(a, b):
-    for name, array in vars(b.trajectory).items():
+    for name, array in b.trajectory.arrays().items():
         np.testing.assert_array_equal(getattr(a.trajectory, name), array, err_msg=name)
     assert (a.episodes, a.env_failures) == (b.episodes, b.env_failures)
 

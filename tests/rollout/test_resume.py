@@ -40,7 +40,7 @@ def fragments(runner, count):
 
 def tree(sample):
     moments = [m and m.get_state() for m in (sample.obs_moments, sample.return_moments)]
-    return {**vars(sample.trajectory), "episodes": np.array(sample.episodes), "moments": moments}
+    return {**sample.trajectory.arrays(), "episodes": np.array(sample.episodes), "moments": moments}
 """
 
 CHILD = (
@@ -98,7 +98,7 @@ def test_a_runner_continues_bit_for_bit_after_a_checkpoint_between_fragments(tmp
             restored.set_state(load_checkpoint(save_checkpoint(tmp_path / f"{name}_{fragment}", broken.get_state())))
             broken = restored
             twin = broken.sample(7)
-            assert_equal_trees(vars(twin.trajectory), vars(sample.trajectory), f"{name} {fragment}")
+            assert_equal_trees(twin.trajectory.arrays(), sample.trajectory.arrays(), f"{name} {fragment}")
             assert twin.episodes == sample.episodes
 
 

@@ -45,7 +45,7 @@ def make_group(num_runners, runtime=None, env="CartPole-v1", **options):
 
 
 def assert_same_sample(a, b):
-    for name, array in vars(b.trajectory).items():
+    for name, array in b.trajectory.arrays().items():
         np.testing.assert_array_equal(getattr(a.trajectory, name), array, err_msg=name)
     assert a.episodes == b.episodes
 
@@ -64,7 +64,7 @@ def test_runners_are_joined_in_order_and_merge_their_statistics(runtime, weights
         for part in parts:
             obs.merge(part.obs_moments)
             returns.merge(part.return_moments)
-        for name, array in vars(sample.trajectory).items():
+        for name, array in sample.trajectory.arrays().items():
             expected = np.concatenate([getattr(part.trajectory, name) for part in parts], axis=1)
             if name == "reward":
                 expected = RewardScaler(returns, 10.0)(expected)
@@ -189,7 +189,7 @@ def make_doomed(runtime, flag, how="exit", at_step=7, num_runners=2, **options):
 
 
 def columns(sample, runner):
-    return {name: array[:, 2 * runner : 2 * runner + 2] for name, array in vars(sample.trajectory).items()}
+    return {name: array[:, 2 * runner : 2 * runner + 2] for name, array in sample.trajectory.arrays().items()}
 
 
 def are_same(sample, other, runner):

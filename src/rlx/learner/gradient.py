@@ -30,7 +30,8 @@ so that the parts of several learners add up to the whole. Coefficients are numb
 
 Derivatives = Callable[..., tuple[tuple[np.ndarray, np.ndarray, np.ndarray], Stats]]
 """derivatives(new_logp, entropy, value, minibatch, coefficients) -> ((by new_logp, by entropy, by value), stats):
-a loss differentiated by hand, on numpy arrays [N]; the stats are the loss's own, and the total as "loss"."""
+a loss differentiated by hand, on numpy arrays [N], or [S, L] of sequences; the stats are the loss's own, and the total
+as "loss"."""
 
 Gradient = Callable[[Batch, Mapping[str, float]], tuple[Tensor, Stats]]
 """gradient(minibatch, coefficients) -> (flat gradient [n], stats with the total as "loss")."""
@@ -116,7 +117,7 @@ def numpy_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradi
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
         nonlocal checked
         arrays: Any = minibatch.map(Tensor.numpy)
-        outputs = numpy_policy.evaluate(arrays.obs, arrays.action)
+        outputs = numpy_policy.evaluate(arrays)
         if not checked:
             _check_derivatives(bound, outputs, _off_the_kinks(minibatch), coefficients)
             checked = True
@@ -151,7 +152,7 @@ class _Evaluated:
     def __init__(self, outputs: list[Tensor]) -> None:
         self._outputs = outputs
 
-    def evaluate(self, obs: Tensor, action: Tensor) -> list[Tensor]:
+    def evaluate(self, minibatch: Batch) -> list[Tensor]:
         return self._outputs
 
     def __getattr__(self, name: str) -> Any:
@@ -169,7 +170,7 @@ def _off_the_kinks(minibatch: Batch) -> Batch:
     generator = torch.Generator().manual_seed(0)
     moved = dict(minibatch.tensors)
     for name, tensor in minibatch.tensors.items():
-        if tensor.is_floating_point() and name not in ("obs", "action", "weight"):
+        if tensor.is_floating_point() and name not in ("obs", "action", "state", "weight"):
             moved[name] = tensor + 0.5 * torch.randn(tensor.shape, generator=generator)
     return Batch(**moved)
 

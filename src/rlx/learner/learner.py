@@ -74,7 +74,8 @@ class Learner:
     ) -> dict[str, float]:
         """Make `epochs` passes over the whole batch in shuffled minibatches; return the means of the stats.
 
-        Every learner gets the whole batch, with `mask` [N]; the last minibatch of an epoch may be smaller.
+        Every learner gets the whole batch, with `mask` [N] or, where its rows are sequences, [S, L];
+        `minibatch_size` counts samples either way. The last minibatch of an epoch may be smaller.
         With `target_kl` the update ends before the first step whose minibatch has stats["kl"] above it.
         """
         started = time.perf_counter()
@@ -120,7 +121,8 @@ class Learner:
 
     def _shares(self, batch: Batch, order: Tensor, minibatch_size: int) -> Iterator[Batch]:
         """Yield this learner's share of each minibatch of `order`, with `weight`: the share in the global mean."""
-        minibatches = order.split(minibatch_size)
+        samples_a_row = batch.mask[0].numel()
+        minibatches = order.split(max(1, minibatch_size // samples_a_row))
         rows = [minibatch.tensor_split(self.world_size)[self.rank] for minibatch in minibatches]
         weights = [sample_weight(batch.mask[part]).tensor_split(self.world_size)[self.rank] for part in minibatches]
         mine = batch.take(torch.cat(rows))  # one gather an epoch; minibatches are views of it

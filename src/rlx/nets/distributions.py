@@ -16,6 +16,9 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 class Categorical(nn.Module):
     """One of `size` actions; `head` [N, size] are unnormalised log-probabilities, an action is int64 [N]."""
 
+    action_axes = 0
+    """Number of axes of one action."""
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
@@ -55,6 +58,9 @@ class DiagonalGaussian(nn.Module):
     Actions [N, size] are unbounded: whoever steps the env clips them towards it, and the unclipped one is stored.
     """
 
+    action_axes = 1
+    """Number of axes of one action."""
+
     def __init__(self, size: int, log_std_init: float) -> None:
         super().__init__()
         self.size = size
@@ -86,4 +92,4 @@ class DiagonalGaussian(nn.Module):
     def logp_and_entropy(self, head: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-densities [N] and the entropies [N], which are the same for every state."""
         entropy = self.log_std.sum() + self.size * (0.5 + HALF_LOG_2PI)
-        return self.logp(head, action), entropy.expand(len(action))
+        return self.logp(head, action), entropy.expand(action.shape[:-1])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -105,8 +105,18 @@ class NumpyPolicy:
             return np.take_along_axis(logp_all, action[None], 0)[0]
         return self._gaussian_logp((action - head) * np.exp(-self._log_std))
 
-    def evaluate(self, obs_N: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return logp, entropy and value, all [N]; `backward` differentiates the latest call."""
+    def evaluate(self, minibatch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return logp, entropy and value of a minibatch of arrays; `backward` differentiates the latest call.
+
+        All three are [N], or [S, L] where the rows of the minibatch are sequences.
+        """
+        obs, action = minibatch.obs, minibatch.action
+        if obs.ndim == 2:
+            return self._evaluate(obs, action)
+        logp, entropy, value = self._evaluate(obs.reshape(-1, obs.shape[-1]), action.reshape(-1, *action.shape[2:]))
+        return logp.reshape(obs.shape[:2]), entropy.reshape(obs.shape[:2]), value.reshape(obs.shape[:2])
+
+    def _evaluate(self, obs_N: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         head = self.head(obs_N)
         value_features = self._value_encoder.forward(obs_N, again=self._value_encoder is self._encoder)
         value = self._value_head.forward(value_features)[:, 0]
@@ -121,8 +131,9 @@ class NumpyPolicy:
         entropy = self._log_std.sum() + np.float32(len(self._log_std) * (0.5 + HALF_LOG_2PI))
         return self._gaussian_logp(self._scaled), np.full(len(action), entropy, np.float32), value
 
-    def backward(self, d_logp_N: np.ndarray, d_entropy_N: np.ndarray, d_value_N: np.ndarray) -> None:
+    def backward(self, d_logp: np.ndarray, d_entropy: np.ndarray, d_value: np.ndarray) -> None:
         """Write the parameters' gradient, given the loss's derivatives by what `evaluate` returned."""
+        d_logp_N, d_entropy_N, d_value_N = d_logp.ravel(), d_entropy.ravel(), d_value.ravel()
         if self.is_categorical:
             # d logp / d head = onehot - p; d entropy / d head = -p (log p + entropy)
             d_head = self._logp_all + self._entropy

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlx.nets.distributions import Categorical, DiagonalGaussian
 from rlx.nets.encoders import build_encoder, orthogonal_linear
+from rlx.trajectory import Batch
 
 
 class Policy(nn.Module):
@@ -37,11 +38,16 @@ class Policy(nn.Module):
         value_features = features if self.value_encoder is None else self.value_encoder(obs)
         return self.action_head(features), self.value_head(value_features).squeeze(-1)
 
-    def evaluate(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logp of `action`, entropy and value, all [N], with gradients."""
-        head, value = self(obs)
-        logp, entropy = self.distribution.logp_and_entropy(head, action)
-        return logp, entropy, value
+    def evaluate(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logp of the minibatch's actions, entropy and value, with gradients.
+
+        All three are [N], or [S, L] where the rows of the minibatch are sequences.
+        """
+        action = minibatch.action
+        leading = action.shape[: action.dim() - self.distribution.action_axes]
+        head, value = self(minibatch.obs.flatten(0, len(leading) - 1))
+        logp, entropy = self.distribution.logp_and_entropy(head.view(*leading, head.shape[-1]), action)
+        return logp, entropy, value.view(leading)
 
 
 def build_policy(

@@ -21,6 +21,7 @@ from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import Policy
 from rlx.rollout.atari import is_atari
+from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
 from rlx.rollout.in_place import FAILED, InPlaceEnvs
@@ -76,9 +77,10 @@ class EnvRunner:
 
     env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
     runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights and statistics
-    are published, as {"weights", "normalizer"}; a sample begins with the newest. on_env_error, max_env_failures,
-    env_step_timeout_s: see `Failures`; the row of a step that failed is masked, and the one before it truncated.
+    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights, statistics and
+    changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample begins with the
+    newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that failed is masked,
+    and the one before it truncated.
     atari: see `rlx.settings.AtariSection`; episodes are accounted for before lives and clipping come in.
     """
 
@@ -148,6 +150,10 @@ class EnvRunner:
             moments = Normalizer.from_state(normalizer_state).obs or RunningMoments()
             self._normalizer = ObsNormalizer(moments, self._normalizer.clip)
 
+    def change_envs(self, changes: Changes) -> None:
+        """Have the environments changed so: see `Envs.change`."""
+        self._envs.change(changes)
+
     def sample(self, num_steps: int, call: int = 0) -> Sample:
         """Return the next `num_steps` steps of every environment.
 
@@ -171,6 +177,7 @@ class EnvRunner:
         fragment.inference_s += perf_counter() - inference_started
 
         done_T_B = fragment.terminated | fragment.truncated
+        first_T_B = self._firsts(done_T_B, fragment.failed)
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
@@ -194,6 +201,7 @@ class EnvRunner:
             terminated=fragment.terminated,
             truncated=fragment.truncated,
             mask=mask_T_B,
+            first=first_T_B,
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
         )
         self._intact = True
@@ -245,6 +253,7 @@ class EnvRunner:
         published = self._channel.latest() if self._channel is not None else None
         if published is not None and published is not self._published:
             self.set_weights(published.version, published.value["weights"], published.value["normalizer"])
+            self.change_envs(published.value["env_changes"])
             self._published = published
 
     def _restart(self, call: int) -> None:
@@ -319,6 +328,14 @@ class EnvRunner:
             next_value_T_B[t, index] = value
         next_value_T_B[fragment.terminated] = 0.0
         return next_value_T_B
+
+    def _firsts(self, done_T_B: np.ndarray, failed_T_B: np.ndarray) -> np.ndarray:
+        """Return True where an episode begins: after one ended, was reset or failed, also across the border."""
+        resets_T_B = (
+            np.concatenate([self._ended_B[None], done_T_B[:-1]]) if self._envs.resets_on_next_step else done_T_B
+        )
+        begins_B = (self._length_B == 0) & ~self._ended_B
+        return np.concatenate([begins_B[None], (resets_T_B | failed_T_B)[:-1]])
 
     def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
         """Return False where the row only resets: after an ended episode, also across the fragment's border."""

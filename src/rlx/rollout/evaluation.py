@@ -12,6 +12,7 @@ import numpy as np
 from rlx.errors import EnvError
 from rlx.nets.acting import Acting, acting_for
 from rlx.nets.policy import Policy
+from rlx.rollout.env_changes import Changes
 from rlx.rollout.in_place import InPlaceEnvs
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer, State
 from rlx.rollout.spaces import encode_obs, encoded_observation_space
@@ -46,6 +47,7 @@ def evaluate(
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
     atari: Mapping[str, Any] | None = None,
+    changes: Changes = (),
     on_frame: OnFrame | None = None,
     timeout_s: float = 3600.0,
 ) -> EvaluationResult:
@@ -53,7 +55,8 @@ def evaluate(
 
     Scalar environments: episode k is reset with seed + k and counts once, whatever num_envs is, so that short
     episodes are not favoured. An environment that only exists as a VectorEnv counts a fixed number of episodes of
-    each of its environments. on_frame gets every rgb frame of the first environment. EnvError after timeout_s.
+    each of its environments. changes: what the environments are changed by, before their first episode. on_frame gets
+    every rgb frame of the first environment. EnvError after timeout_s.
     Atari games end with their last life and count every point, whatever training sees of them.
     """
     options = dict(kwargs or {})
@@ -64,6 +67,7 @@ def evaluate(
     episodes = _Episodes(num_episodes, envs.name, monotonic() + timeout_s)
     show = _shower(envs, on_frame)
     try:
+        envs.change(changes)
         if isinstance(envs, InPlaceEnvs):
             _run_scalar(envs, choose, episodes, seed, show)
         else:

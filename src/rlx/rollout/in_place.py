@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rlx.errors import CheckpointError, EnvError
+from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.failures import Failures
 from rlx.rollout.spaces import check_spaces, env_action
 
@@ -78,6 +79,13 @@ class InPlaceEnvs:
         self._truncated_B = np.zeros(self.num_envs, bool)
         self._episode = [-1] * self.num_envs
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
+        self._changes: Changes = ()  # for episodes that begin from now on
+        self._changed: list[Changes] = [()] * self.num_envs  # what each environment has had
+
+    def change(self, changes: Changes) -> None:
+        """Have each environment changed so when its next episode begins."""
+        if changes != self._changes:
+            self._changes = changes
 
     def begin_at(self, episode: int) -> None:
         """Take the episodes before number `episode` as done."""
@@ -132,6 +140,8 @@ class InPlaceEnvs:
 
     def reset_one(self, index: int, seed: int) -> None:
         """Begin an episode with `seed` in one environment; its observation goes to obs_B."""
+        if self._changed[index] is not self._changes:
+            self._change_one(index)
         returned: Any = RAISED
         try:
             returned = self._watchdog.run("reset", index, self.envs[index].reset, seed=seed)
@@ -165,6 +175,7 @@ class InPlaceEnvs:
             "length": lengths,
             "action": joined,
             "obs": self.obs_B.copy(),
+            "changes": list(map(changes_to_state, self._changed)),
         }
 
     def set_state(self, state: State) -> np.ndarray:
@@ -177,7 +188,9 @@ class InPlaceEnvs:
         self._failures.rebuilds = list(state["rebuilds"])
         restored_B = np.ones(self.num_envs, bool)
         ends = np.cumsum(state["length"])
+        newest = self._changes
         for index, end in enumerate(ends):
+            self._changes = changes_from_state(state["changes"][index]) if "changes" in state else ()
             actions = state["action"][end - state["length"][index] : end]
             self._episode[index] = int(state["episode"][index]) - 1
             self._begin_episode(index)
@@ -186,6 +199,7 @@ class InPlaceEnvs:
                 restored_B[index] = False
                 self._begin_episode(index)
                 self._actions[index] = []
+        self._changes = newest
         if not restored_B.all():
             log.warning(
                 "%s is not deterministic (replaying a seeded episode gave other observations): %d of %d environments "
@@ -218,11 +232,23 @@ class InPlaceEnvs:
         self._failures.recover(error, renew, where=where, index=index, step=self._steps_begun)
 
     def _renew(self, index: int, where: str) -> None:
+        self._make_anew(index, where)
+        self._reset_to_next(index)
+
+    def _make_anew(self, index: int, where: str) -> None:
         self._failures.close(self.envs[index].close, where, index)
         self.envs[index] = self._watchdog.run("__init__", index, self._make)
         self._steps[index] = self.envs[index].step
         self._unchecked.add(index)
-        self._reset_to_next(index)
+        self._changed[index] = ()
+
+    def _change_one(self, index: int) -> None:
+        where = self._where(index)
+        if not covered(self._changed[index], self._changes):  # the run went back to before a change
+            self._make_anew(index, where)
+        arguments = (self._changes, self._changed[index], self.envs[index], where)
+        self._watchdog.run("change", index, apply_changes, *arguments)
+        self._changed[index] = self._changes
 
     def _replay(self, index: int, actions: np.ndarray) -> bool:
         for action in self.env_action(actions) if len(actions) else ():

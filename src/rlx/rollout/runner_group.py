@@ -13,6 +13,7 @@ from gymnasium import spaces
 
 from rlx.actors import ActorHandle, Err, Future, GroupFuture, Ok, Restart, Runtime
 from rlx.errors import ActorDied, ActorError, CallTimeout, CheckpointError
+from rlx.rollout.env_changes import Changes, EnvChange, changes_from_state, changes_to_state, with_change
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner, Sample
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
 from rlx.rollout.spaces import Space, encoded_observation_space
@@ -58,6 +59,7 @@ class RunnerGroup:
         self.num_runners = num_runners
         self._reward_clip = reward_clip
         self._normalizer = Normalizer()
+        self.env_changes: Changes = ()
         self._wall_s = self._alone_s = 0.0
         self._samples = 0
         self._local: EnvRunner | None = None
@@ -86,12 +88,20 @@ class RunnerGroup:
         return encoded_observation_space(self._spaces[0]), self._spaces[1]
 
     def publish(self, version: int, weights: np.ndarray) -> None:
-        """Have every runner act with `weights` (flat float32) and the merged statistics from its next sample on."""
+        """Have every runner act with `weights` (flat float32) and the merged statistics from its next sample on.
+
+        The changes of the environments go with them.
+        """
         state = self._normalizer.get_state()
         if self._local is not None:
             self._local.set_weights(version, weights, state)
+            self._local.change_envs(self.env_changes)
         else:
-            self._remote.publish(version, weights, state)
+            self._remote.publish(version, weights, state, self.env_changes)
+
+    def change_envs(self, change: EnvChange) -> None:
+        """Have all environments changed, with the next `publish`; those made later are changed so, too."""
+        self.env_changes = with_change(self.env_changes, change)
 
     def sample(self, num_steps: int) -> Sample:
         """Return `num_steps` steps of every environment, joined along B in the order of the runners."""
@@ -140,7 +150,12 @@ class RunnerGroup:
         """Return the state of every runner and of the normaliser, as plain values and arrays."""
         runners = [self._local.get_state()] if self._local is not None else self._remote.get_state()
         calls = 0 if self._local is not None else self._remote.calls
-        return {"runners": runners, "calls": calls, "normalizer": self._normalizer.get_state()}
+        return {
+            "runners": runners,
+            "calls": calls,
+            "normalizer": self._normalizer.get_state(),
+            "env_changes": changes_to_state(self.env_changes),
+        }
 
     def set_state(self, state: State) -> None:
         """Continue where `get_state` was called; the weights and statistics reach the runners with `publish`."""
@@ -155,6 +170,7 @@ class RunnerGroup:
         else:
             self._remote.set_state(saved, int(state["calls"]))
         self._normalizer = Normalizer.from_state(state["normalizer"])
+        self.env_changes = changes_from_state(state.get("env_changes", ()))
 
     def close(self) -> None:
         """Release the environments and end the runners' processes; closing twice is fine."""
@@ -211,9 +227,10 @@ class _RunnerActors:
         """Return the environment's spaces, once every runner is up."""
         return self._ask("spaces", self._start_timeout_s, self._to_all)[0]
 
-    def publish(self, version: int, weights: np.ndarray, normalizer_state: State) -> None:
+    def publish(self, version: int, weights: np.ndarray, normalizer_state: State, env_changes: Changes) -> None:
         """Have every sample that is asked for from now on begin with these weights; no runner is waited for."""
-        self._channel.publish({"weights": weights, "normalizer": normalizer_state}, version)
+        value = {"weights": weights, "normalizer": normalizer_state, "env_changes": env_changes}
+        self._channel.publish(value, version)
 
     def sample(self, num_steps: int) -> list[Sample]:
         """Return each runner's fragment."""

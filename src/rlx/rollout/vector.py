@@ -16,6 +16,7 @@ from gymnasium.vector import VectorEnv
 
 from rlx.errors import EnvError
 from rlx.rollout.atari import AtariEnv, atari_vector_env, is_atari
+from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.in_place import InPlaceEnvs, State, Step
 from rlx.rollout.spaces import Space
@@ -48,6 +49,9 @@ class Envs(Protocol):
     def step(self, action_B: np.ndarray) -> Step:
         """Return what followed the policy's actions."""
         ...
+
+    def change(self, changes: Changes) -> None:
+        """Have scalar environments changed so when their next episode begins, a vector environment now."""
 
     def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
         """Remember what `get_state` needs of a finished fragment."""

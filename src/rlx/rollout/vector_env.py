@@ -12,6 +12,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from rlx.errors import CheckpointError, EnvError
 from rlx.rollout.deadline import EnvTimeout
+from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.env_state import CannotCapture, capture, restore
 from rlx.rollout.failures import Failures
 from rlx.rollout.in_place import FAILED, NO_FINALS, State, Step, describe, episode_seed
@@ -63,6 +64,21 @@ class VectorEnvAdapter:
         self._make, self._failures = make, failures
         self._steps_begun = 0
         self._checked = False
+        self._changes: Changes = ()
+
+    def change(self, changes: Changes) -> None:
+        """Change the vector environment now; it alone knows when the episodes of its environments begin."""
+        if changes == self._changes:
+            return
+        if not covered(self._changes, changes):  # the run went back to before a change
+            if self._make is None:
+                raise EnvError(f"{self.name} cannot undo its changes; pass a factory of it as the environment.")
+            self._make_anew(is_stuck=False)
+        self._change(changes)
+
+    def _change(self, changes: Changes) -> None:
+        self._failures.watchdog.run("change", 0, apply_changes, changes, self._changes, self.env, self.name)
+        self._changes = changes
 
     def begin_at(self, episode: int) -> None:
         """Take the resets before number `episode` as done."""
@@ -147,6 +163,7 @@ class VectorEnvAdapter:
             "obs": self.obs_B.copy(),
             "env": None,
             "obstacle": None,
+            "changes": changes_to_state(self._changes),
         }
         try:
             state["env"] = capture(self.env)
@@ -164,6 +181,7 @@ class VectorEnvAdapter:
         self._resets = int(state["resets"])
         self._failures.rebuilds = list(state["rebuilds"])
         obstacle = state["obstacle"]
+        self.change(changes_from_state(state.get("changes", ())))
         self.reset()
         if state["env"] is not None:
             try:
@@ -186,19 +204,26 @@ class VectorEnvAdapter:
 
     def _recover(self, error: Exception) -> None:
         """Begin episodes in a new vector environment in the place of one that failed with `error`, or raise it."""
+        renew = partial(self._renew, isinstance(error, EnvTimeout))
         where = f"the vector environment {self.name}"
-        renew = partial(self._renew, where, isinstance(error, EnvTimeout))
         self._failures.recover(error, renew, where=where, index=0, step=self._steps_begun)
 
-    def _renew(self, where: str, is_stuck: bool) -> None:
+    def _renew(self, is_stuck: bool) -> None:
         if self._make is not None:
-            close = self.env.close
-            if is_stuck and isinstance(self.env.unwrapped, AsyncVectorEnv):
-                close = partial(close, terminate=True)  # it would wait for the process that hangs
-            self._failures.close(close, where, 0)
-            self.env = self._failures.watchdog.run("__init__", 0, self._make)
-            self._checked = False
+            changes = self._changes
+            self._make_anew(is_stuck)
+            self._change(changes)
         self._reset_all()
+
+    def _make_anew(self, is_stuck: bool) -> None:
+        assert self._make is not None
+        close = self.env.close
+        if is_stuck and isinstance(self.env.unwrapped, AsyncVectorEnv):
+            close = partial(close, terminate=True)  # it would wait for the process that hangs
+        self._failures.close(close, f"the vector environment {self.name}", 0)
+        self.env = self._failures.watchdog.run("__init__", 0, self._make)
+        self._checked = False
+        self._changes = ()
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:

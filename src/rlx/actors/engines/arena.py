@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rlx.actors.engines.copying import Copier
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.shared_memory import PAGE_BYTES, SharedMemory, Span, address_of, cut, populate, release
 from rlx.errors import ActorError, ObjectMemoryFull
@@ -25,7 +26,6 @@ from rlx.errors import ActorError, ObjectMemoryFull
 ALIGN_BYTES = 64  # of every span: a cache line, and the widest vector registers
 RETAIN_BYTES = 256 << 20
 ROOM = 2  # virtual bytes per byte of the limit: blocks of unlike sizes leave gaps, which cost nothing
-LARGE_BYTES = 4 << 20  # from here on a copy lets other threads run; below, waiting for them costs more than the copy
 
 WARN_AFTER_S = 1.0
 POLL_S, MAX_POLL_S = 0.001, 0.020
@@ -99,6 +99,7 @@ class Arena:
         """Guards the blocks, and the leases of every lender."""
         self.lenders: list[Holder] = []
         self._pid = os.getpid()
+        self._copier = Copier()
         self._dead: deque[tuple[int, int, bool, bool]] = deque()  # of blocks: offset, capacity, populated, viewed
         self._used = self._retained = 0
         self._warm: dict[int, list[int]] = {}  # by capacity, the one freed longest ago first: offsets, latest last
@@ -138,14 +139,10 @@ class Arena:
             whole = self.data[block.offset : block.offset + block.capacity]
             populate(self._memory, whole, self._start + block.offset)
             block.populated = True
-        data = self.data.data
-        for (start, size), buffer in zip(spans, buffers, strict=True):
-            start += block.offset
-            block.spans.append((start, size))
-            if size < LARGE_BYTES:
-                data[start : start + size] = buffer
-            else:
-                np.copyto(self.data[start : start + size], np.frombuffer(buffer, np.uint8))
+        block.spans = [(block.offset + start, size) for start, size in spans]
+        self._copier.copy(
+            self.data, [(span[0], buffer) for span, buffer in zip(block.spans, buffers, strict=True)], block
+        )
         return block
 
     def adopt(self, spans: Iterable[Span]) -> list[Block | None]:
@@ -194,6 +191,10 @@ class Arena:
             self._reclaim()
             self._trim(self.retain_bytes)
             return self._used
+
+    def close(self) -> None:
+        """End the thread that helps with copies; what has been placed stays."""
+        self._copier.close()
 
     def _allocate(self, size: int) -> Block:
         self.check_owner()

@@ -96,6 +96,7 @@ class DriverMemory:
 
     def close(self) -> None:
         """Close the descriptors; views that are still held stay valid."""
+        self.arena.close()
         self._reader.close()
         self._memory.close()
 
