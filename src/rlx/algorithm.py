@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rlx import actors
+from rlx.actors.machine import cpu_count
 from rlx.checkpoint import load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.errors import RlxError
@@ -283,6 +284,7 @@ class Algorithm(ABC):
             on_env_error=s.fault_tolerance.on_env_error,
             max_env_failures=s.fault_tolerance.max_env_failures,
             env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
+            num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
             atari=s.atari.model_dump(),
             **s.environment.model_dump(exclude={"id"}),
         )

@@ -119,8 +119,12 @@ class EnvironmentSection(Section):
     """Normalised observations are cut to [-obs_clip, obs_clip]; in standard deviations."""
     reward_clip: float = Field(default=10.0, gt=0)
     """Normalised rewards are cut to [-reward_clip, reward_clip]; in standard deviations."""
-    vectorization: Literal["auto", "native", "in_place"] = "auto"
-    """native: the environment's own vector version; in_place: a loop in the runner; auto: native where there is one."""
+    vectorization: Literal["auto", "native", "in_place", "processes"] = "auto"
+    """native: the environment's own vector version; in_place: a loop in the runner; processes: loops in processes of
+    their own; auto: native where there is one, else what a short measurement finds faster, which is logged."""
+    num_processes: int | None = Field(default=None, gt=0)
+    """Processes that the environments of one runner are shared out to; null: one for each core that it may use. More
+    pay only where environments wait for something else than the CPU."""
 
     def chosen(self) -> str | Callable[..., Any]:
         """Return the id; ConfigError where none is chosen yet."""

@@ -75,13 +75,13 @@ class Sample:
 class EnvRunner:
     """Owns `num_envs` environments and a copy of the policy.
 
-    env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
-    runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Images and Discrete observations are never normalised. policy_channel: where weights, statistics and
-    changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample begins with the
-    newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that failed is masked,
-    and the one before it truncated.
-    atari: see `rlx.settings.AtariSection`; episodes are accounted for before lives and clipping come in.
+    env, kwargs, vectorization, num_processes, num_cores: see `make_envs`. first_env_index: number of the first
+    environment among all runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns
+    that rewards are scaled by. Images and Discrete observations are never normalised. policy_channel: where weights,
+    statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample
+    begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that
+    failed is masked, and the one before it truncated. atari: see `rlx.settings.AtariSection`; episodes are accounted
+    for before lives and clipping come in.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class EnvRunner:
         *,
         kwargs: Mapping[str, Any] | None = None,
         vectorization: str = "auto",
+        num_processes: int | None = None,
+        num_cores: int = 1,
         seed: int = 0,
         first_env_index: int = 0,
         gamma: float = 0.99,
@@ -116,6 +118,8 @@ class EnvRunner:
             *(env, num_envs),
             kwargs=kwargs,
             vectorization=vectorization,
+            num_processes=num_processes,
+            num_cores=num_cores,
             seed=seed,
             first_env_index=first_env_index,
             failures=self._failures,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from rlx.rollout.spaces import row_of_actions
 from rlx.rollout.vector import Envs
 
 
@@ -37,14 +38,11 @@ class Fragment:
         """Return new arrays: a trajectory's arrays are never written to again."""
         shape = (num_steps, envs.num_envs)
         raw = np.empty((*shape, *obs_space.shape), obs_space.dtype)
-        if isinstance(envs.action_space, spaces.Discrete):
-            action = np.empty(shape, np.int64)
-        else:
-            action = np.empty((*shape, int(np.prod(envs.action_space.shape or ()))), np.float32)
+        action_shape, action_dtype = row_of_actions(envs.action_space)
         return cls(
             raw=raw,
             obs=np.empty_like(raw) if is_normalized else raw,
-            action=action,
+            action=np.empty((*shape, *action_shape), action_dtype),
             reward=np.empty(shape),
             terminated=np.empty(shape, bool),
             truncated=np.empty(shape, bool),

@@ -39,6 +39,15 @@ def episode_seed(seed: int, env_index: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, env_index, episode]).generate_state(1)[0] >> 1)
 
 
+def check_state(state: State, num_envs: int) -> None:
+    """Raise CheckpointError unless `state` is of as many scalar environments, whichever process they were in."""
+    if state["kind"] != "in_place" or len(state["obs"]) != num_envs:
+        raise CheckpointError(
+            f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has {num_envs} "
+            "in_place; resume with the num_envs and vectorization of the saved run."
+        )
+
+
 class InPlaceEnvs:
     """B scalar environments that reset themselves in the step that ends an episode; arrays returned are reused.
 
@@ -77,7 +86,7 @@ class InPlaceEnvs:
         self._reward_B = np.zeros(self.num_envs)
         self._terminated_B = np.zeros(self.num_envs, bool)
         self._truncated_B = np.zeros(self.num_envs, bool)
-        self._episode = [-1] * self.num_envs
+        self._episode: list[int] | np.ndarray = [-1] * self.num_envs
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
         self._changes: Changes = ()  # for episodes that begin from now on
         self._changed: list[Changes] = [()] * self.num_envs  # what each environment has had
@@ -89,7 +98,22 @@ class InPlaceEnvs:
 
     def begin_at(self, episode: int) -> None:
         """Take the episodes before number `episode` as done."""
-        self._episode = [episode - 1] * self.num_envs
+        self._episode[:] = [episode - 1] * self.num_envs
+
+    def keep_in(
+        self,
+        obs_B: np.ndarray,
+        reward_B: np.ndarray,
+        terminated_B: np.ndarray,
+        truncated_B: np.ndarray,
+        lives_B: np.ndarray,
+        episode_B: np.ndarray,
+    ) -> None:
+        """Before the first reset: write what a step returns, and the episodes' numbers, to these arrays."""
+        self.obs_B, self._reward_B = obs_B, reward_B
+        self._terminated_B, self._truncated_B = terminated_B, truncated_B
+        self.lives_B = None if self.lives_B is None else lives_B
+        self._episode = episode_B
 
     def reset(self) -> np.ndarray:
         """Return the first observations of a new episode in every environment."""
@@ -138,6 +162,13 @@ class InPlaceEnvs:
         except Exception as error:
             self._explain(error, index, "step", returned, f"with action {action!r}")
 
+    def step_at_random(self) -> None:
+        """Take a random action in every environment; where nothing but the time matters."""
+        for index in range(self.num_envs):
+            _, terminated, truncated = self.step_one(index, self.action_space.sample())
+            if terminated or truncated:
+                self._begin_episode(index)
+
     def reset_one(self, index: int, seed: int) -> None:
         """Begin an episode with `seed` in one environment; its observation goes to obs_B."""
         if self._changed[index] is not self._changes:
@@ -170,7 +201,7 @@ class InPlaceEnvs:
         joined = np.concatenate(chunks) if chunks else np.zeros(0)
         return {
             "kind": "in_place",
-            "episode": list(self._episode),
+            "episode": [int(episode) for episode in self._episode],
             "rebuilds": list(self._failures.rebuilds),
             "length": lengths,
             "action": joined,
@@ -180,11 +211,7 @@ class InPlaceEnvs:
 
     def set_state(self, state: State) -> np.ndarray:
         """Return a bool [B]: True where the running episode was restored, False where a new one had to begin."""
-        if state["kind"] != "in_place" or len(state["episode"]) != self.num_envs:
-            raise CheckpointError(
-                f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has "
-                f"{self.num_envs} in_place; resume with the num_envs and vectorization of the saved run."
-            )
+        check_state(state, self.num_envs)
         self._failures.rebuilds = list(state["rebuilds"])
         restored_B = np.ones(self.num_envs, bool)
         ends = np.cumsum(state["length"])

@@ -78,6 +78,13 @@ def env_action(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     return lambda action_B: np.minimum(np.maximum(action_B.astype(dtype).reshape(shape), low), high)
 
 
+def row_of_actions(space: Space) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and dtype of one of the policy's actions."""
+    if isinstance(space, spaces.Discrete):
+        return (), np.dtype(np.int64)
+    return (int(np.prod(space.shape or ())),), np.dtype(np.float32)
+
+
 def space_to_state(space: Space) -> dict[str, Any]:
     """Return a supported space as plain values and arrays, for a checkpoint."""
     if isinstance(space, spaces.Discrete):

@@ -16,14 +16,18 @@ from gymnasium.vector import VectorEnv
 
 from rlx.errors import EnvError
 from rlx.rollout.atari import AtariEnv, atari_vector_env, is_atari
+from rlx.rollout.choice import processes_pay
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.in_place import InPlaceEnvs, State, Step
+from rlx.rollout.mujoco_warnings import log_warnings
+from rlx.rollout.processes import ProcessEnvs
 from rlx.rollout.spaces import Space
 from rlx.rollout.vector_env import AnyVectorEnv, VectorEnvAdapter
 
 log = logging.getLogger(__name__)
 
+SCALAR = ("in_place", "processes")
 EnvSource = str | type | Callable[..., Any] | AnyVectorEnv
 """A gymnasium id, "package.module:Name", an Env or VectorEnv class, a factory of either, or a VectorEnv."""
 
@@ -81,20 +85,27 @@ def make_envs(
     seed: int = 0,
     first_env_index: int = 0,
     failures: Failures | None = None,
+    num_processes: int | None = None,
+    num_cores: int = 1,
     atari: Mapping[str, Any] | None = None,
     counts_lives: bool = False,
 ) -> Envs:
     """Return `num_envs` environments made from `env`.
 
     vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
-    a loop, "auto" prefers the native one where it exists and can be made. failures: what becomes of an environment
-    that fails; by default its error is raised. atari: how Atari games are shown, see `rlx.settings.AtariSection`;
-    None leaves them as gymnasium makes them. counts_lives: keep `lives_B`, of environments whose info has lives.
+    a loop, "processes" in `num_processes` loops of their own (None: one for each of num_cores), "auto" prefers the
+    native one where it exists and can be made, and measures which of the others is faster where it may use more than
+    one core. failures: what becomes of an environment that fails; by default its error is raised. atari: how Atari
+    games are shown, see `rlx.settings.AtariSection`; None leaves them as gymnasium makes them. counts_lives: keep
+    `lives_B`, of environments whose info has lives.
     """
+    source: Any
     source, name = resolve(env)
     if atari is not None and is_atari(source):
-        games: Any = AtariEnv if vectorization == "in_place" else atari_vector_env
-        source = partial(games, source, atari)
+        if vectorization in SCALAR:
+            source = partial(AtariEnv, source, atari)
+        else:
+            source = partial(atari_vector_env, source, atari, num_threads=min(num_cores, num_envs))
     options = dict(kwargs or {})
     common = (name, seed, first_env_index)
     failures = failures or Failures(num_envs)
@@ -113,13 +124,18 @@ def make_envs(
     if native is not None:
         return VectorEnvAdapter(native, num_envs, *common, make, failures, counts_lives)
     make = partial(make_scalar, source, options, name)
+    make_many = partial(make_scalars, make, name)
+    num_processes = min(num_envs, num_processes or num_cores)
+    if vectorization == "processes":
+        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives)
     first = make()
     if isinstance(first, VectorEnv):
         return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives)
-    scalars = [first] + [make() for _ in range(num_envs - 1)]
-    if len(set(map(id, scalars))) < num_envs:
-        raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
-    return InPlaceEnvs(scalars, *common, make, failures, counts_lives)
+    may_pay = vectorization == "auto" and min(num_processes, num_cores) > 1
+    if may_pay and processes_pay(make_many, num_envs, num_processes, name, failures.options):
+        first.close()
+        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives)
+    return InPlaceEnvs(make_many(num_envs, first), *common, make, failures, counts_lives)
 
 
 def resolve(env: EnvSource) -> tuple[Any, str]:
@@ -149,6 +165,9 @@ def make_scalar(source: Any, kwargs: Mapping[str, Any], name: str) -> Any:
         made = source(**kwargs)
     else:
         try:
+            spec = gymnasium.registry.get(source.rpartition(":")[2])
+            if spec is not None and str(spec.entry_point).startswith("gymnasium.envs.mujoco"):
+                log_warnings()
             made = gymnasium.make(source, disable_env_checker=True, **kwargs)
         except (gymnasium.error.Error, ImportError, TypeError) as error:
             raise EnvError(f"{name} cannot be made: {error}") from error
@@ -160,10 +179,20 @@ def make_scalar(source: Any, kwargs: Mapping[str, Any], name: str) -> Any:
     return made
 
 
+def make_scalars(make: Callable[[], Any], name: str, count: int, *given: Any) -> list[Any]:
+    """Return `count` scalar environments, those that are `given` among them."""
+    envs = [*given, *(make() for _ in range(count - len(given)))]
+    if any(isinstance(env, VectorEnv) for env in envs):
+        raise EnvError(f"{name} made a VectorEnv, which steps its environments itself; set vectorization=auto.")
+    if len(set(map(id, envs))) < count:
+        raise EnvError(f"{name} returned the same environment twice; it must make a new one at every call.")
+    return envs
+
+
 def _native(env_id: str, num_envs: int, kwargs: dict[str, Any], vectorization: str) -> AnyVectorEnv | None:
     """Return the vector environment registered for the id, or None where scalar ones should serve."""
     spec = gymnasium.registry.get(env_id.rpartition(":")[2])
-    if vectorization == "in_place" or (vectorization == "auto" and (spec is None or spec.vector_entry_point is None)):
+    if vectorization in SCALAR or (vectorization == "auto" and (spec is None or spec.vector_entry_point is None)):
         return None
     try:
         with warnings.catch_warnings():
