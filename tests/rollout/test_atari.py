@@ -12,6 +12,7 @@ from rlx.nets.policy import build_policy
 from rlx.rollout.atari import AtariEnv, is_atari
 from rlx.rollout.env_runner import EnvRunner
 from rlx.rollout.evaluation import evaluate
+from rlx.rollout.fragment import Fragment
 from rlx.rollout.in_place import episode_seed
 from rlx.rollout.vector import make_envs
 from rlx.rollout.vector_env import VectorEnvAdapter
@@ -93,6 +94,17 @@ def test_lost_lives_and_cut_rewards_are_learned_from_and_whole_games_are_reporte
 def rows(trajectory):
     columns = {name: array[:, 0] for name, array in vars(trajectory).items() if array is not None}
     return ({name: column[t] for name, column in columns.items()} for t in range(len(columns["reward"])))
+
+
+def test_a_life_is_lost_where_the_game_goes_on_with_another_one():
+    """By hand, one game: 3 lives, one lost, the last ones gone without the game ending at once, then a new game."""
+    envs = make_envs("ALE/Pong-v5", 1, atari=protocol(), counts_lives=True)
+    fragment = Fragment.empty(6, envs, envs.observation_space, False)
+    fragment.lives[:, 0] = [3, 3, 2, 2, 0, 3, 2]
+    for array in (fragment.terminated, fragment.truncated):
+        array[:] = False
+    fragment.terminated[4] = True
+    assert fragment.life_lost()[:, 0].tolist() == [False, True, False, False, False, True]
 
 
 def test_evaluation_plays_whole_games_and_counts_every_point():

@@ -35,14 +35,14 @@ SEED = 3
 class Story(gymnasium.Env):
     """obs = (seed of the episode, step, position of a seeded walk, level); truncated after 6 steps.
 
-    Either terminated beyond 2; or trouble comes in the 3rd step of the episode with seed `at`.
+    Either terminated beyond 2; or trouble comes in step `when` of the episode with seed `at`.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
     action_space = spaces.Discrete(3, start=1)
 
-    def __init__(self, trouble=None, at=None, step_s=0.0):
-        self.trouble, self.at, self.step_s, self.level = trouble, at, step_s, 0
+    def __init__(self, trouble=None, at=None, when=3, step_s=0.0):
+        self.trouble, self.at, self.when, self.step_s, self.level = trouble, at, when, step_s, 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -56,7 +56,7 @@ class Story(gymnasium.Env):
         if self.step_s:
             time.sleep(self.step_s)
         self.steps += 1
-        if self.trouble is not None and self.seed == self.at and self.steps == 3:
+        if self.trouble is not None and self.seed == self.at and self.steps == self.when:
             self.make_trouble()
         self.position += (action - 2) * 0.3 + self.np_random.normal()
         terminated = self.trouble is None and bool(abs(self.position) > 2)
@@ -153,6 +153,16 @@ def test_a_worker_that_is_lost_costs_its_environments_one_row(trouble):
         assert (sample.env_failures, runner.sample(3).env_failures) == (1, 0)
 
 
+def test_nothing_of_the_step_before_shows_in_a_row_that_is_lost():
+    """All episodes end in row 5, and a worker dies in row 6."""
+    trouble = {"trouble": "kill", "at": seed_of(1, 1), "when": 1}
+    with runner_of(Story, 4, kwargs=trouble, **REBUILD) as runner:
+        t = runner.sample(8).trajectory
+    np.testing.assert_array_equal(t.truncated[5:7], [[1, 1, 1, 1], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(t.mask[6], [0, 0, 1, 1])
+    np.testing.assert_array_equal(t.reward[6, :2], [0, 0])
+
+
 def test_a_worker_that_dies_ends_the_run_where_failures_do_and_says_what_it_did():
     with runner_of(Story, 4, kwargs={"trouble": "kill", "at": seed_of(2)}) as runner:
         with pytest.raises(ActorDied, match=r"SIGKILL.*step\(\)") as caught:
@@ -178,8 +188,9 @@ class Doomed(Story):
 
 
 def test_a_worker_that_never_worked_is_not_tried_again():
-    with runner_of(Doomed, 2, **REBUILD) as runner, pytest.raises(ActorDied, match="SIGABRT"):
+    with runner_of(Doomed, 2, **REBUILD) as runner, pytest.raises(ActorDied, match="SIGABRT") as caught:
         runner.sample(1)
+    assert "times in a row" not in "\n".join(caught.value.__notes__)
 
 
 def test_changes_reach_every_worker_and_those_that_follow_it():
