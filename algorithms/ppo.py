@@ -70,10 +70,19 @@ class PPOConfig(AlgorithmConfig, training=PPOTraining):
                 f"{max(1, r.num_env_runners)} env runners x {r.num_envs_per_env_runner} envs x "
                 f"{r.rollout_fragment_length} steps; set it to {batch} or less."
             )
-        if settings.learners.num_learners > minibatch_size:
+        row, length = "sample", 1
+        if settings.model.memory != "none":
+            length = min(settings.model.sequence_length, r.rollout_fragment_length)
+            row = f"sequence of {length} steps"
+        if minibatch_size < length:
             raise ConfigError(
-                f"learners.num_learners={settings.learners.num_learners} leaves some learners without a sample of a "
-                f"minibatch of {minibatch_size}; set it to {minibatch_size} or less."
+                f"training.minibatch_size={minibatch_size} is less than a {row}; set it to {length} or more, or "
+                f"model.sequence_length to {minibatch_size} or less."
+            )
+        if settings.learners.num_learners > minibatch_size // length:
+            raise ConfigError(
+                f"learners.num_learners={settings.learners.num_learners} leaves some learners without a {row} of a "
+                f"minibatch of {minibatch_size}; set it to {minibatch_size // length} or less."
             )
 
 
@@ -131,7 +140,7 @@ class PPO(Algorithm, config=PPOConfig):
         )
         if training.normalize_advantage:
             advantage = standardize(advantage, t.mask)
-        batch = t.flatten("obs", "action", "logp", "value", "mask", advantage=advantage, return_=return_)
+        batch = t.rows("obs", "action", "logp", "value", "mask", advantage=advantage, return_=return_)
         stats = self.update(
             batch,
             epochs=training.epochs,

@@ -8,7 +8,8 @@ from pathlib import Path
 from rlx.algorithms.ppo import PPOConfig
 from rlx.config_document import flow
 from rlx.metrics import METRICS
-from rlx.settings import FREE_ON_RESUME, allowed
+from rlx.section import allowed
+from rlx.settings import FREE_ON_RESUME
 
 FOLDER = Path(__file__).parent
 

@@ -176,7 +176,7 @@ SETTINGS = {
     "no assignment": ("nonsense", "--set nonsense is no assignment; write --set KEY=VALUE"),
     "no key": ("=3", "--set =3 is no assignment"),
     "no YAML": ("training.epochs=[[", "--set training.epochs: this is not YAML"),
-    "dunder": ("__class__.x=1", "__class__ is not a section. The sections are algorithm, environment"),
+    "dunder": ("__class__.x=1", "__class__ is not a section."),
     "minibatch too large": (
         "training.minibatch_size=1000",
         "training.minibatch_size=1000 is larger than the batch of 128 = 1 env runners x 4 envs x 32 steps; "

@@ -119,8 +119,8 @@ def test_resume_refuses_what_would_bend_the_curve_before_it_touches_anything(fin
     assert main(["train", "--resume", str(finished_run), "--set", "training.epochs=2"]) == 2
     assert capsys.readouterr().err == (
         f"rlx: error: {finished_run} was trained with other settings: training.epochs was 1 and would be 2. Only stop, "
-        "reporting, checkpointing, fault_tolerance, evaluation may change when a run goes on; leave the rest as it "
-        "was, or start a new run.\n"
+        "reporting, checkpointing, fault_tolerance, evaluation, callbacks may change when a run goes on; leave the "
+        "rest as it was, or start a new run.\n"
     )
     Path("other.yaml").write_text(CONFIG.replace("CartPole-v1", "Acrobot-v1"))
     assert main(["train", "other.yaml", "--resume", str(finished_run)]) == 2

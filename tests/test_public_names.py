@@ -7,6 +7,8 @@ import rlx
 NAMES = [
     "Algorithm",
     "AlgorithmConfig",
+    "Callback",
+    "Episode",
     "Schedule",
     "Section",
     "Settings",

@@ -12,17 +12,22 @@ from rlx import errors
 
 if TYPE_CHECKING:
     from rlx.algorithm import Algorithm
+    from rlx.callbacks import Callback, Episode
     from rlx.config import AlgorithmConfig, load_config
     from rlx.inference import TrainedPolicy, load_policy
-    from rlx.settings import Schedule, Section, Settings, TrainingSection
+    from rlx.schedule import Schedule
+    from rlx.section import Section
+    from rlx.settings import Settings, TrainingSection
 
 __version__ = metadata.version("rlx")
 
 _HOME = {
     "Algorithm": "rlx.algorithm",
     "AlgorithmConfig": "rlx.config",
-    "Schedule": "rlx.settings",
-    "Section": "rlx.settings",
+    "Callback": "rlx.callbacks",
+    "Episode": "rlx.callbacks",
+    "Schedule": "rlx.schedule",
+    "Section": "rlx.section",
     "Settings": "rlx.settings",
     "TrainedPolicy": "rlx.inference",
     "TrainingSection": "rlx.settings",
@@ -33,6 +38,8 @@ _HOME = {
 __all__ = [
     "Algorithm",
     "AlgorithmConfig",
+    "Callback",
+    "Episode",
     "Schedule",
     "Section",
     "Settings",

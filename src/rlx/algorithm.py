@@ -7,34 +7,47 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from statistics import fmean
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
 from rlx import actors
 from rlx.actors.machine import cpu_count
+from rlx.callbacks import PREFIX, Callbacks
 from rlx.checkpoint import load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
-from rlx.errors import RlxError
+from rlx.errors import ConfigError, RlxError
+from rlx.fitting import fit
 from rlx.inference import evaluation_metrics, policy_builder
-from rlx.interrupts import deferred_interrupt
 from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.metrics import Clock, EpisodeWindow, Metrics
 from rlx.nets.flat import FlatParameters
-from rlx.progress import progress_display
 from rlx.rollout.atari import is_atari
+from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.runner_group import RunnerGroup
+from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
 from rlx.run import check_resumable
 from rlx.saves import Saves
+from rlx.schedule import Schedule
+from rlx.section import plain
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
 
-COUNTERS = ("iteration", "env_steps", "episodes", "env_failures", "runner_restarts", "learner_restarts")
+COUNTERS = (
+    "iteration",
+    "env_steps",
+    "dropped_env_steps",
+    "episodes",
+    "env_failures",
+    "runner_restarts",
+    "learner_restarts",
+)
 """Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
@@ -64,24 +77,28 @@ class Algorithm(ABC):
         self._is_atari = is_atari(s.environment.id)
         self.training: Any = s.training
         self.iteration = self.env_steps = self.episodes = 0
-        self.env_failures = self.runner_restarts = self.learner_restarts = 0
+        self.env_failures = self.runner_restarts = self.learner_restarts = self.dropped_env_steps = 0
         self.total_s = 0.0
         self.best_return: float | None = None
         self.best_iteration: int | None = None
         self.window = EpisodeWindow(s.reporting.window_episodes)
-        self.stop_reason = ""
-        self._saves = Saves(self, None if run_dir is None else Path(run_dir))
+        self.stop_reason = self.stop_request = ""
+        self.callbacks = Callbacks(s.callbacks.classes)
+        self.saves = Saves(self, None if run_dir is None else Path(run_dir))
         self._runtime: actors.Runtime | None = None
         self._evaluation_policy: Any = None
         self._weights_are_stale = True
         self._advised = False
         self._clock = Clock()
-        self._sample_metrics: Metrics = {}
+        self._ages: list[np.ndarray] = []  # of this iteration's samples
+        self._episode_metrics: dict[str, list[float]] = {}
+        self._schedules: dict[str, Any] = {}  # those that were changed, as written
         build = policy_builder(s)
         try:
             self.runners = self._build_runners(build)
             self._build_policy = functools.partial(build, *self.runners.policy_spaces())
             self.learners = self._build_learners()
+            self.callbacks("on_algorithm_start", self)
         except BaseException:
             self.close()
             raise
@@ -100,24 +117,72 @@ class Algorithm(ABC):
     # What training_step is made of ------------------------------------------------------------------------------
 
     def sample(self) -> Trajectory:
-        """Collect one fragment from every env runner, [T, B]; count its steps and episodes."""
-        if self._weights_are_stale:
+        """Collect one fragment from every env runner, [T, B]; count its steps and episodes.
+
+        With training.max_age 1 it was collected during the last iteration, and the next one is begun now.
+        """
+        steps, is_ahead = self.settings.env_runners.rollout_fragment_length, self.training.max_age > 0
+        if self._weights_are_stale and not self.runners.has_begun:
             self.publish()
-        sample = self.runners.sample(self.settings.env_runners.rollout_fragment_length)
+        sample = self.runners.sample(steps)
+        if is_ahead:
+            self.publish()
+            self.runners.begin(steps)
+        self._count(sample)
+        self._ages.append(self.learners.version - sample.trajectory.weights_version[sample.trajectory.mask])
+        return sample.trajectory
+
+    def arrivals(self, count: int, fragments: int) -> Iterator[Batch]:
+        """Yield `count` batches [T, B], each of the `fragments` that the next env runners finish; count their steps.
+
+        Nobody waits for a slow runner, and while a batch is learned from, all go on. Samples older than
+        training.max_age are masked, and counted as dropped. With max_age 0 or 1 it is `sample`, which all runners join.
+        """
+        r, max_age = self.settings.env_runners, self.training.max_age
+        for _ in range(count):
+            if max_age <= 1:
+                yield self.sample().tensors()
+                continue
+            if self._weights_are_stale:
+                self.publish()
+            sample = self.runners.arrive(
+                *(r.rollout_fragment_length,),
+                per_batch=fragments,
+                max_ahead=max_age + 1,
+                queue_size=r.queue_size,
+                when_full=r.when_queue_full,
+            )
+            self._count(sample)
+            batch = sample.trajectory.tensors()
+            self.dropped_env_steps += sample.dropped_steps + self.mask_old(batch)
+            yield batch
+            self.runners.used()
+
+    def mask_old(self, batch: Batch) -> int:
+        """Mask the samples that are older than training.max_age by now; return how many. Note the ages of the rest."""
+        age = self.learners.version - batch.weights_version
+        too_old = batch.mask & (age > self.training.max_age)
+        batch.tensors["mask"] = batch.mask & ~too_old
+        self._ages.append(age[batch.mask].numpy())
+        return int(too_old.sum())
+
+    def _count(self, sample: Sample) -> None:
         self._clock.add(
             env_s=sample.env_s, inference_s=sample.inference_s, transfer_s=sample.transfer_s, wait_s=sample.wait_s
         )
-        age = self.learners.version - sample.trajectory.weights_version
-        self._sample_metrics = {"age_mean": float(age.mean()), "age_max": int(age.max())}
         self.env_steps += sample.env_steps
         self.episodes += len(sample.episodes)
         self.env_failures += sample.env_failures
         self.runner_restarts += sample.runner_restarts
         self.window.add(sample.episodes)
+        for name, values in sample.episode_metrics.items():
+            self._episode_metrics.setdefault(name, []).extend(values)
+        if sample.runner_restarts:
+            self.callbacks("on_runner_restart", self, sample.runner_restarts)
+        self.callbacks("on_sample_end", self, sample.trajectory)
         if not self._advised and (advice := self.runners.advice()):
             log.warning(advice)
             self._advised = True
-        return sample.trajectory
 
     def update(self, batch: Batch, **options: Any) -> dict[str, float]:
         """Run `Learner.update` on all learners with this iteration's seed; return its stats."""
@@ -135,14 +200,20 @@ class Algorithm(ABC):
         return stats
 
     def publish(self) -> None:
-        """Send the learners' weights to all env runners."""
+        """Send the learners' weights to all env runners.
+
+        A fragment that is being collected ahead keeps the weights that it has begun with; `sample` publishes after it.
+        """
+        if self.training.max_age == 1 and self.runners.has_begun:
+            self._weights_are_stale = True
+            return
         with self._clock.measure("transfer_s"):
             self.runners.publish(self.learners.version, self.learners.weights())
         self._weights_are_stale = False
 
     def seed(self, purpose: str) -> int:
-        """Return this iteration's seed for `purpose`; it depends on the run's seed and the iteration only."""
-        entropy = [self.settings.runtime.seed, self.iteration, *purpose.encode()]
+        """Return the seed of the next update for `purpose`; it depends on the run's seed and updates so far only."""
+        entropy = [self.settings.runtime.seed, self.learners.version, *purpose.encode()]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
     # What a user calls ------------------------------------------------------------------------------------------
@@ -156,13 +227,13 @@ class Algorithm(ABC):
         """
         while True:
             try:
-                self._saves.keep_copy()
+                self.saves.keep_copy()
                 return self._train_once()
             except LearnersLost as lost:
-                self._saves.go_back(lost)
+                self.saves.go_back(lost)
 
     def _train_once(self) -> Metrics:
-        self._clock = Clock()
+        self._clock, self._ages, self._episode_metrics = Clock(), [], {}
         before, window_before = (self.env_steps, self.episodes), self.window.get_state()
         try:
             # An interrupt inside torch's own no_grad() may leave gradients off; the next iteration needs them.
@@ -174,20 +245,25 @@ class Algorithm(ABC):
             self._weights_are_stale = True
             raise
         self.iteration += 1
+        age = np.concatenate([*self._ages, np.zeros(0, np.int64)])
         times = self._clock.summary()
         self.total_s += float(times["time/iteration_s"] or 0)
-        return {
+        metrics = {
             **{name: getattr(self, name) for name in COUNTERS},
             **({"frames": self.env_steps * self.settings.atari.frame_skip} if self._is_atari else {}),
             "gradient_steps": self.learners.gradient_steps,
             "weights_version": self.learners.version,
             "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
             **self.window.summary(),
-            **self._sample_metrics,
+            "age_mean": float(age.mean()) if len(age) else 0.0,
+            "age_max": int(age.max(initial=0)),
             **{f"learner/{name}": value for name, value in stats.items()},
+            **{f"{PREFIX}{name}": fmean(values) for name, values in self._episode_metrics.items()},
             "time/total_s": self.total_s,
             **times,
         }
+        self.callbacks.with_metrics("on_train_result", self, metrics)
+        return metrics
 
     def fit(self) -> Metrics:
         """Train until a limit of `stop` is reached; return the last iteration's metrics.
@@ -195,20 +271,41 @@ class Algorithm(ABC):
         With a run folder, every iteration is logged and checkpoints are saved. Ctrl-C ends the run after the
         current iteration, with a checkpoint; a second one at once. So does SIGTERM.
         """
-        self.settings.stop.require_limit()
-        self._saves.open()
-        metrics: Metrics = {}
-        with deferred_interrupt() as interrupted, progress_display(self.settings) as progress:
-            while not (reason := "interrupted" if interrupted() else self._reason_to_stop()):
-                try:
-                    metrics = self._iterate()
-                except LearnersLost as lost:  # in an evaluation or a checkpoint
-                    self._saves.go_back(lost)
-                    continue
-                progress.update(metrics)
-        self.stop_reason = reason
-        self._saves.save()
-        return metrics
+        return fit(self)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run folder, if there is one; `fit` makes it."""
+        return self.saves.folder
+
+    def request_stop(self, reason: str) -> None:
+        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it."""
+        self.stop_request = reason or "a stop was requested"
+
+    def set_env_attribute(self, name: str, value: Any) -> None:
+        """Set an attribute of all environments, through their wrappers: see `call_envs`."""
+        self._change_envs("set", name, value)
+
+    def call_envs(self, method: str, *arguments: Any) -> None:
+        """Call a method of all environments, such as set_task(level), with plain data.
+
+        It happens when the next episode of each begins; in a VectorEnv, which begins its episodes by itself, before
+        the next sample. Environments that are made later, in evaluations, too, get the newest call of each method, and
+        so do those of a resumed run: have the method set a state and not add to one.
+        """
+        self._change_envs("call", method, *arguments)
+
+    def set_schedule(self, name: str, value: Any) -> None:
+        """Change a setting of `training` that may be a schedule, such as lr, for the iterations to come.
+
+        value: a number or {start, end, env_steps}. A resumed run goes on with it; the config stays as it was.
+        """
+        if not isinstance(getattr(self.training, name, None), Schedule):
+            names = ", ".join(key for key, one in self.training if isinstance(one, Schedule))
+            raise ConfigError(f"training.{name} is no schedule, so it cannot change in mid-run; {names} can.")
+        new = getattr(self.config.copy().set(f"training.{name}", value).settings.training, name)
+        self.training = self.training.model_copy(update={name: new})
+        self._schedules[name] = new.written()
 
     def evaluate(self, num_episodes: int | None = None, on_frame: Callable | None = None) -> Metrics:
         """Run evaluation episodes on envs of their own, with a frozen copy of the normalizer; return the metrics.
@@ -219,8 +316,14 @@ class Algorithm(ABC):
             self._evaluation_policy = self._build_policy()
             self._evaluation_weights = FlatParameters(self._evaluation_policy)
         self._evaluation_weights.load(self.learners.weights())
-        normalizer = self.runners.normalizer_state()
-        return evaluation_metrics(self.settings, self._evaluation_policy, normalizer, num_episodes, on_frame=on_frame)
+        self.callbacks("on_evaluate_start", self)
+        metrics = evaluation_metrics(
+            *(self.settings, self._evaluation_policy, self.runners.normalizer_state(), num_episodes),
+            changes=self.runners.env_changes,
+            on_frame=on_frame,
+        )
+        self.callbacks.with_metrics("on_evaluate_end", self, metrics)
+        return metrics
 
     def save(self, path: str | Path) -> Path:
         """Save everything that exact resume needs as the folder `path`; return it."""
@@ -230,7 +333,7 @@ class Algorithm(ABC):
         """Continue from a checkpoint folder, or from the newest checkpoint of a run folder."""
         path = Path(path)
         self.set_state(load_state(path))
-        self._saves.restored(path)
+        self.saves.restored(path)
 
     def get_state(self) -> dict[str, Any]:
         """Return the whole state as a tree of plain values and numpy arrays."""
@@ -244,18 +347,25 @@ class Algorithm(ABC):
             "spaces": [space_to_state(space) for space in self.runners.spaces()],
             "learners": self.learners.get_state(),
             "runners": self.runners.get_state(),
+            "schedules": dict(self._schedules),
+            "callbacks": self.callbacks.get_state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`; CheckpointError if it comes from another config."""
         check_resumable(type(self.config).from_dict(state["config"]), self.config, "the checkpoint")
         for name in (*COUNTERS, "total_s", "best_return", "best_iteration"):
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))  # older checkpoints lack some counters
         self.window.set_state(state["window"])
         self._weights_are_stale = True
         self.learners.set_state(state["learners"])
         self.runners.set_state(state["runners"])
-        self._saves.rewind()
+        self.training, self._schedules = self.settings.training, {}
+        for name, value in state.get("schedules", {}).items():
+            self.set_schedule(name, value)
+        self.callbacks.set_state(state.get("callbacks", {}))
+        self.saves.rewind()
+        self.callbacks("on_restore", self)
 
     def close(self) -> None:
         """End every process and file of this algorithm; closing twice is fine."""
@@ -264,7 +374,7 @@ class Algorithm(ABC):
                 part.close()
         if self._runtime is not None:
             self._runtime.close()
-        self._saves.close()
+        self.saves.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -286,6 +396,7 @@ class Algorithm(ABC):
             env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
             num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
             atari=s.atari.model_dump(),
+            callbacks=self.callbacks.for_runners(),
             **s.environment.model_dump(exclude={"id"}),
         )
 
@@ -307,7 +418,7 @@ class Algorithm(ABC):
         """Return the actor runtime, started on first use: a run without actors starts none."""
         if self._runtime is None:
             engine = self.settings.runtime.engine
-            folder = self._saves.folder
+            folder = self.saves.folder
             logs: dict[str, Any] = {"log_folder": folder / "logs"} if folder and engine == "local" else {}
             self._runtime = actors.runtime(engine, **logs)
         return self._runtime
@@ -316,35 +427,15 @@ class Algorithm(ABC):
         f = self.settings.fault_tolerance
         return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
 
-    def _iterate(self) -> Metrics:
-        """Train, evaluate and checkpoint as their intervals say."""
-        metrics = self.train()
-        interval = self.settings.evaluation.interval
-        if interval and self.iteration % interval == 0:
-            started = time.perf_counter()
-            metrics |= self.evaluate()
-            metrics["time/evaluation_s"] = time.perf_counter() - started
-        self._saves.write_metrics(metrics)
-        self._track_best(metrics)
-        interval = self.settings.checkpointing.interval
-        if interval and self.iteration % interval == 0:
-            self._saves.save()
-        return metrics
-
-    def _track_best(self, metrics: Metrics) -> None:
-        """Remember the checkpointed iteration with the highest return: of its evaluation, else of the window."""
-        c = self.settings.checkpointing
-        if not (c.keep_best and c.interval and self.iteration % c.interval == 0):
-            return
-        score = metrics.get("evaluation/episode_return_mean", metrics["episode_return_mean"])
-        if score is not None and (self.best_return is None or score > self.best_return):
-            self.best_return, self.best_iteration = score, self.iteration
-
-    def _reason_to_stop(self) -> str:
-        mean = self.window.summary()["episode_return_mean"] if self.window.is_full else None
-        return self.settings.stop.reached(
-            mean, iterations=self.iteration, env_steps=self.env_steps, time_s=self.total_s
-        )
+    def _change_envs(self, kind: Literal["set", "call"], name: str, *arguments: Any) -> None:
+        try:
+            change = EnvChange(kind, name, tuple(plain(arguments)))
+        except ValueError as error:
+            raise ConfigError(
+                f"{name} of the environments cannot be changed: {error}, as checkpoints keep it."
+            ) from error
+        self.runners.change_envs(change)
+        self._weights_are_stale = True
 
     def __enter__(self) -> Algorithm:
         return self

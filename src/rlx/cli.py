@@ -121,7 +121,7 @@ def _add_train(group: Any) -> None:
         metavar="RUN",
         type=Path,
         help="go on with a run from its newest checkpoint; needs no CONFIG; --set may change stop, reporting, "
-        "checkpointing, fault_tolerance and evaluation",
+        "checkpointing, fault_tolerance, evaluation and callbacks",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the full config, and exit")
 

@@ -183,6 +183,8 @@ def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reas
 def _further_limits(config: AlgorithmConfig, metrics: Metrics, reason: str) -> list[str]:
     """Return the --set values that let a run go on for twice as long."""
     stop, name = config.settings.stop, reason.partition(" ")[0]
+    if not getattr(stop, name, None):  # a callback's own reason
+        return []
     if name != "episode_return_mean":
         return [f"stop.{name}={2 * getattr(stop, name)}"]
     others = stop.iterations or stop.env_steps or stop.time_s
@@ -198,7 +200,7 @@ def _print_how_to_go_on(folder: Path, sentence: str) -> None:
 
 def _new_run_folder(wanted: Path | None, config: AlgorithmConfig) -> Path:
     from rlx.run import check_new_run, default_run_folder
-    from rlx.settings import spelled
+    from rlx.section import spelled
 
     folder = wanted or default_run_folder(config.settings.algorithm, spelled(config.settings.environment.id) or "env")
     check_new_run(folder)  # Run.create checks it too, but only once the processes have started

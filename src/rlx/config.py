@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from rlx.config_document import Document, Written, flow, read_value, with_value
 from rlx.config_lookup import (
+    check_callbacks,
     check_environment,
     config_class,
     did_you_mean,
@@ -28,7 +29,9 @@ from rlx.config_lookup import (
     reference,
 )
 from rlx.errors import ConfigError
-from rlx.settings import Schedule, Section, Settings, TrainingSection, allowed
+from rlx.schedule import Schedule
+from rlx.section import Section, allowed
+from rlx.settings import Settings, TrainingSection
 
 __all__ = ["AlgorithmConfig", "list_algorithms", "list_configs", "load_config"]
 
@@ -93,6 +96,7 @@ class AlgorithmConfig:
         shown = self._written.get("environment.id", _in_python(environment))
         problems = [
             *_problems(check_environment, environment, f"environment.id is {shown}"),
+            *_problems(check_callbacks, self.settings.callbacks.classes),
             *_problems(self.check, self.settings),
         ]
         if problems:

@@ -106,6 +106,21 @@ def check_environment(id: str | Callable[..., Any] | None, subject: str) -> None
     _check_gymnasium_id(name, subject)
 
 
+def check_callbacks(specs: Iterable[Any]) -> None:
+    """Raise ConfigError where a callback cannot be found by its import path."""
+    for spec in specs:
+        if not isinstance(spec.make, str):
+            continue
+        module, colon, name = spec.make.rpartition(":")
+        subject = f'callbacks.classes names "{spec.make}"'
+        if not colon or not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(
+                f"{subject}; write pkg.module:Name, a class at the top level of a module. A local class can only be "
+                "passed in Python."
+            )
+        _check_import_path(module, name, subject)
+
+
 def did_you_mean(word: str, candidates: Iterable[str], count: int = 1, key: Callable[[str], str] = str) -> str:
     """Return " Did you mean X?" with the nearest candidates, or nothing; `key` gives the part to compare."""
 

@@ -1,7 +1,8 @@
 """A trained policy, ready to act: `rlx.load_policy(path).act(obs)`.
 
 Everything between an observation and an action comes from the checkpoint: the encoding of the observation, the
-frozen normaliser, the network, and the action's clipping towards the environment.
+frozen normaliser, the network, and the action's clipping towards the environment. A policy with a memory remembers
+what it was shown; `policy.reset()` begins an episode.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class TrainedPolicy:
     def act(self, obs: Any, *, deterministic: bool = True, rng: np.random.Generator | None = None) -> Any:
         """Return the action for one observation of the environment's space, or actions for a batch [N, ...] of them.
 
-        deterministic=False samples, with `rng` (a fresh one each call if none is given).
+        deterministic=False samples, with `rng` (a fresh one each call if none is given). A policy with a memory takes
+        the observations of successive calls for those of one episode, or of N: call `reset` where one begins.
         """
         raw = np.asarray(obs)
         shape = self.observation_space.shape or ()
@@ -57,6 +59,12 @@ class TrainedPolicy:
         encoded = np.empty((len(raw_N), *self.encoded_space.shape), self.encoded_space.dtype)
         if not np.isfinite(raw_N).all():
             raise EnvError(f"the observation {obs!r} is not finite; the policy was trained on finite ones only.")
+        state_N = self._acting.state_B
+        if state_N is not None and len(state_N) != len(raw_N):
+            raise EnvError(
+                f"the policy remembers {len(state_N)} environments and was given observations of {len(raw_N)}; "
+                "call reset() before the first observations of others."
+            )
         obs_N = self._normalize(encode_obs(self.observation_space, raw_N, encoded), encoded)
         if deterministic:
             action_N = self._acting.best(obs_N)
@@ -65,6 +73,25 @@ class TrainedPolicy:
             action_N = self._acting.act(0, obs_N)
         actions = self._env_action(action_N)
         return actions[0] if single else actions
+
+    def reset(self, where: np.ndarray | None = None) -> None:
+        """Forget the past: all of it, or that of the environments of a batch `where` [N] is True.
+
+        Of no effect where the policy has no memory.
+        """
+        if where is None:
+            self._acting.state_B = None
+        elif self._acting.state_B is not None:
+            self._acting.forget(np.asarray(where, bool))
+
+    @property
+    def state(self) -> np.ndarray | None:
+        """What the policy remembers, float32 [N, H], to be set again later; None before an episode, or always."""
+        return self._acting.state_B
+
+    @state.setter
+    def state(self, state_N: np.ndarray | None) -> None:
+        self._acting.state_B = state_N
 
     def evaluate(
         self, num_episodes: int | None = None, seed: int | None = None, on_frame: Callable | None = None

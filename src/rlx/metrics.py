@@ -11,9 +11,10 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rlx.errors import CheckpointError, MissingExtra
@@ -24,6 +25,8 @@ METRICS: dict[str, str] = {
     "iteration": "Number of finished training iterations.",
     "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
     "frames": "Frames of the emulator trained on so far, env_steps times atari.frame_skip; in Atari runs only.",
+    "dropped_env_steps": "Environment steps collected and not learned from so far: older than training.max_age, or "
+    "dropped from a full queue.",
     "episodes": "Episodes finished during training so far.",
     "env_failures": "Failures of training environments so far: exceptions and hangs after which one was built anew.",
     "runner_restarts": "Restarts of env runners so far: deaths and hangs after which a fragment was collected again.",
@@ -45,6 +48,7 @@ METRICS: dict[str, str] = {
     "learner/kl": "Estimated KL(old || new) in nats (k3), mean over the gradient steps.",
     "learner/clip_fraction": "Share of samples whose ratio left the clip range.",
     "learner/explained_variance": "1 - var(return - value) / var(return) before the update; 1 is a perfect critic.",
+    "learner/rho_clip_fraction": "Share of samples whose importance weight V-trace cuts at 1.",
     "learner/grad_norm": "Global gradient norm before clipping, mean over the gradient steps.",
     "learner/lr": "Learning rate of this iteration.",
     "learner/clip_range": "Clip range of this iteration.",
@@ -65,6 +69,12 @@ METRICS: dict[str, str] = {
     "time/other_s": "The rest: advantages, statistics, bookkeeping.",
     "time/evaluation_s": "Evaluation after this iteration, not part of time/iteration_s.",
 }
+
+
+def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
+    """Return the mean of every metric over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: fmean(value for row in rows if (value := row.get(name)) is not None) for name in names}
 
 
 class EpisodeWindow:

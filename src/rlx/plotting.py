@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DEFAULT_METRIC = "episode_return_mean"
-NOT_PART_OF_A_CURVE = ("runtime", *FREE_ON_RESUME)
+NOT_PART_OF_A_CURVE = ("runtime", *(name for name in FREE_ON_RESUME if name != "callbacks"))
 """Sections in which two runs may differ and still be repetitions of one config."""
 MAX_POINTS = 1000
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlx.metrics import Clock, Metrics
-from rlx.settings import Settings, spelled
+from rlx.section import spelled
+from rlx.settings import Settings
 
 if TYPE_CHECKING:
     from rich.text import Text

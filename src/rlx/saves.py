@@ -49,14 +49,14 @@ class Saves:
         if self.run is not None:
             self.run.write_metrics(metrics)
 
-    def save(self) -> Path | None:
-        """Save a checkpoint in the run folder; return it, or None where there is nothing new or no folder."""
+    def save(self) -> None:
+        """Save a checkpoint in the run folder, unless there is none, or nothing new."""
         a, c = self._algorithm, self._algorithm.settings.checkpointing
         if self.run is None or self._saved_iteration == a.iteration:
-            return None
+            return
         folder = self.run.save(a.iteration, a.get_state(), keep=c.keep, best_iteration=a.best_iteration)
         self._saved_iteration = a.iteration
-        return folder
+        a.callbacks("on_checkpoint", a, folder)
 
     def keep_copy(self) -> None:
         """Keep what `go_back` needs where no run folder holds it."""

@@ -6,94 +6,59 @@ derive from it. An algorithm adds its own hyper-parameters as a subclass of `Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
     PlainSerializer,
     PositiveInt,
-    ValidationInfo,
     WithJsonSchema,
-    field_validator,
+    model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from rlx.errors import ConfigError
 from rlx.schedule import Schedule
+from rlx.section import Allowed, Section, plain, spelled
 
 
-def _tidy_schedules(schema: dict[str, Any]) -> None:
-    """Give a Schedule's default and bounds the JSON schema form, which pydantic does for its own types only."""
-    keywords = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
-    for entry in schema.get("properties", {}).values():
-        for name in keywords.keys() & entry.keys():
-            entry[keywords[name]] = entry.pop(name)
-        match entry.get("default"):
-            case {"end": end, "env_steps": 0}:
-                entry["default"] = end
-
-
-class Section(BaseModel):
-    """One group of settings: frozen, and strict about types ("3" is not 3, True is not 1, but 1 is a fine float)."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-        json_schema_extra=_tidy_schedules,
-    )
-    positional: ClassVar[str | None] = None
-    """The field that the builder method also takes as its first positional argument."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _read_yaml_type(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML has no tuples, people write 1e6 for a million steps, and a sweep hands over numpy scalars."""
-        types = [_bare(one) for one in _alternatives(cls.model_fields[str(info.field_name)].annotation)]
-        if hasattr(value, "item") and getattr(value, "shape", None) == ():
-            value = value.item()
-        if isinstance(value, list) and any(get_origin(one) is tuple for one in types):
-            return tuple(value)
-        if isinstance(value, float) and value.is_integer() and int in types and float not in types:
-            return int(value)
-        return value
-
-
-def spelled(environment: str | Callable[..., Any] | None) -> str | None:
-    """Return an environment as YAML holds it: the string itself, or the `module:qualname` of a class or factory."""
-    if environment is None or isinstance(environment, str):
-        return environment
-    return f"{environment.__module__}:{getattr(environment, '__qualname__', f'<{type(environment).__name__}>')}"
-
-
-def _plain(value: Any) -> Any:
-    """Return a copy in the types that YAML gives back, so that Python and YAML make the same environment."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item) for key, item in value.items()}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise ValueError(
-        f"it may hold only plain data (numbers, strings, true/false, null, lists, mappings), not {value!r}; "
-        "pass a factory as environment.id where the environment needs other objects"
-    )
+def _plain_kwargs(value: Any) -> Any:
+    try:
+        return plain(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; pass a factory as environment.id where the environment needs other objects"
+        ) from error
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What a field accepts, in words, where its type alone does not say it."""
+class CallbackSpec:
+    """A callback's class, or its import path pkg.module:Name, and what it is made with."""
 
-    text: str
+    make: str | Callable[..., Any]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def parse(cls, value: Any) -> CallbackSpec:
+        """Return what a class, an import path or a {class, kwargs} mapping stands for; else ValueError."""
+        if isinstance(value, CallbackSpec):
+            return value
+        make, kwargs = value, {}
+        if isinstance(value, dict) and value.keys() <= {"class", "kwargs"}:
+            make, kwargs = value.get("class"), value.get("kwargs") or {}
+        if not (isinstance(make, str) or callable(make)) or not isinstance(kwargs, dict):
+            raise ValueError(
+                "each must be a class, an import path pkg.module:Name, or a mapping {class: ..., kwargs: {...}}"
+            )
+        return cls(make, plain(kwargs))
+
+    def written(self) -> str | dict[str, Any]:
+        """Return the form that YAML holds."""
+        name = spelled(self.make) or ""
+        return {"class": name, "kwargs": self.kwargs} if self.kwargs else name
 
 
 class EnvironmentSection(Section):
@@ -109,7 +74,7 @@ class EnvironmentSection(Section):
     ] = None
     """A gymnasium id, an import path pkg.module:Name, or in Python a class or a factory () -> Env (scalar or
     vector). null: not chosen yet; a run needs one."""
-    kwargs: Annotated[dict[str, Any], AfterValidator(_plain)] = {}
+    kwargs: Annotated[dict[str, Any], AfterValidator(_plain_kwargs)] = Field(default={})
     """Keyword arguments for making the environment; plain data only."""
     normalize_obs: bool = False
     """Subtract the running mean from observations and divide by the running standard deviation."""
@@ -174,6 +139,10 @@ class EnvRunnersSection(Section):
     """Environments that one runner steps together."""
     rollout_fragment_length: int = Field(default=128, gt=0)
     """Steps that each environment takes per fragment."""
+    queue_size: int = Field(default=1, gt=0)
+    """Batches that may wait for a learner which the runners do not wait for: where training.max_age is above 1."""
+    when_queue_full: Literal["wait", "drop_oldest"] = "wait"
+    """wait: the runners wait for the learner as well; drop_oldest: they go on; dropped_env_steps counts the rest."""
 
 
 class ModelSection(Section):
@@ -189,6 +158,13 @@ class ModelSection(Section):
     """Whether policy and value function share one encoder."""
     log_std_init: float = Field(default=0.0, ge=-20, le=5)
     """Log standard deviation of a continuous policy at the start; 0: a standard deviation of 1."""
+    memory: Literal["none", "lstm", "gru"] = "none"
+    """What the policy remembers an episode's past with, between encoder and heads. The value function has a memory of
+    its own, unless share_encoder."""
+    memory_size: PositiveInt = 128
+    """Units of a memory."""
+    sequence_length: PositiveInt = 32
+    """Most steps that a gradient goes back through a memory: fragments are cut into sequences of equal length."""
 
 
 class TrainingSection(Section):
@@ -202,6 +178,9 @@ class TrainingSection(Section):
     """Adam's epsilon; 1e-5 is what PPO's reference implementations use, torch's own default is 1e-8."""
     max_grad_norm: float | None = Field(default=0.5, gt=0)
     """Gradients are scaled down to this global norm; null: never."""
+    max_age: int = Field(default=0, ge=0)
+    """How many updates the weights that act may be behind those that learn. 0: runners and learners take turns; 1: they
+    work at the same time, one version apart, which needs env_runners.num_env_runners; more: as the algorithm says."""
 
 
 class LearnersSection(Section):
@@ -288,6 +267,48 @@ class RuntimeSection(Section):
     """Seed that all random streams derive from."""
 
 
+def _to_specs(value: Any) -> tuple[CallbackSpec, ...]:
+    """Return the specs of a list, or of a single one."""
+    return tuple(map(CallbackSpec.parse, value if isinstance(value, list | tuple) else [value]))
+
+
+_SPEC_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"class": {"type": "string"}, "kwargs": {"type": "object"}},
+            "required": ["class"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
+class CallbacksSection(Section):
+    """Code of your own that runs at the points of a run: see docs/callbacks.md.
+
+    In YAML the list may stand alone: `callbacks: [my_module:MyCallback]`.
+    """
+
+    positional: ClassVar[str | None] = "classes"
+
+    classes: Annotated[
+        tuple[Any, ...],
+        BeforeValidator(_to_specs),
+        Allowed("a list of subclasses of rlx.Callback, or of their import paths pkg.module:Name"),
+        PlainSerializer(lambda specs: [spec.written() for spec in specs]),
+        WithJsonSchema({"type": "array", "items": _SPEC_SCHEMA}),
+    ] = ()
+    """Subclasses of rlx.Callback by import path, pkg.module:Name, or in Python themselves, called in this order; with
+    arguments as {class: pkg.module:Name, kwargs: {...}}."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_list(cls, value: Any) -> Any:
+        return {"classes": value} if isinstance(value, list | str) else value
+
+
 class StopSection(Section):
     """Limits that end a run; the first one reached ends it."""
 
@@ -318,8 +339,9 @@ class StopSection(Section):
         return ""
 
 
-FREE_ON_RESUME = ("stop", "reporting", "checkpointing", "fault_tolerance", "evaluation")
-"""Sections that do not touch the training curve: a run that goes on may change them."""
+FREE_ON_RESUME = ("stop", "reporting", "checkpointing", "fault_tolerance", "evaluation", "callbacks")
+"""Sections that a run may change when it goes on: they do not touch the training curve, or are code, which nobody can
+compare."""
 
 
 class Settings(Section):
@@ -338,45 +360,5 @@ class Settings(Section):
     checkpointing: CheckpointingSection = Field(default_factory=CheckpointingSection)
     reporting: ReportingSection = Field(default_factory=ReportingSection)
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
+    callbacks: CallbacksSection = Field(default_factory=CallbacksSection)
     stop: StopSection = Field(default_factory=StopSection)
-
-
-def allowed(field: FieldInfo) -> str:
-    """Return what a field accepts, in words: "an integer >= 0 or null"."""
-    for constraint in field.metadata:
-        if isinstance(constraint, Allowed):
-            return constraint.text
-    return " or ".join(_in_words(one, field.metadata) for one in _alternatives(field.annotation))
-
-
-def _in_words(annotation: Any, constraints: list[Any]) -> str:
-    if get_origin(annotation) is Annotated:
-        return _in_words(_bare(annotation), list(get_args(annotation)[1:]))
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) is tuple:
-        return f"a list with each item {_in_words(get_args(annotation)[0], [])}"
-    if annotation in (int, float, Schedule):
-        noun = "an integer" if annotation is int else "a number"
-        tail = " or {start, end, env_steps}" if annotation is Schedule else ""
-        return " ".join([noun, " and ".join(_bounds(constraints))]).strip() + tail
-    words = {bool: "true or false", str: "a string", NoneType: "null", dict: "a mapping whose keys are strings"}
-    return words.get(get_origin(annotation) or annotation, f"a {getattr(annotation, '__name__', annotation)}")
-
-
-def _bounds(constraints: list[Any]) -> Iterator[str]:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    for one in constraints:
-        if isinstance(one, FieldInfo):
-            yield from _bounds(one.metadata)
-        yield from (f"{sign} {getattr(one, name)}" for name, sign in signs.items() if hasattr(one, name))
-
-
-def _bare(annotation: Any) -> Any:
-    """Return a type without what `Annotated` adds to it."""
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the one type."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

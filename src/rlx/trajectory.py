@@ -41,12 +41,18 @@ class Trajectory:
     weights_version: np.ndarray
     """[T, B] int64: version of the weights that chose action[t]."""
     state: np.ndarray | None = None
-    """[C, B, H] float32: the memory of a recurrent policy before the steps 0, L, 2 L, ... of sequences of L steps."""
+    """[C, B, H] float32: what a policy with a memory remembered before the steps 0, L, 2 L, ..., L = ceil(T / C).
+
+    It goes for nothing where `first` says that an episode begins."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the fields by name, without those that are None."""
         every = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: array for name, array in every.items() if array is not None}
+
+    def copy(self) -> Trajectory:
+        """Return the same in memory of its own."""
+        return Trajectory(**{name: array.copy() for name, array in self.arrays().items()})
 
     def tensors(self) -> Batch:
         """Return every field as a tensor [T, B, ...]: writable, of this trajectory's memory where that is writable."""
@@ -112,6 +118,18 @@ class Batch:
                 raise ValueError(f"a state is known before {len(state)} steps, and sequences of {length} need {count}.")
             cut["state"] = state[:count].flatten(0, 1)
         return Batch(**cut)
+
+    def rows(self, *names: str, **more: Tensor) -> Batch:
+        """Return what a policy evaluates: samples, or with a `state` the sequences that begin with it, and `first`."""
+        if "state" not in self.tensors:
+            return self.flatten(*names, **more)
+        length = -(-len(self) // len(self.state))
+        return self.sequences(length, *names, "first", "state", **more)
+
+    def fragments(self, *names: str, **more: Tensor) -> Batch:
+        """Return whole fragments as rows [B, T, ...], with `first` and the `state` that a memory begins them with."""
+        memory = ("first", "state") if "state" in self.tensors else ()
+        return self.sequences(len(self), *names, *memory, **more)
 
     def take(self, index: Tensor) -> Batch:
         """Return the rows at `index` [M] (a copy)."""

@@ -60,7 +60,7 @@ class Story(gymnasium.Env):
             self.make_trouble()
         self.position += (action - 2) * 0.3 + self.np_random.normal()
         terminated = self.trouble is None and bool(abs(self.position) > 2)
-        return self.observe(), self.position + action, terminated, self.steps == 6, {}
+        return self.observe(), self.position + action, terminated, self.steps == 6, {"end": self.position}
 
     def make_trouble(self):
         if self.trouble == "raise":
@@ -199,6 +199,29 @@ def test_changes_reach_every_worker_and_those_that_follow_it():
         runner.change_envs(level)
         obs = runner.sample(6).trajectory.obs
         np.testing.assert_array_equal(obs[..., 3], np.full((6, 4), 4))
+
+
+class Listener:
+    """Gives every environment its number as level, and measures with which position an episode ends."""
+
+    def on_env_created(self, env, index):
+        env.unwrapped.level = index
+
+    def on_episode_end(self, episode):
+        return {"end": episode.info["end"], "env": episode.env_index}
+
+
+def test_callbacks_hear_of_environments_and_episodes_as_in_a_loop():
+    def listeners():
+        return [Listener()]
+
+    options = {"callbacks": listeners, "first_env_index": 8}
+    with runner_of(Story, 4, "in_place", **options) as loop, runner_of(Story, 4, **options) as processes:
+        for _ in range(2):
+            sample, expected = processes.sample(9), loop.sample(9)
+            assert_same(sample, expected)
+            assert sample.episode_metrics == expected.episode_metrics
+    assert set(sample.trajectory.obs[..., 3].ravel()) == {8, 9, 10, 11} and expected.episode_metrics["env"]
 
 
 def test_an_interrupted_step_leaves_envs_that_can_be_reset():

@@ -23,10 +23,61 @@ def gae(
     """
     delta_T_B = reward_T_B + gamma * next_value_T_B * ~terminated_T_B - value_T_B
     decay_T_B = gamma * lambda_ * (~(terminated_T_B | truncated_T_B)).to(delta_T_B.dtype)
-    advantage_B = torch.zeros_like(delta_T_B[0])
-    backwards = []
-    for delta_B, decay_B in zip(reversed(delta_T_B.unbind(0)), reversed(decay_T_B.unbind(0)), strict=True):
-        advantage_B = torch.addcmul(delta_B, decay_B, advantage_B)
-        backwards.append(advantage_B)
-    advantage_T_B = torch.stack(backwards[::-1])
+    advantage_T_B = discounted_sum(delta_T_B, decay_T_B)
     return advantage_T_B, advantage_T_B + value_T_B
+
+
+def vtrace(
+    logp_T_B: Tensor,
+    new_logp_T_B: Tensor,
+    reward_T_B: Tensor,
+    value_T_B: Tensor,
+    next_value_T_B: Tensor,
+    terminated_T_B: Tensor,
+    truncated_T_B: Tensor,
+    gamma: float | Tensor,
+    lambda_: float = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    pg_rho_clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return V-trace targets and policy-gradient advantages, both [T, B] (Espeholt et al. 2018, arXiv:1802.01561).
+
+    rho_t   = min(rho_clip, pi / mu),   c_t = lambda * min(c_clip, pi / mu),   pi / mu = exp(new_logp - logp)
+    delta_t = rho_t * (r_t + gamma * V(s_{t+1}) * (1 - terminated_t) - V(s_t))
+    vs_t    = V(s_t) + delta_t + gamma * c_t * (1 - done_t) * (vs_{t+1} - V(s_{t+1}))
+    A_t     = min(pg_rho_clip, pi / mu) * (r_t + gamma * vs_{t+1} * (1 - terminated_t) - V(s_t))
+
+    logp is of the joint action under the policy that acted, new_logp under the one that learns; value and next_value
+    are of the one that learns, next_value[t] before any reset. Where an episode ends, and at the last step, vs_{t+1}
+    is next_value[t]. No gradient flows through what is returned.
+    """
+    with torch.no_grad():
+        ratio_T_B = (new_logp_T_B - logp_T_B).exp()
+        discount_T_B = gamma * (~terminated_T_B).to(value_T_B.dtype)
+        goes_on_T_B = ~(terminated_T_B | truncated_T_B)
+        delta_T_B = ratio_T_B.clamp(max=rho_clip) * (reward_T_B + discount_T_B * next_value_T_B - value_T_B)
+        decay_T_B = discount_T_B * goes_on_T_B * (lambda_ * ratio_T_B.clamp(max=c_clip))
+        above_T_B = discounted_sum(delta_T_B, decay_T_B)  # vs - V
+        vs_T_B = value_T_B + above_T_B
+        next_vs_T_B = torch.cat([torch.where(goes_on_T_B[:-1], vs_T_B[1:], next_value_T_B[:-1]), next_value_T_B[-1:]])
+        advantage_T_B = reward_T_B + discount_T_B * next_vs_T_B - value_T_B
+        return vs_T_B, ratio_T_B.clamp(max=pg_rho_clip) * advantage_T_B
+
+
+def next_values(value_T_B: Tensor, stored_T_B: Tensor, done_T_B: Tensor) -> Tensor:
+    """Return V of the observation after each step, [T, B]: `value_T_B` one step on, where that is the same episode.
+
+    At its end, and at the last step, only the policy that acted has seen what followed: `stored_T_B`, its own value.
+    """
+    return torch.cat([torch.where(done_T_B[:-1], stored_T_B[:-1], value_T_B[1:]), stored_T_B[-1:]])
+
+
+def discounted_sum(step_T_B: Tensor, decay_T_B: Tensor) -> Tensor:
+    """Return x [T, B] with x_t = step_t + decay_t * x_{t+1}, and zero after the last step."""
+    sum_B = torch.zeros_like(step_T_B[0])
+    backwards = []
+    for step_B, decay_B in zip(reversed(step_T_B.unbind(0)), reversed(decay_T_B.unbind(0)), strict=True):
+        sum_B = torch.addcmul(step_B, decay_B, sum_B)
+        backwards.append(sum_B)
+    return torch.stack(backwards[::-1])

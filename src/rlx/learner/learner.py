@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,9 @@ class Learner:
         epochs: int,
         minibatch_size: int,
         lr: float,
-        coefficients: Mapping[str, float],
-        target_kl: float | None,
         seed: int,
+        coefficients: Mapping[str, float] = MappingProxyType({}),
+        target_kl: float | None = None,
     ) -> dict[str, float]:
         """Make `epochs` passes over the whole batch in shuffled minibatches; return the means of the stats.
 

@@ -2,11 +2,13 @@
 
 `acting_for(policy)` picks the way: `NumpyActing` for small multilayer perceptrons on the CPU, where building
 tensors costs more than the arithmetic (5 to 7 times), else `TorchActing`, which runs any policy.
-Both draw the same noise from the same generator and agree to rounding.
+Both draw the same noise from the same generator and agree to rounding. A policy with a memory acts in a third way,
+`RecurrentActing`, which carries a state for every environment from call to call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +16,10 @@ import torch
 
 from rlx.nets.distributions import Categorical
 from rlx.nets.numpy_mlp import NumpyPolicy
-from rlx.nets.policy import Policy
+from rlx.nets.policy import Policy, RecurrentPolicy
+
+Steps = Sequence[tuple[int, int]]
+"""(t, index of the environment) of some steps of a fragment."""
 
 
 class Acting(Protocol):
@@ -31,17 +36,28 @@ class Acting(Protocol):
         """Return log-probabilities and values of the fragment, both float32 [T, B]."""
         ...
 
-    def value(self, obs_N: np.ndarray) -> np.ndarray:
-        """Return V(obs), float32 [N]."""
+    def value(self, obs_N: np.ndarray, after_N: Steps = ()) -> np.ndarray:
+        """Return V(obs), float32 [N], of the observations that followed these steps of the fragment."""
         ...
 
     def best(self, obs_B: np.ndarray) -> np.ndarray:
         """Return the most probable actions."""
         ...
 
+    state_B: np.ndarray | None = None
+    """What the policy remembers of each environment, float32 [B, state_size]; None if it remembers nothing."""
+
+    def forget(self, first_B: np.ndarray) -> None:
+        """Empty the memory of the environments whose next observation begins an episode, where `first_B` is True."""
+
+    def states(self) -> np.ndarray | None:
+        """Return the fragment's `Trajectory.state`; None if the policy remembers nothing."""
+
 
 def acting_for(policy: Policy) -> Acting:
     """Return the fastest way for `policy` to act."""
+    if isinstance(policy, RecurrentPolicy):
+        return RecurrentActing(policy)
     numpy_policy = NumpyPolicy.of(policy)
     return TorchActing(policy) if numpy_policy is None else NumpyActing(numpy_policy)
 
@@ -55,7 +71,7 @@ def draw_noise(policy_distribution, num_steps: int, num_envs: int, rng: np.rando
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-class TorchActing:
+class TorchActing(Acting):
     """Runs any policy under inference mode; values and heads come from the same forward pass as the action."""
 
     def __init__(self, policy: Policy) -> None:
@@ -72,7 +88,7 @@ class TorchActing:
     @torch.inference_mode()
     def act(self, t: int, obs_B: np.ndarray) -> np.ndarray:
         """Return sampled actions."""
-        head, value = self.policy(self._tensor(obs_B))
+        head, value = self._look(obs_B)
         self.heads.append(head)
         self.values.append(value)
         return self.policy.distribution.sample(head, self.noise_T_B[t]).cpu().numpy()
@@ -87,20 +103,72 @@ class TorchActing:
         return logp_N.cpu().numpy().reshape(shape), value_N.cpu().numpy().reshape(shape)
 
     @torch.inference_mode()
-    def value(self, obs_N: np.ndarray) -> np.ndarray:
+    def value(self, obs_N: np.ndarray, after_N: Steps = ()) -> np.ndarray:
         """Return V(obs) [N]."""
         return self.policy(self._tensor(obs_N))[1].cpu().numpy()
 
     @torch.inference_mode()
     def best(self, obs_B: np.ndarray) -> np.ndarray:
         """Return the most probable actions."""
-        return self.policy.distribution.mode(self.policy(self._tensor(obs_B))[0]).cpu().numpy()
+        return self.policy.distribution.mode(self._look(obs_B)[0]).cpu().numpy()
+
+    def _look(self, obs_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return head and value."""
+        return self.policy(self._tensor(obs_B))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
-class NumpyActing:
+class RecurrentActing(TorchActing):
+    """Runs a policy with a memory, which goes on from call to call until it is set, or `forget` empties it."""
+
+    policy: RecurrentPolicy
+
+    def start(self, num_steps: int, num_envs: int, rng: np.random.Generator) -> None:
+        """Draw the noise of a whole fragment."""
+        super().start(num_steps, num_envs, rng)
+        self.before_B = self.state_B = self._state_of(num_envs)
+        self.after: list[np.ndarray] = []  # what every step left behind, also the last one of an episode
+
+    def act(self, t: int, obs_B: np.ndarray) -> np.ndarray:
+        """Return sampled actions."""
+        action_B = super().act(t, obs_B)
+        self.after.append(self._state_of(len(obs_B)))
+        return action_B
+
+    @torch.inference_mode()
+    def value(self, obs_N: np.ndarray, after_N: Steps = ()) -> np.ndarray:
+        """Return V(obs) [N] with the memory as it was after these steps."""
+        state_N = np.stack([self.after[t][index] for t, index in after_N])
+        return self.policy.step(self._tensor(obs_N), self._tensor(state_N))[1].cpu().numpy()
+
+    def forget(self, first_B: np.ndarray) -> None:
+        """Empty the memory where `first_B` is True."""
+        self.state_B = np.where(first_B[:, None], np.float32(0), self._state_of(len(first_B)))
+
+    def states(self) -> np.ndarray:
+        """Return the memory before each sequence, [C, B, state_size]; it goes for nothing where an episode begins.
+
+        C sequences of the same length L, the fewest of at most policy.sequence_length steps: L = ceil(T / C).
+        """
+        num_steps = len(self.after)
+        length = -(-num_steps // -(-num_steps // self.policy.sequence_length))
+        return np.stack([self.before_B] + [self.after[t - 1] for t in range(length, num_steps, length)])
+
+    def _look(self, obs_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        head, value, after = self.policy.step(self._tensor(obs_B), self._tensor(self._state_of(len(obs_B))))
+        self.state_B = after.cpu().numpy()
+        return head, value
+
+    def _state_of(self, num_envs: int) -> np.ndarray:
+        """Return the state: empty before the first call, and where there are other environments than before."""
+        if self.state_B is None or len(self.state_B) != num_envs:
+            return np.zeros((num_envs, self.policy.state_size), np.float32)
+        return self.state_B
+
+
+class NumpyActing(Acting):
     """Acts in numpy on views of the policy's parameters; values are computed once, for the whole fragment."""
 
     def __init__(self, policy: NumpyPolicy) -> None:
@@ -122,9 +190,10 @@ class NumpyActing:
     def finish(self, obs_T_B: np.ndarray, action_T_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return log-probabilities and values, both [T, B]."""
         logp_T_B = self.policy.logp(self.head_T_B[: len(obs_T_B)], action_T_B)
-        return logp_T_B, self.value(obs_T_B.reshape(-1, obs_T_B.shape[-1])).reshape(obs_T_B.shape[:2])
+        value_N = self.policy.value(obs_T_B.reshape(-1, obs_T_B.shape[-1]))
+        return logp_T_B, value_N.reshape(obs_T_B.shape[:2])
 
-    def value(self, obs_N: np.ndarray) -> np.ndarray:
+    def value(self, obs_N: np.ndarray, after_N: Steps = ()) -> np.ndarray:
         """Return V(obs) [N]."""
         return self.policy.value(obs_N)
 

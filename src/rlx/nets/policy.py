@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlx.nets.distributions import Categorical, DiagonalGaussian
 from rlx.nets.encoders import build_encoder, orthogonal_linear
+from rlx.nets.recurrent import Memory
 from rlx.trajectory import Batch
 
 
@@ -34,9 +35,7 @@ class Policy(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distribution's head [N, head_size] and V(obs) [N]."""
-        features = self.encoder(obs)
-        value_features = features if self.value_encoder is None else self.value_encoder(obs)
-        return self.action_head(features), self.value_head(value_features).squeeze(-1)
+        return self._heads(*self._encode(obs))
 
     def evaluate(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logp of the minibatch's actions, entropy and value, with gradients.
@@ -45,9 +44,63 @@ class Policy(nn.Module):
         """
         action = minibatch.action
         leading = action.shape[: action.dim() - self.distribution.action_axes]
-        head, value = self(minibatch.obs.flatten(0, len(leading) - 1))
+        head, value = self._heads(*self._encode(minibatch.obs.flatten(0, len(leading) - 1)))
         logp, entropy = self.distribution.logp_and_entropy(head.view(*leading, head.shape[-1]), action)
         return logp, entropy, value.view(leading)
+
+    def _encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the action head and the value head read."""
+        features = self.encoder(obs)
+        return features, features if self.value_encoder is None else self.value_encoder(obs)
+
+    def _heads(self, features: Tensor, value_features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.action_head(features), self.value_head(value_features).squeeze(-1)
+
+
+class RecurrentPolicy(Policy):
+    """A policy with a memory between the encoder and the heads; the value function has its own where its encoder is.
+
+    The state is one vector an environment, float32 [B, state_size], zero where an episode begins.
+    """
+
+    def __init__(self, *parts: Any, memory: Memory, value_memory: Memory | None, sequence_length: int) -> None:
+        super().__init__(*parts)
+        self.memory = memory
+        self.value_memory = value_memory
+        self.sequence_length = sequence_length
+        self._sizes = [part.state_size for part in (memory, value_memory) if part is not None]
+
+    @property
+    def state_size(self) -> int:
+        """Numbers in the state of one environment."""
+        return sum(self._sizes)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the head and V(obs) as if an episode began with each of obs [N]."""
+        return self.step(obs, torch.zeros(len(obs), self.state_size, device=obs.device))[:2]
+
+    def step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the head [B, head_size], V(obs) [B] and the state [B, state_size] that obs leaves behind."""
+        features, value_features = self._encode(obs)
+        states = state.split(self._sizes, -1)
+        y, after = self.memory.step(features, states[0])
+        if self.value_memory is None:
+            return *self._heads(y, y), after
+        value_y, value_after = self.value_memory.step(value_features, states[1])
+        return *self._heads(y, value_y), torch.cat([after, value_after], -1)
+
+    def evaluate(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logp, entropy and value, all [S, L], of sequences with `first` [S, L] and `state` [S, state_size]."""
+        features, value_features = (
+            part.unflatten(0, minibatch.first.shape) for part in self._encode(minibatch.obs.flatten(0, 1))
+        )
+        states = minibatch.state.split(self._sizes, -1)
+        y = value_y = self.memory(features, states[0], minibatch.first)
+        if self.value_memory is not None:
+            value_y = self.value_memory(value_features, states[1], minibatch.first)
+        head, value = self._heads(y, value_y)
+        logp, entropy = self.distribution.logp_and_entropy(head, minibatch.action)
+        return logp, entropy, value
 
 
 def build_policy(
@@ -59,9 +112,14 @@ def build_policy(
     encoder: str = "auto",
     share_encoder: bool = False,
     log_std_init: float = 0.0,
+    memory: str = "none",
+    memory_size: int = 128,
+    sequence_length: int = 32,
     seed: int = 0,
 ) -> Policy:
     """Return a policy for an encoded observation space and a Discrete or Box action space.
+
+    With `memory` "lstm" or "gru" it is a RecurrentPolicy, to be trained on sequences of at most `sequence_length`.
 
     Initialisation as in PPO's reference implementations: orthogonal with gain sqrt(2), 0.01 for the action
     head (so that the first actions are near uniform), 1 for the value head, zero biases.
@@ -76,7 +134,13 @@ def build_policy(
     shape = observation_space.shape
     with torch.random.fork_rng(devices=[]):  # layers draw their default init from the global generator: leave it alone
         features, size = build_encoder(shape, encoder, hidden, activation, generator)
-        action_head = orthogonal_linear(size, distribution.head_size, 0.01, generator)
+        width = size if memory == "none" else memory_size
+        action_head = orthogonal_linear(width, distribution.head_size, 0.01, generator)
         value_encoder = None if share_encoder else build_encoder(shape, encoder, hidden, activation, generator)[0]
-        value_head = orthogonal_linear(size, 1, 1.0, generator)
-    return Policy(features, action_head, value_encoder, value_head, distribution)
+        value_head = orthogonal_linear(width, 1, 1.0, generator)
+        parts = (features, action_head, value_encoder, value_head, distribution)
+        if memory == "none":
+            return Policy(*parts)
+        memories = [Memory(memory, size, memory_size, generator) for _ in range(1 if share_encoder else 2)]
+    value_memory = None if share_encoder else memories[1]
+    return RecurrentPolicy(*parts, memory=memories[0], value_memory=value_memory, sequence_length=sequence_length)

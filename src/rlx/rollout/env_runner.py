@@ -6,8 +6,7 @@ per step; everything that can be done on whole [T, B] arrays waits until after i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -24,8 +23,10 @@ from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
-from rlx.rollout.in_place import FAILED, InPlaceEnvs
+from rlx.rollout.hooks import EnvHooks
+from rlx.rollout.in_place import FAILED, InPlaceEnvs, Step
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
+from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
@@ -38,40 +39,6 @@ NUMBERS_PER_CALL = 1 << 20
 """More fragments and episodes of one environment than any call begins: from call to call no number comes twice."""
 
 
-@dataclass
-class Sample:
-    """What one call of `sample` returns."""
-
-    trajectory: Trajectory
-    episodes: list[tuple[float, int]]
-    """Sum of unscaled rewards and number of transitions of each episode that ended, in order of their end."""
-    obs_moments: RunningMoments | None
-    """Moments of the fragment's raw observations; None unless they are normalised."""
-    return_moments: RunningMoments | None
-    """Moments of the fragment's discounted returns; None unless rewards are normalised."""
-    env_s: float
-    """Seconds inside the environments."""
-    inference_s: float
-    """Seconds inside the policy."""
-    busy_s: float
-    """Seconds inside `sample`."""
-    stepped_one_by_one: bool
-    """Whether the environments' seconds add up: they are scalar ones in a loop."""
-    env_failures: int
-    """Failures of environments (an exception, a hang) since the sample before."""
-    runner_restarts: int = 0
-    """Of several runners: how often one was started again since the sample before."""
-    wait_s: float = 0.0
-    """Of several runners: seconds that the slowest was busy longer than the mean."""
-    transfer_s: float = 0.0
-    """Of runners in other processes: seconds of the call during which the slowest was not busy."""
-
-    @property
-    def env_steps(self) -> int:
-        """Number of transitions."""
-        return int(self.trajectory.mask.sum())
-
-
 class EnvRunner:
     """Owns `num_envs` environments and a copy of the policy.
 
@@ -81,7 +48,8 @@ class EnvRunner:
     statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample
     begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that
     failed is masked, and the one before it truncated. atari: see `rlx.settings.AtariSection`; episodes are accounted
-    for before lives and clipping come in.
+    for before lives and clipping come in. callbacks: makes those that hear of environments and episodes, see
+    `EnvHooks`.
     """
 
     def __init__(
@@ -105,7 +73,9 @@ class EnvRunner:
         env_step_timeout_s: float | None = None,
         policy_channel: AnyChannel | None = None,
         atari: Mapping[str, Any] | None = None,
+        callbacks: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
+        self._hooks = None if callbacks is None else EnvHooks(callbacks)
         self._failures = Failures(
             num_envs,
             on_env_error=on_env_error,
@@ -125,6 +95,7 @@ class EnvRunner:
             failures=self._failures,
             atari=atari,
             counts_lives=bool(games["episodic_life"]),
+            hooks=self._hooks,
         )
         self._obs_space = encoded_observation_space(self._envs.observation_space)
         policy = build_policy(self._obs_space, self._envs.action_space)
@@ -173,6 +144,8 @@ class EnvRunner:
         if not self._intact:  # the first fragment, or an exception or interrupt cut the last one
             self._restart(call)
         self._intact = False
+        if self._hooks is not None:
+            self._hooks.forget()
         fragment = self._collect(num_steps)
         self._check_finite(fragment)
         inference_started = perf_counter()
@@ -185,6 +158,9 @@ class EnvRunner:
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
+        episode_metrics: dict[str, list[float]] = {}
+        if self._hooks is not None:
+            episode_metrics = self._hooks.episodes_ended(episodes, done_T_B, fragment.terminated, self._first)
         if self._envs.lives_B is not None:
             life_lost_T_B = fragment.life_lost() & mask_T_B
             fragment.terminated |= life_lost_T_B
@@ -207,6 +183,7 @@ class EnvRunner:
             mask=mask_T_B,
             first=first_T_B,
             weights_version=np.full(mask_T_B.shape, self._version, np.int64),
+            state=self._acting.states(),
         )
         self._intact = True
         return Sample(
@@ -219,6 +196,7 @@ class EnvRunner:
             busy_s=perf_counter() - started,
             stepped_one_by_one=isinstance(self._envs, InPlaceEnvs),
             env_failures=self._failures.take_count(),
+            episode_metrics=episode_metrics,
         )
 
     def get_state(self, call: int = 0) -> State:
@@ -235,6 +213,7 @@ class EnvRunner:
             "length": self._length_B.copy(),
             "discounted_return": None if self._discounted is None else self._discounted.return_B.copy(),
             "ended": self._ended_B.copy(),
+            "memory": self._acting.state_B,
         }
 
     def set_state(self, state: State) -> None:
@@ -244,6 +223,7 @@ class EnvRunner:
         self._fragment = int(state["fragment"])
         self._return_B, self._length_B = state["return"].copy(), state["length"].copy()
         self._ended_B = state["ended"].copy()
+        self._acting.state_B = state.get("memory")  # which a checkpoint from before there were memories has not
         if self._discounted is not None and state["discounted_return"] is not None:
             self._discounted.return_B = state["discounted_return"].copy()
         self._forget(~restored_B)
@@ -278,6 +258,7 @@ class EnvRunner:
         self._return_B[new_B], self._length_B[new_B], self._ended_B[new_B] = 0.0, 0, False
         if self._discounted is not None:
             self._discounted.return_B[new_B] = 0.0
+        self._acting.forget(new_B)
 
     def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
@@ -290,6 +271,8 @@ class EnvRunner:
         acting.start(num_steps, envs.num_envs, noise)
         inference_s, env_s = clock() - started, 0.0
         raw_B = envs.obs_B
+        step = envs.step if acting.state_B is None else self._step_and_forget
+        self._resets_B = self._ended_B
         for t in range(num_steps):
             obs_B = encode_obs(envs.observation_space, raw_B, fragment.raw[t])
             if normalizer is not None:
@@ -299,7 +282,7 @@ class EnvRunner:
             stepping_started = clock()
             fragment.action[t] = action_B
             try:
-                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = envs.step(action_B)
+                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = step(action_B)
             except Exception as error:
                 error.add_note(f"at step {t} of fragment {self._fragment - 1} ({num_steps} steps)")
                 raise
@@ -316,6 +299,15 @@ class EnvRunner:
         fragment.env_s, fragment.inference_s = env_s, inference_s
         return fragment
 
+    def _step_and_forget(self, action_B: np.ndarray) -> Step:
+        """Step, and empty the memory of the environments whose next observation begins an episode."""
+        _, _, terminated_B, truncated_B, final_obs = step = self._envs.step(action_B)
+        done_B = np.logical_or(terminated_B, truncated_B)
+        failed_B = np.array([final_obs.get(index) is FAILED for index in range(len(done_B))])
+        self._acting.forget((self._resets_B if self._envs.resets_on_next_step else done_B) | failed_B)
+        self._resets_B = done_B
+        return step
+
     def _see(self, raw_N: np.ndarray) -> np.ndarray:
         """Return raw observations [N, ...] as the policy sees them."""
         obs_N = np.empty((len(raw_N), *self._obs_space.shape), self._obs_space.dtype)
@@ -325,8 +317,10 @@ class EnvRunner:
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
         finals = [obs for _, _, obs in fragment.cuts]
-        last_B = self._envs.obs_B
-        tail_N = self._acting.value(self._see(np.concatenate([last_B, np.stack(finals)]) if finals else last_B))
+        last_B, last = self._envs.obs_B, len(value_T_B) - 1
+        after_N = [(last, index) for index in range(len(last_B))] + [(t, index) for t, index, _ in fragment.cuts]
+        tail_N = self._see(np.concatenate([last_B, np.stack(finals)]) if finals else last_B)
+        tail_N = self._acting.value(tail_N, after_N)
         next_value_T_B = np.concatenate([value_T_B[1:], tail_N[None, : len(last_B)]])
         for (t, index, _), value in zip(fragment.cuts, tail_N[len(last_B) :], strict=True):
             next_value_T_B[t, index] = value

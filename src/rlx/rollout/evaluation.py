@@ -24,6 +24,7 @@ NOISE_STEPS = 64
 
 OnFrame = Callable[[np.ndarray], None]
 Choose = Callable[[np.ndarray], np.ndarray]
+Forget = Callable[[np.ndarray], None]
 Show = Callable[[], None]
 
 
@@ -63,15 +64,16 @@ def evaluate(
     if on_frame is not None and isinstance(env, str):
         options["render_mode"] = "rgb_array"
     envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed, atari=atari)
-    choose = _chooser(envs, acting_for(policy), normalizer_state, obs_clip, deterministic, seed)
+    acting = acting_for(policy)
+    choose = _chooser(envs, acting, normalizer_state, obs_clip, deterministic, seed)
     episodes = _Episodes(num_episodes, envs.name, monotonic() + timeout_s)
     show = _shower(envs, on_frame)
     try:
         envs.change(changes)
         if isinstance(envs, InPlaceEnvs):
-            _run_scalar(envs, choose, episodes, seed, show)
+            _run_scalar(envs, choose, acting.forget, episodes, seed, show)
         else:
-            _run_vector(envs, choose, episodes, show)
+            _run_vector(envs, choose, acting.forget, episodes, show)
     finally:
         envs.close()
     return episodes.result()
@@ -105,7 +107,7 @@ class _Episodes:
         return EvaluationResult(self.returns.tolist(), self.lengths.tolist())
 
 
-def _run_scalar(envs: InPlaceEnvs, choose: Choose, episodes: _Episodes, seed: int, show: Show) -> None:
+def _run_scalar(envs: InPlaceEnvs, choose: Choose, forget: Forget, episodes: _Episodes, seed: int, show: Show) -> None:
     waiting = iter(range(envs.num_envs, len(episodes.returns)))
     running = {index: index for index in range(envs.num_envs)}
     for index, episode in running.items():
@@ -125,12 +127,13 @@ def _run_scalar(envs: InPlaceEnvs, choose: Choose, episodes: _Episodes, seed: in
                     del running[index]
                 else:
                     envs.reset_one(index, seed + following)
+                    forget(np.arange(envs.num_envs) == index)
                     running[index] = following
                     if index == 0:
                         show()
 
 
-def _run_vector(envs: Envs, choose: Choose, episodes: _Episodes, show: Show) -> None:
+def _run_vector(envs: Envs, choose: Choose, forget: Forget, episodes: _Episodes, show: Show) -> None:
     count = len(episodes.returns)
     own = [list(range(index, count, envs.num_envs)) for index in range(envs.num_envs)]
     envs.reset()
@@ -147,6 +150,7 @@ def _run_vector(envs: Envs, choose: Choose, episodes: _Episodes, show: Show) -> 
                 episodes.add(mine[0], float(reward_B[index]), bool(done_B[index]))
                 if done_B[index]:
                     mine.pop(0)
+        forget(is_reset_row if envs.resets_on_next_step else done_B)
         if envs.resets_on_next_step:
             is_reset_row = done_B
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlx.errors import EnvError
 from rlx.rollout.deadline import EnvTimeout, Watchdog
+from rlx.rollout.hooks import is_from_callback
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Failures:
         return count
 
     def _admit(self, error: Exception, where: str, index: int, step: int) -> None:
-        if not self._rebuilds_allowed or (isinstance(error, EnvError) and not isinstance(error, EnvTimeout)):
+        is_a_mistake = is_from_callback(error) or (isinstance(error, EnvError) and not isinstance(error, EnvTimeout))
+        if is_a_mistake or not self._rebuilds_allowed:
             raise error
         is_in_a_row = step - self._failed_at[index] < FORGIVEN_AFTER_STEPS
         self._in_a_row[index] = self._in_a_row[index] + 1 if is_in_a_row else 1

@@ -18,6 +18,7 @@ from gymnasium import spaces
 from rlx.errors import CheckpointError, EnvError
 from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks, StepFunction
 from rlx.rollout.spaces import check_spaces, env_action
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class InPlaceEnvs:
         make: Callable[[], gymnasium.Env[Any, Any]],
         failures: Failures,
         counts_lives: bool = False,
+        hooks: EnvHooks | None = None,
     ) -> None:
         self.name = name
         self.num_envs = len(envs)
@@ -79,7 +81,8 @@ class InPlaceEnvs:
         self.env_action = env_action(self.action_space)
         self._seed, self._first = seed, first_env_index
         self._make, self._failures, self._watchdog = make, failures, failures.watchdog
-        self._steps = [env.step for env in envs]
+        self._steps: list[StepFunction] = [env.step for env in envs]
+        self._hooks = hooks
         self._steps_begun = 0
         self._box_shape = shape if isinstance(self.observation_space, spaces.Box) else None
         self._unchecked = set(range(self.num_envs))
@@ -90,6 +93,8 @@ class InPlaceEnvs:
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
         self._changes: Changes = ()  # for episodes that begin from now on
         self._changed: list[Changes] = [()] * self.num_envs  # what each environment has had
+        for index in range(self.num_envs):
+            self._introduce(index)
 
     def change(self, changes: Changes) -> None:
         """Have each environment changed so when its next episode begins."""
@@ -265,9 +270,16 @@ class InPlaceEnvs:
     def _make_anew(self, index: int, where: str) -> None:
         self._failures.close(self.envs[index].close, where, index)
         self.envs[index] = self._watchdog.run("__init__", index, self._make)
-        self._steps[index] = self.envs[index].step
         self._unchecked.add(index)
         self._changed[index] = ()
+        self._introduce(index)
+
+    def _introduce(self, index: int) -> None:
+        """Make a new environment known to those who step it, and who want to hear of it."""
+        self._steps[index] = self.envs[index].step
+        if self._hooks is not None:
+            self._hooks.env_created(self.envs[index], self._first + index)
+            self._steps[index] = self._hooks.watched(index, self.envs[index].step)
 
     def _change_one(self, index: int) -> None:
         where = self._where(index)

@@ -24,6 +24,7 @@ from rlx.errors import ActorDied, ActorError, CallTimeout
 from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, NO_FINALS, InPlaceEnvs, State, Step, check_state, episode_seed
 from rlx.rollout.spaces import Space, row_of_actions
 
@@ -104,15 +105,18 @@ class EnvWorker:
         first_env_index: int,
         failures: dict[str, Any],
         counts_lives: bool,
+        make_callbacks: Callable[[], Sequence[Any]] | None,
     ) -> None:
         self._failures = Failures(last - first, **failures)
         self._failures.watchdog.watch()
+        self._hooks = None if make_callbacks is None else EnvHooks(make_callbacks)
         self._envs = InPlaceEnvs(
             make(last - first),
             *(name, seed, first_env_index + first),
             lambda: make(1)[0],
             self._failures,
             counts_lives,
+            self._hooks,
         )
         self._first, self._last = first, last
 
@@ -136,8 +140,8 @@ class EnvWorker:
         self._envs.reset()
         return self._failures.take_count()
 
-    def step(self) -> int | None:
-        """Take the actions in memory; return the number of failures, if any."""
+    def step(self) -> tuple[int, list[tuple[int, dict[str, Any]]]] | None:
+        """Take the actions in memory; return the number of failures and what hooks want to know, if any."""
         memory = self._memory
         final_obs = self._envs.step(memory.action)[4]
         for index, obs in final_obs.items():
@@ -145,7 +149,8 @@ class EnvWorker:
                 memory.outcome[index] = STEP_FAILED
             else:
                 memory.outcome[index], memory.final_obs[index] = EPISODE_ENDED, obs
-        return self._failures.take_count() or None
+        failures, infos = self._failures.take_count(), [] if self._hooks is None else self._hooks.take_infos()
+        return (failures, infos) if failures or infos else None
 
     def step_at_random(self) -> None:
         """Take a random action in every environment; of a worker that only measures."""
@@ -190,10 +195,11 @@ class ProcessEnvs:
         first_env_index: int,
         failures: Failures,
         counts_lives: bool = False,
+        hooks: EnvHooks | None = None,
     ) -> None:
         self.name, self.num_envs = name, num_envs
         self._make, self._seed, self._first, self._failures = make, seed, first_env_index, failures
-        self._counts_lives = counts_lives
+        self._counts_lives, self._hooks = counts_lives, hooks
         self._changes: Changes = ()
         self._steps_begun = self._workers_made = 0
         self._has_worked = False
@@ -239,7 +245,12 @@ class ProcessEnvs:
         memory = self._memory
         memory.action[:] = action_B
         self._steps_begun += 1
-        self._count(self._ask("step"))
+        for answer, (first, _) in zip(self._ask("step"), self._shares, strict=True):
+            if answer is not None:
+                self._failures.count(answer[0])
+                for index, info in answer[1]:
+                    assert self._hooks is not None
+                    self._hooks.keep(first + index, info)
         final_obs = NO_FINALS
         if memory.outcome.any():
             failed = memory.outcome == STEP_FAILED
@@ -363,7 +374,8 @@ class ProcessEnvs:
 
     def _spawn(self, first: int, last: int) -> actors.ActorHandle:
         self._workers_made += 1
-        options = (self.name, self._seed, self._first, self._failures.options, self._counts_lives)
+        callbacks = None if self._hooks is None else self._hooks.make_callbacks
+        options = (self.name, self._seed, self._first, self._failures.options, self._counts_lives, callbacks)
         return self._runtime.spawn(
             *(EnvWorker, self._make, first, last, *options), name=f"env_worker/{self._workers_made - 1}"
         )

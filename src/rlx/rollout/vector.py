@@ -19,6 +19,7 @@ from rlx.rollout.atari import AtariEnv, atari_vector_env, is_atari
 from rlx.rollout.choice import processes_pay
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import InPlaceEnvs, State, Step
 from rlx.rollout.mujoco_warnings import log_warnings
 from rlx.rollout.processes import ProcessEnvs
@@ -89,6 +90,7 @@ def make_envs(
     num_cores: int = 1,
     atari: Mapping[str, Any] | None = None,
     counts_lives: bool = False,
+    hooks: EnvHooks | None = None,
 ) -> Envs:
     """Return `num_envs` environments made from `env`.
 
@@ -97,7 +99,7 @@ def make_envs(
     native one where it exists and can be made, and measures which of the others is faster where it may use more than
     one core. failures: what becomes of an environment that fails; by default its error is raised. atari: how Atari
     games are shown, see `rlx.settings.AtariSection`; None leaves them as gymnasium makes them. counts_lives: keep
-    `lives_B`, of environments whose info has lives.
+    `lives_B`, of environments whose info has lives. hooks: who hears of environments and of the ends of episodes.
     """
     source: Any
     source, name = resolve(env)
@@ -122,20 +124,20 @@ def make_envs(
         if not isinstance(native, VectorEnv):
             raise EnvError(f"{name} takes num_envs but made a {type(native).__name__}, not a gymnasium VectorEnv.")
     if native is not None:
-        return VectorEnvAdapter(native, num_envs, *common, make, failures, counts_lives)
+        return VectorEnvAdapter(native, num_envs, *common, make, failures, counts_lives, hooks)
     make = partial(make_scalar, source, options, name)
     make_many = partial(make_scalars, make, name)
     num_processes = min(num_envs, num_processes or num_cores)
     if vectorization == "processes":
-        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives)
+        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
     first = make()
     if isinstance(first, VectorEnv):
-        return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives)
+        return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives, hooks)
     may_pay = vectorization == "auto" and min(num_processes, num_cores) > 1
     if may_pay and processes_pay(make_many, num_envs, num_processes, name, failures.options):
         first.close()
-        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives)
-    return InPlaceEnvs(make_many(num_envs, first), *common, make, failures, counts_lives)
+        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
+    return InPlaceEnvs(make_many(num_envs, first), *common, make, failures, counts_lives, hooks)
 
 
 def resolve(env: EnvSource) -> tuple[Any, str]:

@@ -15,6 +15,7 @@ from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.env_state import CannotCapture, capture, restore
 from rlx.rollout.failures import Failures
+from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, NO_FINALS, State, Step, describe, episode_seed
 from rlx.rollout.spaces import check_spaces, env_action
 
@@ -40,6 +41,7 @@ class VectorEnvAdapter:
         make: Callable[[], Any] | None,
         failures: Failures,
         counts_lives: bool = False,
+        hooks: EnvHooks | None = None,
     ) -> None:
         if env.num_envs != num_envs:
             raise EnvError(f"{name} has {env.num_envs} environments and num_envs={num_envs}; make the two equal.")
@@ -65,6 +67,9 @@ class VectorEnvAdapter:
         self._steps_begun = 0
         self._checked = False
         self._changes: Changes = ()
+        self._hooks = hooks
+        if hooks is not None:
+            hooks.env_created(env, first_env_index)
 
     def change(self, changes: Changes) -> None:
         """Change the vector environment now; it alone knows when the episodes of its environments begin."""
@@ -126,6 +131,8 @@ class VectorEnvAdapter:
             self._check_step(returned)
         obs_B, reward_B, terminated_B, truncated_B, info = returned
         self._count_lives(info)
+        if self._hooks is not None:
+            self._hooks.vector_step(np.logical_or(terminated_B, truncated_B), info, self._mode)
         obs_B, final_obs = np.asarray(obs_B), NO_FINALS
         if not self.resets_on_next_step:
             done_B = np.logical_or(terminated_B, truncated_B)
@@ -224,6 +231,8 @@ class VectorEnvAdapter:
         self.env = self._failures.watchdog.run("__init__", 0, self._make)
         self._checked = False
         self._changes = ()
+        if self._hooks is not None:
+            self._hooks.env_created(self.env, self._first)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         try:

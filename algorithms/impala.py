@@ -1,0 +1,124 @@
+"""IMPALA (Espeholt et al. 2018, arXiv:1802.01561) on gymnasium environments: nobody waits.
+
+Env runners collect fragments one after another, with whatever weights are the newest when they begin. The learners
+take the next few that are finished, make one step on them, and publish. What is learned from is therefore some updates
+old; V-trace corrects for that in the targets of the value function and in the advantages.
+
+Compare with ppo.py: `arrivals` in place of `sample`, and advantages that are estimated in the loss, where the policy
+that learns is known, because they depend on how far it has moved from the one that acted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from rlx.algorithm import Algorithm
+from rlx.config import AlgorithmConfig
+from rlx.errors import ConfigError
+from rlx.functional.advantages import next_values, vtrace
+from rlx.functional.kl import k3
+from rlx.functional.losses import squared_error
+from rlx.functional.masking import weighted_sum
+from rlx.metrics import Metrics, mean_metrics
+from rlx.settings import Settings, TrainingSection
+from rlx.trajectory import Batch
+
+
+class IMPALATraining(TrainingSection):
+    """Hyper-parameters of IMPALA."""
+
+    batch_size: PositiveInt = 512
+    """Samples in one update: a multiple of the fragments' num_envs_per_env_runner x rollout_fragment_length."""
+    updates_per_iteration: PositiveInt = 20
+    """Updates between two rows of metrics, each with the newest weights published after it."""
+    lambda_: float = Field(1.0, ge=0, le=1)
+    """V-trace's lambda: 0 trusts the value function alone, 1 the corrected returns alone."""
+    rho_clip: PositiveFloat = 1.0
+    """Largest importance weight of a step's error; which value function is learned depends on it."""
+    c_clip: PositiveFloat = 1.0
+    """Largest importance weight with which later errors reach back; the speed of convergence depends on it."""
+    pg_rho_clip: PositiveFloat = 1.0
+    """Largest importance weight in the policy gradient."""
+    value_coef: NonNegativeFloat = 0.5
+    """Weight of the squared value error in the loss."""
+    entropy_coef: NonNegativeFloat = 0.01
+    """Weight of the entropy bonus."""
+    max_age: int = Field(default=8, ge=0)
+    """How many updates a sample may be old when it is learned from; runners are held back for it, and what is older
+    all the same is dropped. 1: runners and learners at the same time, in step and reproducible; 0: they take turns."""
+
+
+class IMPALAConfig(AlgorithmConfig, training=IMPALATraining):
+    """Settings of an IMPALA run: `IMPALAConfig().environment("CartPole-v1").env_runners(num_env_runners=2).build()`."""
+
+    @staticmethod
+    def check(settings: Settings) -> None:
+        """Raise ConfigError where sizes do not fit."""
+        fragments_per_batch(settings)
+
+
+def fragments_per_batch(settings: Settings) -> int:
+    """Return of how many runners' fragments a batch is made; ConfigError where that is no whole number."""
+    r, training = settings.env_runners, settings.training
+    fragment, batch_size = r.num_envs_per_env_runner * r.rollout_fragment_length, training.batch_size
+    if batch_size % fragment:
+        raise ConfigError(
+            f"training.batch_size={batch_size} is no multiple of a fragment's {fragment} samples = "
+            f"{r.num_envs_per_env_runner} envs x {r.rollout_fragment_length} steps; set it to "
+            f"{max(1, round(batch_size / fragment)) * fragment}."
+        )
+    if training.max_age <= 1 and batch_size != max(1, r.num_env_runners) * fragment:
+        raise ConfigError(
+            f"training.max_age={training.max_age} has every env runner give one fragment to a batch, which is "
+            f"{max(1, r.num_env_runners)} x {fragment} samples, and training.batch_size is {batch_size}; make them equal."
+        )
+    return batch_size // fragment
+
+
+class IMPALA(Algorithm, config=IMPALAConfig):
+    """Take what has arrived, update, publish."""
+
+    def training_step(self) -> Metrics:
+        """Make `updates_per_iteration` updates; return the learner's stats."""
+        training: IMPALATraining = self.training
+        history = []
+        for t in self.arrivals(training.updates_per_iteration, fragments_per_batch(self.settings)):
+            lr = training.lr.at(self.env_steps)
+            batch = t.fragments("obs", "action", "logp", "next_value", "reward", "terminated", "truncated", "mask")
+            stats = self.update(batch, epochs=1, minibatch_size=training.batch_size, lr=lr)
+            self.publish()
+            history.append(stats | {"lr": lr})
+        return mean_metrics(history)
+
+    @staticmethod
+    def loss(
+        policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: IMPALATraining
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return IMPALA's loss and stats, of sequences [S, T]; every mean is a sum weighted by `minibatch.weight`."""
+        new_logp, entropy, value = policy.evaluate(minibatch)
+        t = minibatch.map(lambda field: field.transpose(0, 1))  # time-major, as V-trace takes it
+        next_value = next_values(value.detach().T, t.next_value, t.terminated | t.truncated)
+        vs, advantage = vtrace(
+            *(t.logp, new_logp.T, t.reward, value.T, next_value, t.terminated, t.truncated, training.gamma),
+            lambda_=training.lambda_,
+            rho_clip=training.rho_clip,
+            c_clip=training.c_clip,
+            pg_rho_clip=training.pg_rho_clip,
+        )
+        policy_loss = -weighted_sum(new_logp * advantage.T, minibatch.weight)
+        value_loss = weighted_sum(squared_error(value, vs.T), minibatch.weight)
+        entropy = weighted_sum(entropy, minibatch.weight)
+        with torch.no_grad():
+            stats = {
+                "policy_loss": policy_loss.detach(),
+                "value_loss": value_loss.detach(),
+                "entropy": entropy.detach(),
+                "kl": weighted_sum(k3(minibatch.logp, new_logp), minibatch.weight),
+                "rho_clip_fraction": weighted_sum((new_logp - minibatch.logp > 0).float(), minibatch.weight),
+            }
+        return policy_loss + training.value_coef * value_loss - training.entropy_coef * entropy, stats

@@ -1,0 +1,67 @@
+"""fit: iterations with their evaluations and checkpoints, until a limit, a request or an interrupt."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rlx.interrupts import deferred_interrupt
+from rlx.learner.learner_group import LearnersLost
+from rlx.metrics import Metrics
+from rlx.progress import progress_display
+
+if TYPE_CHECKING:
+    from rlx.algorithm import Algorithm
+
+
+def fit(algo: Algorithm) -> Metrics:
+    """Do what `Algorithm.fit` says."""
+    algo.settings.stop.require_limit()
+    algo.stop_request = ""
+    algo.saves.open()
+    metrics: Metrics = {}
+    with deferred_interrupt() as interrupted, progress_display(algo.settings) as progress:
+        while not (reason := "interrupted" if interrupted() else reason_to_stop(algo)):
+            try:
+                metrics = iterate(algo)
+            except LearnersLost as lost:  # in an evaluation or a checkpoint
+                algo.saves.go_back(lost)
+                continue
+            progress.update(metrics)
+    algo.stop_reason = reason
+    algo.saves.save()
+    algo.callbacks("on_stop", algo, reason)
+    return metrics
+
+
+def iterate(algo: Algorithm) -> Metrics:
+    """Train, evaluate and checkpoint as their intervals say."""
+    metrics = algo.train()
+    interval = algo.settings.evaluation.interval
+    if interval and algo.iteration % interval == 0:
+        started = time.perf_counter()
+        metrics |= algo.evaluate()
+        metrics["time/evaluation_s"] = time.perf_counter() - started
+    algo.saves.write_metrics(metrics)
+    _track_best(algo, metrics)
+    interval = algo.settings.checkpointing.interval
+    if interval and algo.iteration % interval == 0:
+        algo.saves.save()
+    return metrics
+
+
+def reason_to_stop(algo: Algorithm) -> str:
+    """Return what was requested or which limit is reached, in words, or an empty string."""
+    mean = algo.window.summary()["episode_return_mean"] if algo.window.is_full else None
+    limits = {"iterations": algo.iteration, "env_steps": algo.env_steps, "time_s": algo.total_s}
+    return algo.stop_request or algo.settings.stop.reached(mean, **limits)
+
+
+def _track_best(algo: Algorithm, metrics: Metrics) -> None:
+    """Remember the checkpointed iteration with the highest return: of its evaluation, else of the window."""
+    c = algo.settings.checkpointing
+    if not (c.keep_best and c.interval and algo.iteration % c.interval == 0):
+        return
+    score = metrics.get("evaluation/episode_return_mean", metrics["episode_return_mean"])
+    if score is not None and (algo.best_return is None or score > algo.best_return):
+        algo.best_return, algo.best_iteration = score, algo.iteration

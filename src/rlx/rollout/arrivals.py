@@ -1,0 +1,168 @@
+"""Arrivals: fragments in the order in which the runners finish them; whoever is slow is waited for by nobody."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from rlx.actors import Err, Future
+from rlx.actors.future import nothing
+from rlx.rollout.runner_actors import Call, RunnerActors
+from rlx.rollout.sample import Sample
+from rlx.trajectory import Trajectory
+
+ASKED_PER_RUNNER = 2  # one that it works at, and one to go on with while the first is being looked at
+PATIENCE_S = 1.0  # between two looks at whether the thread is still alive
+STOP_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Arrival:
+    """What is learned from at a time."""
+
+    samples: Sequence[Sample]
+    """In the order of their arrival."""
+    trajectory: Trajectory
+    """Of all of them, joined along B, in memory of this process."""
+    waited_s: float = 0.0
+    """Seconds that `take` waited for it."""
+
+
+class Arrivals:
+    """Keeps every runner at work in a thread, and joins each `per_batch` fragments into one Arrival.
+
+    At most `max_ahead` batches are being collected or wait, counted from the one being learned from (`used` says that
+    it has been): the older ones push back. `queue_size` bounds those that are complete; when that many wait,
+    `when_full` "wait" has the runners wait as well, and "drop_oldest" makes room. What a runner raises, `take` raises.
+    """
+
+    def __init__(
+        self,
+        actors: RunnerActors,
+        num_steps: int,
+        *,
+        per_batch: int,
+        max_ahead: int,
+        queue_size: int = 1,
+        when_full: str = "wait",
+    ) -> None:
+        self._actors, self._num_steps = actors, num_steps
+        self._per_batch, self._max_ahead = per_batch, max_ahead
+        self._queue_size, self._drops = queue_size, when_full == "drop_oldest"
+        self._calls: list[Call] = []
+        self._samples: list[Sample] = []  # of the next batch
+        self._queue: deque[Arrival] = deque()
+        self._ahead = 0  # fragments asked for, of batches that are not used yet
+        self._dropped_steps = 0
+        self._changed = threading.Condition()
+        self._bell: Future[None] = Future("arrivals", "bell")
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._error: BaseException | None = None
+
+    def take(self) -> Arrival:
+        """Return the oldest batch that waits, or the next one. The thread below has a deadline for each runner."""
+        started = perf_counter()
+        with self._changed:
+            self._start()
+            while not self._queue:
+                if self._error is not None:
+                    error, self._error, self._thread = self._error, None, None
+                    raise error
+                self._changed.wait(PATIENCE_S)
+            arrival = self._queue.popleft()
+            self._changed.notify_all()
+        arrival.waited_s = perf_counter() - started
+        return arrival
+
+    def used(self) -> None:
+        """Say that the batch taken last has been learned from: one more may be collected."""
+        with self._changed:
+            self._ahead -= self._per_batch
+            self._ring()
+
+    def take_dropped(self) -> int:
+        """Return how many environment steps were dropped from a full queue since the last call."""
+        with self._changed:
+            dropped, self._dropped_steps = self._dropped_steps, 0
+        return dropped
+
+    def pause(self) -> None:
+        """Ask the runners for nothing more until the next `take`; what has arrived, and what is asked for, stays."""
+        with self._changed:
+            thread, self._stopping = self._thread, True
+            self._ring()
+        if thread is not None:
+            thread.join(STOP_TIMEOUT_S)
+        self._thread = None
+
+    def forget(self) -> None:
+        """Begin anew, with nothing asked for and nothing waiting."""
+        self.pause()
+        self._actors.forget(self._calls)
+        self._calls, self._samples, self._error = [], [], None
+        self._queue.clear()
+        self._ahead = 0
+
+    def _start(self) -> None:
+        if self._thread is None and self._error is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name="rlx-arrivals", daemon=True)
+            self._thread.start()
+
+    def _ring(self) -> None:
+        """Wake the thread, wherever it waits."""
+        bell, self._bell = self._bell, Future("arrivals", "bell")
+        bell.settle(nothing)
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                if len(self._samples) == self._per_batch:
+                    self._deliver()
+                with self._changed:
+                    if self._stopping:
+                        return
+                    bell = self._bell
+                    self._ask()
+                call = self._actors.first(self._calls, bell)
+                if call is not None:
+                    self._calls.remove(call)
+                    self._samples.append(call.value)
+        except BaseException as error:
+            with self._changed:
+                lost = [call for call in self._calls if isinstance(call.outcome, Err)]
+                self._calls = [call for call in self._calls if call not in lost]
+                self._ahead -= len(lost)
+                self._error = error
+                self._changed.notify_all()
+
+    def _ask(self) -> None:
+        """Ask for as many fragments as are allowed, whoever has the fewest to do first."""
+        while self._ahead < self._max_ahead * self._per_batch:
+            asked = [sum(call.runner == runner for call in self._calls) for runner in range(len(self._actors))]
+            runner = asked.index(min(asked))
+            if asked[runner] >= ASKED_PER_RUNNER:
+                return
+            self._calls.append(self._actors.ask_to_sample(runner, self._num_steps))
+            self._ahead += 1
+
+    def _deliver(self) -> None:
+        parts = [sample.trajectory for sample in self._samples]
+        arrival = Arrival(self._samples, parts[0].copy() if len(parts) == 1 else Trajectory.concatenate(parts))
+        with self._changed:
+            while len(self._queue) >= self._queue_size:
+                if self._drops:
+                    self._dropped_steps += sum(sample.env_steps for sample in self._queue.popleft().samples)
+                    self._ahead -= self._per_batch
+                elif self._stopping:
+                    return  # it is delivered when the thread goes on
+                else:
+                    self._changed.wait(PATIENCE_S)
+            self._samples = []
+            self._queue.append(arrival)
+            self._changed.notify_all()

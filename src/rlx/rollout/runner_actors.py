@@ -1,0 +1,255 @@
+"""RunnerActors: env runners in processes of their own; what a lost one was asked for, the next one is asked again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from rlx.actors import ActorHandle, Err, Future, Ok, Restart, Runtime
+from rlx.errors import ActorDied, ActorError, CallTimeout
+from rlx.rollout.env_changes import Changes
+from rlx.rollout.env_runner import EnvRunner
+from rlx.rollout.normalizers import State
+from rlx.rollout.spaces import Space
+
+log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+BUSY_CLOSE_TIMEOUT_S = 0.5
+IDLE_S = 60.0  # waiting for nothing but a bell
+STALLS_PER_TIMEOUT = 4
+"""A call is looked at as a possible stall after the timeout divided by this."""
+
+
+@dataclass(eq=False)
+class Call:
+    """What a runner was asked for, until it is answered."""
+
+    runner: int
+    method: str
+    make_arguments: Callable[[], tuple[Any, ...]]
+    """Returns them, for each incarnation that is asked."""
+    timeout_s: float
+    arguments: tuple[Any, ...] = ()
+    future: Future[Any] = field(init=False)
+    deadline: float = field(init=False)
+    patience_s: float = field(init=False)
+    """The time that it was given."""
+    outcome: Ok[Any] | Err | None = None
+
+    @property
+    def value(self) -> Any:
+        """What the runner returned, once it has."""
+        assert isinstance(self.outcome, Ok)
+        return self.outcome.value
+
+
+class RunnerActors:
+    """Spawns the runners, and asks all of them together (`gather`) or takes what the first one answers (`first`)."""
+
+    def __init__(self, runtime: Runtime, start_timeout_s: float, timeout_s: float, restart: Restart | None) -> None:
+        self._runtime = runtime
+        self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
+        self._restart = restart
+        self._channel = runtime.channel("policy")
+        self._handles: list[ActorHandle] = []
+        self._late: dict[str, str] = {}  # by name, in words: those that were ended because they did not answer
+        self._restarts_taken = 0
+        self._asked: list[list[Call]] = []  # by runner, oldest first
+        self._newest: dict[int, Future[Any]] = {}  # by runner: what it was asked for last
+        self.calls: list[int] = []
+        """How often each runner was asked for what may begin episodes, in the whole run: see `EnvRunner.sample`."""
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def spawn(self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        """Start one more runner; `start` waits for it."""
+        handle = self._runtime.spawn(
+            *(_make_runner, *arguments),
+            name=name,
+            restart=self._restart,
+            stall_after_s=self._timeout_s / STALLS_PER_TIMEOUT,
+            policy_channel=self._channel,
+            **options,
+        )
+        self._runtime.monitor(handle, on_restart=self._on_restart)
+        self._handles.append(handle)
+        self._asked.append([])
+        self.calls.append(0)
+
+    def start(self) -> tuple[Space, Space]:
+        """Return the environment's spaces, once every runner is up."""
+        return self.gather([self.ask(index, "spaces", tuple, self._start_timeout_s) for index in range(len(self))])[0]
+
+    def publish(self, version: int, weights: np.ndarray, normalizer_state: State, env_changes: Changes) -> None:
+        """Have every sample that begins from now on do so with these; no runner is waited for."""
+        value = {"weights": weights, "normalizer": normalizer_state, "env_changes": env_changes}
+        self._channel.publish(value, version)
+
+    def ask_to_sample(self, runner: int, num_steps: int) -> Call:
+        """Ask one runner for a fragment."""
+        return self.ask(runner, "sample", lambda: (num_steps, self._count_call(runner)))
+
+    def get_state(self) -> list[State]:
+        """Return each runner's state, as it is after all that it was asked for before."""
+        return self.gather(
+            [self.ask(index, "get_state", lambda index=index: (self._count_call(index),)) for index in range(len(self))]
+        )
+
+    def set_state(self, states: Sequence[State], calls: Sequence[int]) -> None:
+        """Give each runner its state."""
+        self.calls = list(calls)
+        self.gather([self.ask(index, "set_state", lambda state=state: (state,)) for index, state in enumerate(states)])
+
+    def ask(
+        self, runner: int, method: str, make_arguments: Callable[[], tuple[Any, ...]], timeout_s: float | None = None
+    ) -> Call:
+        """Ask one runner for something, after what it was asked for already; its time begins when that is done."""
+        call = Call(runner, method, make_arguments, self._timeout_s if timeout_s is None else timeout_s)
+        self._send(call, call.timeout_s)
+        return call
+
+    def gather(self, calls: Sequence[Call]) -> list[Any]:
+        """Return the answers to all calls, in their order."""
+        try:
+            while missing := [call for call in calls if call.outcome is None]:
+                self._wait(missing, len(missing))
+        except BaseException:
+            self.forget(calls)
+            raise
+        failed = [call for call in calls if isinstance(call.outcome, Err)]
+        if failed:
+            names = ", ".join(self._handles[call.runner].name for call in failed)
+            error = failed[0].outcome.error  # type: ignore[union-attr]
+            error.add_note(f"{failed[0].method}() failed in {len(failed)} of {len(calls)} actors: {names}")
+            raise error
+        return [call.value for call in calls]
+
+    def first(self, calls: Sequence[Call], bell: Future[Any]) -> Call | None:
+        """Return the first call to be answered; None where the bell rings before. What a runner raised is raised.
+
+        Of those that have been answered already it is the one that was asked first.
+        """
+        while True:
+            for call in calls:
+                if call.outcome is not None:
+                    self.gather([call])
+                    return call
+            if bell.done():
+                return None
+            self._wait(calls, 1, bell)
+
+    def forget(self, calls: Sequence[Call]) -> None:
+        """Never mind the answers to these; the runners work at them all the same."""
+        for call in calls:
+            if call in self._asked[call.runner]:
+                self._asked[call.runner].remove(call)
+
+    def take_restarts(self) -> int:
+        """Return how many runners were started again since the last call."""
+        total = sum(handle.incarnation for handle in self._handles)
+        taken, self._restarts_taken = self._restarts_taken, total
+        return total - taken
+
+    def close(self) -> None:
+        """Close the environments as far as the runners still answer, then end the processes."""
+        handles, self._handles = self._handles, []
+        if not handles:
+            return
+        # An interrupted runner still collects, and who pressed Ctrl-C does not want to wait for it.
+        is_busy = not all(future.done() for future in self._newest.values())
+        timeout_s = BUSY_CLOSE_TIMEOUT_S if is_busy else CLOSE_TIMEOUT_S
+        outcomes = self._runtime.group(handles).close.call().result(timeout_s)
+        for handle, outcome in zip(handles, outcomes, strict=True):
+            if isinstance(outcome, Err) and not isinstance(outcome.error, ActorError):
+                log.warning("%s could not close its environments: %r", handle.name, outcome.error)
+            self._runtime.kill(handle)
+
+    def _count_call(self, runner: int) -> int:
+        self.calls[runner] += 1
+        return self.calls[runner] - 1
+
+    def _send(self, call: Call, timeout_s: float) -> None:
+        before = self._asked[call.runner]
+        call.patience_s = timeout_s
+        call.deadline = max([monotonic(), *(one.deadline for one in before)]) + timeout_s
+        call.arguments = call.make_arguments()
+        call.future = getattr(self._handles[call.runner], call.method).call(*call.arguments)
+        self._newest[call.runner] = call.future
+        before.append(call)
+
+    def _wait(self, calls: Sequence[Call], count: int, *bell: Future[Any]) -> None:
+        """Wait until `count` calls are answered, or one is late; note the answers, and ask again who is lost."""
+        patience_s = min([call.deadline - monotonic() for call in calls], default=IDLE_S)
+        self._runtime.wait([*(call.future for call in calls), *bell], count, max(0.0, patience_s))
+        for call in calls:
+            if call.future.done():
+                outcome = call.future.outcome()
+            elif monotonic() >= call.deadline:
+                outcome = Err(self._timeout_of(call))
+            else:
+                continue
+            asked = self._asked[call.runner]
+            asked.remove(call)
+            if asked and call.future.done():  # its time begins now
+                asked[0].deadline = monotonic() + asked[0].patience_s
+            if isinstance(outcome, Ok) or not self._is_lost(call, outcome.error):
+                call.outcome = outcome
+                continue
+            if not call.future.done():
+                self._late[self._handles[call.runner].name] = str(outcome.error)
+                self._runtime.restart(self._handles[call.runner])
+            self._send(call, self._start_timeout_s + call.timeout_s)
+
+    def _timeout_of(self, call: Call) -> CallTimeout:
+        name = self._handles[call.runner].name
+        cure = ""
+        if call.method == "sample":
+            cure = (
+                f" An environment hangs, or {call.arguments[0]} steps take longer than this: "
+                "raise fault_tolerance.sample_timeout_s, or lower env_runners.rollout_fragment_length."
+            )
+        return CallTimeout(f"{name}.{call.method}() has not answered within {call.patience_s:g} s.{cure}")
+
+    def _is_lost(self, call: Call, error: BaseException) -> bool:
+        """Return whether the call is lost with an incarnation that another one follows; ActorDied if none does."""
+        handle = self._handles[call.runner]
+        if isinstance(error, CallTimeout) and not call.future.done():
+            return self._restart is not None and call.method != "spaces"  # a start has one deadline
+        if not isinstance(error, ActorDied):
+            return False
+        if self._runtime.state()[handle.name].status not in ("dead", "failed"):
+            return True
+        last = self._late.get(handle.name) or str(error.__cause__ or error)
+        times = f"It was started again {handle.incarnation} times already; l" if handle.incarnation else "L"
+        raise ActorDied(
+            f"{last}\n{times}ower env_runners.num_envs_per_env_runner if memory is short, cure the environment, or "
+            "raise fault_tolerance.max_restarts."
+        ) from error
+
+    def _on_restart(self, handle: ActorHandle, error: BaseException) -> None:
+        log.warning("%s It was started again and begins new episodes.", self._late.pop(handle.name, None) or error)
+
+
+def _make_runner(*arguments: Any, **options: Any) -> EnvRunner | _FailedRunner:
+    """Return a runner; where its making raises, that is an answer and not a death, for no restart would cure it."""
+    try:
+        return EnvRunner(*arguments, **options)
+    except Exception as error:
+        return _FailedRunner(error)
+
+
+class _FailedRunner:
+    """Answers every call with the error that kept the runner from being made."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, method: str) -> Any:
+        raise self._error
