@@ -348,16 +348,17 @@ class EnvRunner:
     ) -> list[tuple[float, int]]:
         """Return (return, length) of the episodes that ended; running ones are carried over, failed ones dropped."""
         episodes = []
-        first_B = [0] * self._envs.num_envs
+        first_B, total = [0] * self._envs.num_envs, np.add.reduce  # what .sum() calls, at half its price
+        length_T_B = self._length_B + mask_T_B.cumsum(0)
         for t, index in np.argwhere(done_T_B | failed_T_B).tolist():
-            rows = slice(first_B[index], t + 1)
             if done_T_B[t, index]:
-                total = self._return_B[index] + reward_T_B[rows, index].sum()
-                episodes.append((float(total), int(self._length_B[index] + mask_T_B[rows, index].sum())))
-            self._return_B[index], self._length_B[index], first_B[index] = 0.0, 0, t + 1
+                return_ = self._return_B[index] + total(reward_T_B[first_B[index] : t + 1, index])
+                episodes.append((float(return_), int(length_T_B[t, index])))
+            self._return_B[index], first_B[index] = 0.0, t + 1
+            length_T_B[t:, index] -= length_T_B[t, index]
         for index, first in enumerate(first_B):
-            self._return_B[index] += reward_T_B[first:, index].sum()
-            self._length_B[index] += mask_T_B[first:, index].sum()
+            self._return_B[index] += total(reward_T_B[first:, index])
+        self._length_B = length_T_B[-1].copy()
         return episodes
 
     def _moments(
