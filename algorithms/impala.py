@@ -28,12 +28,16 @@ from rlx.metrics import Metrics, mean_metrics
 from rlx.settings import Settings, TrainingSection
 from rlx.trajectory import Batch
 
+FIELDS = ("obs", "action", "logp", "next_value", "reward", "terminated", "truncated", "mask", "weights_version")
+"""What V-trace needs of a fragment."""
+
 
 class IMPALATraining(TrainingSection):
     """Hyper-parameters of IMPALA."""
 
-    batch_size: PositiveInt = 512
-    """Samples in one update: a multiple of the fragments' num_envs_per_env_runner x rollout_fragment_length."""
+    batch_size: PositiveInt | None = None
+    """Samples in one update: a multiple of a fragment's num_envs_per_env_runner x rollout_fragment_length; null: one
+    fragment for every env runner."""
     updates_per_iteration: PositiveInt = 20
     """Updates between two rows of metrics, each with the newest weights published after it."""
     lambda_: float = Field(1.0, ge=0, le=1)
@@ -50,7 +54,8 @@ class IMPALATraining(TrainingSection):
     """Weight of the entropy bonus."""
     max_age: int = Field(default=8, ge=0)
     """How many updates a sample may be old when it is learned from; runners are held back for it, and what is older
-    all the same is dropped. 1: runners and learners at the same time, in step and reproducible; 0: they take turns."""
+    all the same is dropped. 1: runners and learners at the same time, in step and reproducible; 0, and without
+    env_runners.num_env_runners: they take turns."""
 
 
 class IMPALAConfig(AlgorithmConfig, training=IMPALATraining):
@@ -64,18 +69,22 @@ class IMPALAConfig(AlgorithmConfig, training=IMPALATraining):
 
 def fragments_per_batch(settings: Settings) -> int:
     """Return of how many runners' fragments a batch is made; ConfigError where that is no whole number."""
-    r, training = settings.env_runners, settings.training
-    fragment, batch_size = r.num_envs_per_env_runner * r.rollout_fragment_length, training.batch_size
+    r, max_age = settings.env_runners, settings.training.max_age
+    batch_size: int | None = settings.training.batch_size  # type: ignore[attr-defined]
+    fragment, runners = r.num_envs_per_env_runner * r.rollout_fragment_length, max(1, r.num_env_runners)
+    if batch_size is None:
+        return runners
     if batch_size % fragment:
         raise ConfigError(
             f"training.batch_size={batch_size} is no multiple of a fragment's {fragment} samples = "
             f"{r.num_envs_per_env_runner} envs x {r.rollout_fragment_length} steps; set it to "
             f"{max(1, round(batch_size / fragment)) * fragment}."
         )
-    if training.max_age <= 1 and batch_size != max(1, r.num_env_runners) * fragment:
+    if (max_age <= 1 or r.num_env_runners == 0) and batch_size != runners * fragment:
         raise ConfigError(
-            f"training.max_age={training.max_age} has every env runner give one fragment to a batch, which is "
-            f"{max(1, r.num_env_runners)} x {fragment} samples, and training.batch_size is {batch_size}; make them equal."
+            f"training.batch_size={batch_size} has to be {runners} x {fragment} samples, one fragment for every env "
+            f"runner, where they take turns with the learners or keep in step: training.max_age is {max_age} and "
+            f"env_runners.num_env_runners is {r.num_env_runners}."
         )
     return batch_size // fragment
 
@@ -89,8 +98,8 @@ class IMPALA(Algorithm, config=IMPALAConfig):
         history = []
         for t in self.arrivals(training.updates_per_iteration, fragments_per_batch(self.settings)):
             lr = training.lr.at(self.env_steps)
-            batch = t.fragments("obs", "action", "logp", "next_value", "reward", "terminated", "truncated", "mask")
-            stats = self.update(batch, epochs=1, minibatch_size=training.batch_size, lr=lr)
+            batch = t.fragments(*FIELDS)
+            stats = self.update(batch, epochs=1, minibatch_size=t.mask.numel(), lr=lr)
             self.publish()
             history.append(stats | {"lr": lr})
         return mean_metrics(history)

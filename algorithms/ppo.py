@@ -51,6 +51,9 @@ class PPOTraining(TrainingSection):
     """Weight of the entropy bonus."""
     normalize_advantage: bool = True
     """Standardise advantages over the batch."""
+    max_age: int = Field(default=0, ge=0, le=1)
+    """1: the env runners collect the next batch with the last weights while the learners are at work, which on two
+    cores takes the time of the slower only; 0: they take turns."""
     target_kl: PositiveFloat | None = None
     """End an iteration's update before the first step whose minibatch has a KL above this, in nats; null never does."""
 
@@ -69,6 +72,11 @@ class PPOConfig(AlgorithmConfig, training=PPOTraining):
                 f"training.minibatch_size={minibatch_size} is larger than the batch of {batch} = "
                 f"{max(1, r.num_env_runners)} env runners x {r.num_envs_per_env_runner} envs x "
                 f"{r.rollout_fragment_length} steps; set it to {batch} or less."
+            )
+        if training.max_age and not r.num_env_runners:
+            raise ConfigError(
+                "training.max_age=1 collects while the learners are at work, which the driver alone cannot do; set "
+                "env_runners.num_env_runners to 1 or more."
             )
         row, length = "sample", 1
         if settings.model.memory != "none":
@@ -140,7 +148,9 @@ class PPO(Algorithm, config=PPOConfig):
         )
         if training.normalize_advantage:
             advantage = standardize(advantage, t.mask)
-        batch = t.rows("obs", "action", "logp", "value", "mask", advantage=advantage, return_=return_)
+        batch = t.rows(
+            "obs", "action", "logp", "value", "mask", "weights_version", advantage=advantage, return_=return_
+        )
         stats = self.update(
             batch,
             epochs=training.epochs,

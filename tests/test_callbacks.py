@@ -7,8 +7,10 @@ import sys
 import textwrap
 
 import gymnasium
+import jsonschema
 import numpy as np
 import pytest
+import yaml
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -429,6 +431,10 @@ def test_yaml_takes_import_paths_with_and_without_arguments(module):
     assert made == PPOConfig().callbacks(
         ["patient:Patience", {"class": "patient:Patience", "kwargs": {"iterations": 7}}]
     )
+    jsonschema.validate(yaml.safe_load(text), PPOConfig.json_schema())
+    jsonschema.validate(made.to_dict(), PPOConfig.json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"callbacks": [3]}, PPOConfig.json_schema())
     assert "  classes: ['patient:Patience', {class: 'patient:Patience', kwargs: {iterations: 7}}]" in made.to_yaml()
     assert "patient" not in sys.modules  # reading a config imports nothing
     with made.environment(Levels).build() as algorithm:

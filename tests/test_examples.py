@@ -85,6 +85,13 @@ def test_every_example_has_a_test():
     assert {path.name[:2] for path in EXAMPLES.glob("[0-9]*")} == tested
 
 
+def test_07_masters_its_curriculum_and_stops(tmp_path):
+    printed = run(tmp_path, EXAMPLES / "07_callbacks.py")
+    assert "level 2" in printed and "level 3" in printed
+    assert printed.splitlines()[-1].startswith("the last level is mastered after")
+    assert number("success", printed) >= 0.9
+
+
 def test_06_shows_every_verb_of_the_actor_core(tmp_path):
     printed = run(tmp_path, EXAMPLES / "06_actors.py")
     assert number("after publishing:", printed) == 5.0

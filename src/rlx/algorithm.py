@@ -90,6 +90,7 @@ class Algorithm(ABC):
         self._weights_are_stale = True
         self._advised = False
         self._clock = Clock()
+        self._max_age = s.training.max_age if s.env_runners.num_env_runners else 0  # the driver cannot do both at once
         self._ages: list[np.ndarray] = []  # of this iteration's samples
         self._episode_metrics: dict[str, list[float]] = {}
         self._schedules: dict[str, Any] = {}  # those that were changed, as written
@@ -114,6 +115,10 @@ class Algorithm(ABC):
     def loss(policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: Any) -> tuple[Any, dict]:
         """Return the scalar to minimise and stats to report, all sums weighted by `minibatch.weight`."""
 
+    prepare: ClassVar[Callable[..., Batch] | None] = None
+    """Optional static method (policy, batch, training) -> batch: what the learners do with a batch before its first
+    epoch, without gradients, where it depends on their policy: the target policy, if there is one."""
+
     # What training_step is made of ------------------------------------------------------------------------------
 
     def sample(self) -> Trajectory:
@@ -121,7 +126,7 @@ class Algorithm(ABC):
 
         With training.max_age 1 it was collected during the last iteration, and the next one is begun now.
         """
-        steps, is_ahead = self.settings.env_runners.rollout_fragment_length, self.training.max_age > 0
+        steps, is_ahead = self.settings.env_runners.rollout_fragment_length, self._max_age > 0
         if self._weights_are_stale and not self.runners.has_begun:
             self.publish()
         sample = self.runners.sample(steps)
@@ -129,16 +134,15 @@ class Algorithm(ABC):
             self.publish()
             self.runners.begin(steps)
         self._count(sample)
-        self._ages.append(self.learners.version - sample.trajectory.weights_version[sample.trajectory.mask])
         return sample.trajectory
 
-    def arrivals(self, count: int, fragments: int) -> Iterator[Batch]:
+    def arrivals(self, count: int, fragments: int, updates: int = 1) -> Iterator[Batch]:
         """Yield `count` batches [T, B], each of the `fragments` that the next env runners finish; count their steps.
 
-        Nobody waits for a slow runner, and while a batch is learned from, all go on. Samples older than
-        training.max_age are masked, and counted as dropped. With max_age 0 or 1 it is `sample`, which all runners join.
+        Nobody waits for a slow runner, and while a batch is learned from, in `updates` updates, all go on, as far ahead
+        as training.max_age allows. With max_age 0 or 1 it is `sample`, which all runners join.
         """
-        r, max_age = self.settings.env_runners, self.training.max_age
+        r, max_age = self.settings.env_runners, self._max_age
         for _ in range(count):
             if max_age <= 1:
                 yield self.sample().tensors()
@@ -148,23 +152,16 @@ class Algorithm(ABC):
             sample = self.runners.arrive(
                 *(r.rollout_fragment_length,),
                 per_batch=fragments,
-                max_ahead=max_age + 1,
+                max_ahead=max_age // updates + 1,
                 queue_size=r.queue_size,
                 when_full=r.when_queue_full,
             )
             self._count(sample)
             batch = sample.trajectory.tensors()
-            self.dropped_env_steps += sample.dropped_steps + self.mask_old(batch)
+            too_old = self.learners.version - batch.weights_version > max_age
+            self.dropped_env_steps += sample.dropped_steps + int((batch.mask & too_old).sum())
             yield batch
             self.runners.used()
-
-    def mask_old(self, batch: Batch) -> int:
-        """Mask the samples that are older than training.max_age by now; return how many. Note the ages of the rest."""
-        age = self.learners.version - batch.weights_version
-        too_old = batch.mask & (age > self.training.max_age)
-        batch.tensors["mask"] = batch.mask & ~too_old
-        self._ages.append(age[batch.mask].numpy())
-        return int(too_old.sum())
 
     def _count(self, sample: Sample) -> None:
         self._clock.add(
@@ -185,8 +182,12 @@ class Algorithm(ABC):
             self._advised = True
 
     def update(self, batch: Batch, **options: Any) -> dict[str, float]:
-        """Run `Learner.update` on all learners with this iteration's seed; return its stats."""
+        """Run `Learner.update` on all learners, with a seed of its own; return its stats.
+
+        Samples whose `weights_version` is more than training.max_age behind are masked; the ages of others are noted.
+        """
         started = time.perf_counter()
+        batch = self._without_old(batch)
         stats = self.learners.update(batch, seed=self.seed("update"), **options)
         busy_s = stats.pop("busy_s")
         self._clock.add(learn_s=busy_s, transfer_s=time.perf_counter() - started - busy_s)
@@ -199,12 +200,19 @@ class Algorithm(ABC):
                 )
         return stats
 
+    def _without_old(self, batch: Batch) -> Batch:
+        columns = dict(batch.tensors)
+        age = self.learners.version - columns.pop("weights_version")
+        columns["mask"] = batch.mask & (age <= self.training.max_age)
+        self._ages.append(age[columns["mask"]].numpy())
+        return Batch(**columns)
+
     def publish(self) -> None:
         """Send the learners' weights to all env runners.
 
         A fragment that is being collected ahead keeps the weights that it has begun with; `sample` publishes after it.
         """
-        if self.training.max_age == 1 and self.runners.has_begun:
+        if self._max_age == 1 and self.runners.has_begun:
             self._weights_are_stale = True
             return
         with self._clock.measure("transfer_s"):
@@ -279,7 +287,10 @@ class Algorithm(ABC):
         return self.saves.folder
 
     def request_stop(self, reason: str) -> None:
-        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it."""
+        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it.
+
+        A loop of your own around `train` can look at `stop_request`.
+        """
         self.stop_request = reason or "a stop was requested"
 
     def set_env_attribute(self, name: str, value: Any) -> None:
@@ -312,18 +323,22 @@ class Algorithm(ABC):
 
         Nothing that training depends on is touched.
         """
+        self.callbacks("on_evaluate_start", self)
+        metrics = self.play(num_episodes, on_frame=on_frame)
+        self.callbacks.with_metrics("on_evaluate_end", self, metrics)
+        return metrics
+
+    def play(self, num_episodes: int | None = None, **options: Any) -> Metrics:
+        """Do what `evaluate` does, and tell no callback; options: num_envs, on_frame."""
         if self._evaluation_policy is None:
             self._evaluation_policy = self._build_policy()
             self._evaluation_weights = FlatParameters(self._evaluation_policy)
         self._evaluation_weights.load(self.learners.weights())
-        self.callbacks("on_evaluate_start", self)
-        metrics = evaluation_metrics(
+        return evaluation_metrics(
             *(self.settings, self._evaluation_policy, self.runners.normalizer_state(), num_episodes),
             changes=self.runners.env_changes,
-            on_frame=on_frame,
+            **options,
         )
-        self.callbacks.with_metrics("on_evaluate_end", self, metrics)
-        return metrics
 
     def save(self, path: str | Path) -> Path:
         """Save everything that exact resume needs as the folder `path`; return it."""
@@ -405,6 +420,8 @@ class Algorithm(ABC):
         return LearnerGroup(
             self._build_policy,
             functools.partial(type(self).loss, training=self.training),
+            prepare=None if self.prepare is None else functools.partial(self.prepare, training=self.training),
+            target_update_interval=getattr(self.training, "target_update_interval", None),
             runtime=self._get_runtime,
             start_timeout_s=s.fault_tolerance.start_timeout_s,
             update_timeout_s=s.fault_tolerance.update_timeout_s,

@@ -94,6 +94,8 @@ class Callback:
     def on_env_created(self, env: Any, index: int) -> None:
         """Env runner: an environment was made, and is not reset yet; also one that takes a broken one's place.
 
+        Those of evaluations are not told of; what has to be changed in them, too, `algo.call_envs` changes.
+
         env: one of gymnasium, number `index` over all runners; or a VectorEnv, and `index` is that of its first.
         """
 

@@ -97,6 +97,7 @@ class AlgorithmConfig:
         problems = [
             *_problems(check_environment, environment, f"environment.id is {shown}"),
             *_problems(check_callbacks, self.settings.callbacks.classes),
+            *_problems(self.settings.evaluation.check),
             *_problems(self.check, self.settings),
         ]
         if problems:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
+from rlx import video
 from rlx.interrupts import deferred_interrupt
 from rlx.learner.learner_group import LearnersLost
 from rlx.metrics import Metrics
@@ -13,11 +15,14 @@ from rlx.progress import progress_display
 if TYPE_CHECKING:
     from rlx.algorithm import Algorithm
 
+log = logging.getLogger("rlx")
+
 
 def fit(algo: Algorithm) -> Metrics:
     """Do what `Algorithm.fit` says."""
     algo.settings.stop.require_limit()
     algo.stop_request = ""
+    _check_films(algo)
     algo.saves.open()
     metrics: Metrics = {}
     with deferred_interrupt() as interrupted, progress_display(algo.settings) as progress:
@@ -41,6 +46,7 @@ def iterate(algo: Algorithm) -> Metrics:
     if interval and algo.iteration % interval == 0:
         started = time.perf_counter()
         metrics |= algo.evaluate()
+        _film(algo)
         metrics["time/evaluation_s"] = time.perf_counter() - started
     algo.saves.write_metrics(metrics)
     _track_best(algo, metrics)
@@ -55,6 +61,28 @@ def reason_to_stop(algo: Algorithm) -> str:
     mean = algo.window.summary()["episode_return_mean"] if algo.window.is_full else None
     limits = {"iterations": algo.iteration, "env_steps": algo.env_steps, "time_s": algo.total_s}
     return algo.stop_request or algo.settings.stop.reached(mean, **limits)
+
+
+def _check_films(algo: Algorithm) -> None:
+    """Raise, before anything is made, where evaluations shall be recorded and cannot be."""
+    if not algo.settings.evaluation.video:
+        return
+    if algo.run_dir is None:
+        log.warning("evaluation.video has no effect without a run folder: give one, as in config.build('runs/film').")
+        return
+    video.check_ending(algo.run_dir / "film.mp4")
+    video.render_without_display()
+    video.check_renders(lambda on_frame: algo.play(1, num_envs=1, on_frame=on_frame))
+
+
+def _film(algo: Algorithm) -> None:
+    """Play the first episodes of an evaluation once more and record them: rendering would slow down all others."""
+    e, run = algo.settings.evaluation, algo.saves.run
+    if not e.video or run is None:
+        return
+    file = run.folder / "videos" / f"iteration-{algo.iteration:06d}.mp4"
+    with video.recording(file, video.frames_per_second(algo.settings.environment.id)) as add_frame:
+        algo.play(e.video, num_envs=1, on_frame=add_frame)
 
 
 def _track_best(algo: Algorithm, metrics: Metrics) -> None:

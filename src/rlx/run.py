@@ -4,6 +4,7 @@ config.yaml      every setting
 manifest.json    versions, seed, command, start time
 metrics.jsonl    one line an iteration
 checkpoints/     iter_000010/ ...
+videos/          evaluation episodes, if evaluation.video asks for them
 logs/driver.log  what the driver logged
 """
 

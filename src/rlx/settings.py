@@ -209,6 +209,16 @@ class EvaluationSection(Section):
     """Take the most likely action; false: sample."""
     seed: int | None = Field(default=None, ge=0)
     """Seed of the first evaluation episode; null: derived from runtime.seed."""
+    video: int = Field(default=0, ge=0)
+    """The first episodes of each evaluation that are played once more for a film in the run folder, as
+    videos/iteration-000050.mp4; needs an environment that renders, and rlx[video]. 0: none."""
+
+    def check(self) -> None:
+        """Raise ConfigError where the settings do not fit together."""
+        if self.video and not self.interval:
+            raise ConfigError(
+                f"evaluation.video={self.video} records nothing, as evaluation.interval=0 never evaluates; set both."
+            )
 
 
 class FaultToleranceSection(Section):
@@ -307,6 +317,10 @@ class CallbacksSection(Section):
     @classmethod
     def _read_list(cls, value: Any) -> Any:
         return {"classes": value} if isinstance(value, list | str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "array", "items": _SPEC_SCHEMA}, handler(schema)]}
 
 
 class StopSection(Section):

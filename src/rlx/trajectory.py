@@ -126,6 +126,12 @@ class Batch:
         length = -(-len(self) // len(self.state))
         return self.sequences(length, *names, "first", "state", **more)
 
+    def evaluable(self, *names: str, **more: Tensor) -> Batch:
+        """Return of a batch of fragments [B, T, ...] what a policy evaluates: samples, or fragments for a memory."""
+        if "state" not in self.tensors:
+            return self.flatten(*names, **more)
+        return Batch(**{name: self.tensors[name] for name in (*names, "first", "state")}, **more)
+
     def fragments(self, *names: str, **more: Tensor) -> Batch:
         """Return whole fragments as rows [B, T, ...], with `first` and the `state` that a memory begins them with."""
         memory = ("first", "state") if "state" in self.tensors else ()

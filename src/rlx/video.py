@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlx.errors import ConfigError, MissingExtra
+from rlx.errors import ConfigError, EnvError, MissingExtra, RlxError
 
 AddFrame = Callable[[np.ndarray], None]
 """Appends a frame [H, W, 3] uint8."""
@@ -36,6 +36,25 @@ def check_ending(file: Path) -> None:
         raise ConfigError(f"{file} is no video that rlx can write; end its name in .gif or .mp4.")
     if file.suffix.lower() == ".mp4":
         _ffmpeg_writer()
+
+
+def check_renders(play: Callable[[AddFrame], Any]) -> None:
+    """Raise EnvError unless `play`, which plays episodes and passes their frames on, gets as far as a first frame."""
+
+    class Seen(Exception):
+        pass
+
+    def first(frame: np.ndarray) -> None:
+        raise Seen
+
+    try:
+        play(first)
+    except Seen:
+        return
+    except RlxError:
+        raise
+    except Exception as error:
+        raise EnvError(f"the environment cannot be recorded, as rendering it raised {error!r}.") from error
 
 
 def frames_per_second(env: Any) -> float:

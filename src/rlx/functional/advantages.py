@@ -39,7 +39,7 @@ def vtrace(
     lambda_: float = 1.0,
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
-    pg_rho_clip: float = 1.0,
+    pg_rho_clip: float | None = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return V-trace targets and policy-gradient advantages, both [T, B] (Espeholt et al. 2018, arXiv:1802.01561).
 
@@ -50,7 +50,8 @@ def vtrace(
 
     logp is of the joint action under the policy that acted, new_logp under the one that learns; value and next_value
     are of the one that learns, next_value[t] before any reset. Where an episode ends, and at the last step, vs_{t+1}
-    is next_value[t]. No gradient flows through what is returned.
+    is next_value[t]. With pg_rho_clip None the advantages are not weighted, for losses that have the ratio in them.
+    No gradient flows through what is returned.
     """
     with torch.no_grad():
         ratio_T_B = (new_logp_T_B - logp_T_B).exp()
@@ -62,7 +63,7 @@ def vtrace(
         vs_T_B = value_T_B + above_T_B
         next_vs_T_B = torch.cat([torch.where(goes_on_T_B[:-1], vs_T_B[1:], next_value_T_B[:-1]), next_value_T_B[-1:]])
         advantage_T_B = reward_T_B + discount_T_B * next_vs_T_B - value_T_B
-        return vs_T_B, ratio_T_B.clamp(max=pg_rho_clip) * advantage_T_B
+        return vs_T_B, advantage_T_B if pg_rho_clip is None else ratio_T_B.clamp(max=pg_rho_clip) * advantage_T_B
 
 
 def next_values(value_T_B: Tensor, stored_T_B: Tensor, done_T_B: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from rlx.errors import RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
+from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
 
@@ -38,13 +39,23 @@ class Learner:
         max_grad_norm: float | None = 0.5,
         compile: bool = False,
         device: str = "cpu",
+        prepare: Callable[[nn.Module, Batch], Batch] | None = None,
+        target_update_interval: int | None = None,
     ) -> None:
+        """`prepare` (policy, batch) completes every batch before its first epoch, without gradients.
+
+        It gets a target policy, the policy as it was at most `target_update_interval` updates ago, where that is set.
+        """
         self.device = torch.device(device)
         self.policy = build_policy().to(self.device)
         self.flat = FlatParameters(self.policy, self.device)
         self.adam = FlatAdam(self.flat.data, adam_eps)
         self.max_grad_norm = max_grad_norm
         self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
+        self.prepare = prepare
+        self.target = (
+            None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
+        )
         self.rank, self.world_size = 0, 1
 
     def join(self, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
@@ -82,6 +93,9 @@ class Learner:
         started = time.perf_counter()
         torch.manual_seed(seed)  # whatever the policy draws (dropout, say) repeats on resume
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        if self.prepare is not None:
+            with torch.no_grad():
+                batch = self.prepare(self.policy if self.target is None else self.target.of(self.flat), batch)
         generator = torch.Generator().manual_seed(seed)
         history: list[Stats] = []
         stopped_early = False
@@ -100,6 +114,8 @@ class Learner:
                 history.append(stats)
             if stopped_early:
                 break
+        if self.target is not None:
+            self.target.count_update()
         return self._means(history) | {
             "gradient_steps": len(history),
             "stopped_early": float(stopped_early),
@@ -113,12 +129,15 @@ class Learner:
     def get_state(self) -> dict[str, Any]:
         """Return everything that `set_state` needs to go on exactly."""
         policy = {name: p.detach().cpu().numpy().copy() for name, p in self.policy.named_parameters()}
-        return {"policy": policy, "adam": self.adam.get_state()}
+        target = None if self.target is None else self.target.get_state()
+        return {"policy": policy, "adam": self.adam.get_state(), "target": target}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name, _ in self.policy.named_parameters()]))
         self.adam.set_state(state["adam"])
+        if self.target is not None:
+            self.target.set_state(state["target"])
 
     def _shares(self, batch: Batch, order: Tensor, minibatch_size: int) -> Iterator[Batch]:
         """Yield this learner's share of each minibatch of `order`, with `weight`: the share in the global mean."""

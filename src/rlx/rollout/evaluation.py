@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
@@ -16,7 +17,7 @@ from rlx.rollout.env_changes import Changes
 from rlx.rollout.in_place import InPlaceEnvs
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer, State
 from rlx.rollout.spaces import encode_obs, encoded_observation_space
-from rlx.rollout.vector import Envs, EnvSource, VectorEnvAdapter, make_envs
+from rlx.rollout.vector import Envs, EnvSource, VectorEnvAdapter, make_envs, resolve
 
 EVALUATION_STREAM = 2
 NOISE_STEPS = 64
@@ -61,7 +62,7 @@ def evaluate(
     Atari games end with their last life and count every point, whatever training sees of them.
     """
     options = dict(kwargs or {})
-    if on_frame is not None and isinstance(env, str):
+    if on_frame is not None and _takes_render_mode(env):
         options["render_mode"] = "rgb_array"
     envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed, atari=atari)
     acting = acting_for(policy)
@@ -176,6 +177,16 @@ def _chooser(
         return acting.act((step - 1) % NOISE_STEPS, obs_B)
 
     return choose
+
+
+def _takes_render_mode(env: EnvSource) -> bool:
+    source, _ = resolve(env)
+    if isinstance(source, str):  # a gymnasium id
+        return True
+    try:
+        return "render_mode" in inspect.signature(source).parameters
+    except (TypeError, ValueError):  # a VectorEnv; a callable written in C
+        return False
 
 
 def _shower(envs: Envs, on_frame: OnFrame | None) -> Show:
