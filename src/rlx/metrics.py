@@ -24,6 +24,7 @@ Metrics = dict[str, float | int | None]
 METRICS: dict[str, str] = {
     "iteration": "Number of finished training iterations.",
     "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
+    "frames": "Frames of the emulator trained on so far, env_steps times atari.frame_skip; in Atari runs only.",
     "dropped_env_steps": "Environment steps collected and not learned from so far: older than training.max_age, or "
     "dropped from a full queue.",
     "episodes": "Episodes finished during training so far.",

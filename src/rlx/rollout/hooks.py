@@ -37,6 +37,7 @@ class EnvHooks:
     """
 
     def __init__(self, make_callbacks: Callable[[], Sequence[Any]]) -> None:
+        self.make_callbacks = make_callbacks
         self._callbacks = make_callbacks()
         self._infos: defaultdict[int, deque[dict[str, Any]]] = defaultdict(deque)
 
@@ -63,6 +64,16 @@ class EnvHooks:
             info = info.get("final_info", {})
         for index in done_B.nonzero()[0].tolist():
             self._infos[index].append(_info_of(info, index, len(done_B)))
+
+    def take_infos(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return (index, info) of the episodes that have ended, for hooks in another process to `keep`."""
+        taken = [(index, info) for index, infos in self._infos.items() for info in infos]
+        self.forget()
+        return taken
+
+    def keep(self, index: int, info: dict[str, Any]) -> None:
+        """Keep the info of the last step of an episode that a scalar environment has ended elsewhere."""
+        self._infos[index].append(info)
 
     def forget(self) -> None:
         """Forget the episodes of a fragment that was cut."""
