@@ -157,6 +157,9 @@ class ModelSection(Section):
     images; impala_cnn: the deeper one of Espeholt et al. 2018. Images beside numbers also have the hidden layers."""
     share_encoder: bool | Literal["auto"] = "auto"
     """Whether policy and value function share one encoder; auto: where there are images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What convolutions are computed in; parameters and all else stay float32. bfloat16 is several times faster where
+    the processor has instructions for it, and rounds features to three digits."""
     custom: Annotated[
         str | Callable[..., Any] | None,
         Allowed("an import path pkg.module:Class, or a class of a torch module"),
