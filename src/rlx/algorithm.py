@@ -15,18 +15,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from rlx import actors
+from rlx.building import LazyRuntime, build_learners, build_runners
 from rlx.callbacks import PREFIX, Callbacks
 from rlx.checkpoint import load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.errors import ConfigError, RlxError
 from rlx.fitting import fit
-from rlx.inference import evaluation_metrics, policy_builder
-from rlx.learner.learner_group import LearnerGroup, LearnersLost
+from rlx.inference import Evaluator, policy_builder
+from rlx.learner.learner_group import LearnersLost
 from rlx.metrics import Clock, EpisodeWindow, Metrics
-from rlx.nets.flat import FlatParameters
 from rlx.rollout.env_changes import EnvChange
-from rlx.rollout.runner_group import RunnerGroup
 from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
 from rlx.run import check_resumable
@@ -82,8 +80,7 @@ class Algorithm(ABC):
         self.stop_reason = self.stop_request = ""
         self.callbacks = Callbacks(s.callbacks.classes)
         self.saves = Saves(self, None if run_dir is None else Path(run_dir))
-        self._runtime: actors.Runtime | None = None
-        self._evaluation_policy: Any = None
+        self._runtime = LazyRuntime(s.runtime.engine, self.run_dir)
         self._weights_are_stale = True
         self._advised = False
         self._clock = Clock()
@@ -93,9 +90,10 @@ class Algorithm(ABC):
         self._schedules: dict[str, Any] = {}  # those that were changed, as written
         build = policy_builder(s)
         try:
-            self.runners = self._build_runners(build)
+            self.runners = build_runners(s, build, self._runtime, self.callbacks.for_runners())
             self._build_policy = functools.partial(build, *self.runners.spaces())
-            self.learners = self._build_learners()
+            self.learners = build_learners(s, self._build_policy, type(self), self._runtime)
+            self._evaluator = Evaluator(self._build_policy)
             self.callbacks("on_algorithm_start", self)
         except BaseException:
             self.close()
@@ -330,12 +328,8 @@ class Algorithm(ABC):
 
     def play(self, num_episodes: int | None = None, **options: Any) -> Metrics:
         """Do what `evaluate` does, and tell no callback; options: num_envs, on_frame."""
-        if self._evaluation_policy is None:
-            self._evaluation_policy = self._build_policy()
-            self._evaluation_weights = FlatParameters(self._evaluation_policy)
-        self._evaluation_weights.load(self.learners.weights())
-        return evaluation_metrics(
-            *(self.settings, self._evaluation_policy, self.runners.normalizer_state(), num_episodes),
+        return self._evaluator.play(
+            *(self.settings, self.learners.weights(), self.runners.normalizer_state(), num_episodes),
             changes=self.runners.env_changes,
             **options,
         )
@@ -387,60 +381,10 @@ class Algorithm(ABC):
         for name in ("runners", "learners"):
             if part := getattr(self, name, None):
                 part.close()
-        if self._runtime is not None:
-            self._runtime.close()
+        self._runtime.close()
         self.saves.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
-
-    def _build_runners(self, build: Callable) -> RunnerGroup:
-        s = self.settings
-        return RunnerGroup(
-            s.environment.chosen(),
-            build,
-            num_runners=s.env_runners.num_env_runners,
-            runtime=self._get_runtime,
-            num_envs=s.env_runners.num_envs_per_env_runner,
-            gamma=s.training.gamma,
-            seed=s.runtime.seed,
-            start_timeout_s=s.fault_tolerance.start_timeout_s,
-            sample_timeout_s=s.fault_tolerance.sample_timeout_s,
-            restart=self._restart_rule(),
-            on_env_error=s.fault_tolerance.on_env_error,
-            max_env_failures=s.fault_tolerance.max_env_failures,
-            env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
-            callbacks=self.callbacks.for_runners(),
-            **s.environment.model_dump(exclude={"id"}),
-        )
-
-    def _build_learners(self) -> LearnerGroup:
-        s = self.settings
-        return LearnerGroup(
-            self._build_policy,
-            functools.partial(type(self).loss, training=self.training),
-            prepare=None if self.prepare is None else functools.partial(self.prepare, training=self.training),
-            target_update_interval=getattr(self.training, "target_update_interval", None),
-            runtime=self._get_runtime,
-            start_timeout_s=s.fault_tolerance.start_timeout_s,
-            update_timeout_s=s.fault_tolerance.update_timeout_s,
-            restart=self._restart_rule(),
-            adam_eps=s.training.adam_eps,
-            max_grad_norm=s.training.max_grad_norm,
-            **s.learners.model_dump(),
-        )
-
-    def _get_runtime(self) -> actors.Runtime:
-        """Return the actor runtime, started on first use: a run without actors starts none."""
-        if self._runtime is None:
-            engine = self.settings.runtime.engine
-            folder = self.saves.folder
-            logs: dict[str, Any] = {"log_folder": folder / "logs"} if folder and engine == "local" else {}
-            self._runtime = actors.runtime(engine, **logs)
-        return self._runtime
-
-    def _restart_rule(self) -> actors.Restart | None:
-        f = self.settings.fault_tolerance
-        return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
 
     def _change_envs(self, kind: Literal["set", "call"], name: str, *arguments: Any) -> None:
         try:

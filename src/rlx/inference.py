@@ -20,6 +20,7 @@ from rlx.checkpoint import load_state
 from rlx.errors import EnvError
 from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
+from rlx.nets.flat import FlatParameters
 from rlx.nets.observation import MISFIT
 from rlx.nets.policy import Policy, build_policy
 from rlx.nets.summary import NO_BREAK, summarize
@@ -150,6 +151,22 @@ def network_summary(settings: Settings) -> str:
         first, *more = textwrap.wrap(text, 80) or [""]
         lines += [f"  {name:<14} {first:<80}{count:>11}".rstrip(), *(f"{'':17}{line}" for line in more)]
     return "\n".join(lines).replace(NO_BREAK, " ")
+
+
+class Evaluator:
+    """Plays evaluation episodes with a policy of its own, which gets the learners' weights each time."""
+
+    def __init__(self, build_policy: Callable[[], Policy]) -> None:
+        self._build_policy = build_policy
+        self._policy: Policy | None = None
+
+    def play(self, settings: Settings, weights: np.ndarray, *arguments: Any, **options: Any) -> Metrics:
+        """Return what `evaluation_metrics` returns, for the policy with these weights (flat float32)."""
+        if self._policy is None:
+            self._policy = self._build_policy()
+            self._parameters = FlatParameters(self._policy)
+        self._parameters.load(weights)
+        return evaluation_metrics(settings, self._policy, *arguments, **options)
 
 
 def evaluation_metrics(
