@@ -23,7 +23,7 @@ from rlx.errors import ConfigError, RlxError
 from rlx.fitting import fit
 from rlx.inference import Evaluator, policy_builder
 from rlx.learner.learner_group import LearnersLost
-from rlx.metrics import Clock, EpisodeWindow, Metrics
+from rlx.metrics import COUNTERS, Clock, EpisodeWindow, Metrics
 from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
@@ -34,17 +34,6 @@ from rlx.section import plain
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
-
-COUNTERS = (
-    "iteration",
-    "env_steps",
-    "dropped_env_steps",
-    "episodes",
-    "env_failures",
-    "runner_restarts",
-    "learner_restarts",
-)
-"""Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
 class Algorithm(ABC):
@@ -91,7 +80,7 @@ class Algorithm(ABC):
         build = policy_builder(s)
         try:
             self.runners = build_runners(s, build, self._runtime, self.callbacks.for_runners())
-            self._build_policy = functools.partial(build, *self.runners.policy_spaces())
+            self._build_policy = functools.partial(build, *self.runners.spaces())
             self.learners = build_learners(s, self._build_policy, type(self), self._runtime)
             self._evaluator = Evaluator(self._build_policy)
             self.callbacks("on_algorithm_start", self)
@@ -137,26 +126,30 @@ class Algorithm(ABC):
         Nobody waits for a slow runner, and while a batch is learned from, in `updates` updates, all go on, as far ahead
         as training.max_age allows. With max_age 0 or 1 it is `sample`, which all runners join.
         """
-        r, max_age = self.settings.env_runners, self._max_age
-        for _ in range(count):
-            if max_age <= 1:
-                yield self.sample().tensors()
-                continue
-            if self._weights_are_stale:
-                self.publish()
-            sample = self.runners.arrive(
-                *(r.rollout_fragment_length,),
-                per_batch=fragments,
-                max_ahead=max_age // updates + 1,
-                queue_size=r.queue_size,
-                when_full=r.when_queue_full,
-            )
-            self._count(sample)
-            batch = sample.trajectory.tensors()
-            too_old = self.learners.version - batch.weights_version > max_age
-            self.dropped_env_steps += sample.dropped_steps + int((batch.mask & too_old).sum())
-            yield batch
+        while count:
+            batch = self.sample().tensors() if self._max_age <= 1 else self._arrival(fragments, updates)
+            if batch.mask.any():
+                count -= 1
+                yield batch
             self.runners.used()
+
+    def _arrival(self, fragments: int, updates: int) -> Batch:
+        r = self.settings.env_runners
+        if self._weights_are_stale:
+            self.publish()
+        sample = self.runners.arrive(
+            *(r.rollout_fragment_length,),
+            per_batch=fragments,
+            max_ahead=self._max_age // updates + 1,
+            queue_size=r.queue_size,
+            when_full=r.when_queue_full,
+        )
+        self._count(sample)
+        batch = sample.trajectory.tensors()
+        fresh = batch.mask & (self.learners.version - batch.weights_version <= self._max_age)
+        self.dropped_env_steps += sample.dropped_steps + int(batch.mask.sum() - fresh.sum())
+        batch.tensors["mask"] = fresh
+        return batch
 
     def _count(self, sample: Sample) -> None:
         self._clock.add(
