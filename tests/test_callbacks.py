@@ -507,6 +507,10 @@ def test_what_is_no_callback_is_one_sentence(module, written, sentence):
 def test_what_makes_no_callback_is_refused_at_the_start():
     with pytest.raises(ConfigError, match=r"callbacks: .*:Levels made a Levels, not a rlx\.Callback\."):
         config(Levels).build()
+    with pytest.raises(
+        ConfigError, match=r"callbacks: .*:Report cannot be made with {'nme': 3}: got an unexpected keyw"
+    ):
+        config(report(nme=3)).build()
 
 
 def test_two_callbacks_of_a_class_have_states_of_their_own(tmp_path):
