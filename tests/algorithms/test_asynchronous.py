@@ -116,7 +116,7 @@ def test_each_batch_is_used_as_often_as_set_and_ages_meanwhile():
 def collected(steps=24):
     """Return a fragment of CartPole with ends of episodes in it, by a policy, and another policy."""
     runner = EnvRunner("CartPole-v1", 4, build_policy, seed=1)
-    acting, learning = (build_policy(*spaces_of(runner), seed=seed, log_std_init=0.0) for seed in (1, 2))
+    acting, learning = (build_policy(*runner.spaces(), seed=seed, log_std_init=0.0) for seed in (1, 2))
     with torch.no_grad():
         learning.action_head.weight.mul_(50)
     runner.set_weights(0, torch.cat([p.detach().flatten() for p in acting.parameters()]).numpy())
@@ -125,10 +125,6 @@ def collected(steps=24):
     fields = ("obs", "action", "logp", "next_value", "reward", "terminated", "truncated", "mask", "weights_version")
     batch = t.fragments(*fields)
     return Batch(**batch.tensors, weight=sample_weight(batch.mask)), acting, learning
-
-
-def spaces_of(runner):
-    return runner._obs_space, runner._envs.action_space
 
 
 def gradients(loss, policy):

@@ -232,7 +232,7 @@ def test_fragments_of_one_runner_are_what_it_collects_alone(make_group, runtime)
     options = {"seed": 3, "normalize_obs": False}
     group = RunnerGroup("CartPole-v1", build_policy, num_runners=1, num_envs=2, runtime=lambda: runtime, **options)
     alone = EnvRunner("CartPole-v1", 2, build_policy, **options)
-    policy = build_policy(*group.policy_spaces(), seed=1)
+    policy = build_policy(*group.spaces(), seed=1)
     flat = FlatParameters(policy).numpy().copy()
     group.publish(0, flat)
     alone.set_weights(0, flat)
