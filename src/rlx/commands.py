@@ -10,11 +10,12 @@ import logging
 import os
 import shlex
 import sys
+import textwrap
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlx.errors import CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
+from rlx.errors import CALLBACK_NOTE, CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
 
 if TYPE_CHECKING:
     from rlx.config import AlgorithmConfig
@@ -81,10 +82,16 @@ def list_all(options: argparse.Namespace) -> None:
 
 
 def config_show(options: argparse.Namespace) -> None:
-    """Print every setting of a config."""
+    """Print every setting of a config and, as comments, the network that it builds."""
     from rlx.config import load_config
+    from rlx.inference import network_summary
 
-    _page(load_config(_config_path(options.config), options.set).to_yaml(comments=options.comments))
+    config = load_config(_config_path(options.config), options.set)
+    try:
+        network = network_summary(config.settings)
+    except RlxError as error:
+        network = f"network: none, because {error}"
+    _page(config.to_yaml(comments=options.comments) + textwrap.indent(network, "# "))
 
 
 def config_diff(options: argparse.Namespace) -> None:
@@ -118,7 +125,8 @@ def plot(options: argparse.Namespace) -> None:
 
 def report(error: RlxError) -> int:
     """Print an error without its traceback; return the exit code."""
-    print(f"rlx: error: {error}", file=sys.stderr)
+    blame = [note for note in getattr(error, "__notes__", ()) if note.startswith(CALLBACK_NOTE)]
+    print("\n".join([f"rlx: error: {error}", *blame]), file=sys.stderr)
     return 2 if isinstance(error, BAD_INPUT) else 1
 
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import rlx
+from rlx.algorithms.appo import APPOConfig
+from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPO, PPOConfig, PPOTraining
 from rlx.envs.masked_cartpole import MaskedCartPole
 from rlx.envs.recall import Recall
+from rlx.envs.switchboard import Switchboard
 from rlx.errors import ConfigError, EnvError
 
 
@@ -51,12 +54,29 @@ def test_recall_asks_for_what_it_showed():
         assert env.step(answer)[1:4] == (float(seed % 2), True, False)
 
 
+def solve(algorithm, env_steps):
+    while algorithm.env_steps < env_steps and (algorithm.train()["episode_return_mean"] or 0) < 0.98:
+        pass
+    assert algorithm.evaluate(50)["evaluation/episode_return_mean"] == 1
+
+
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
 def test_a_policy_with_a_memory_answers_the_question(memory):
     with config(memory=memory).build() as algorithm:
-        while algorithm.env_steps < 15_000 and (algorithm.train()["episode_return_mean"] or 0) < 0.98:
-            pass
-        assert algorithm.evaluate(50)["evaluation/episode_return_mean"] == 1
+        solve(algorithm, 15_000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "env_steps"),
+    [(IMPALAConfig, {}, 60_000), (APPOConfig, {"epochs": 2, "minibatch_size": 128}, 40_000)],
+)
+@pytest.mark.parametrize("num_env_runners", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_asynchronous_algorithms_learn_to_remember_too(kind, options, env_steps, num_env_runners):
+    made = kind().environment(Recall).training(lr=1e-2, updates_per_iteration=4, **options)
+    made.model(memory="lstm", memory_size=16, hidden=[16], share_encoder=True)
+    made.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=16, rollout_fragment_length=32)
+    with made.build() as algorithm:
+        solve(algorithm, env_steps * max(1, num_env_runners))
 
 
 def test_a_policy_without_a_memory_can_only_guess():
@@ -84,6 +104,21 @@ def test_the_ratio_of_every_minibatch_is_one_before_the_first_step(vectorization
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
     assert inner_resets > 20
     assert sum(minibatch.mask.sum().item() for minibatch, _ in Probe.seen) == metrics["env_steps"]
+
+
+def test_a_memory_stands_between_any_observation_and_any_action():
+    """Image, numbers and action mask; an index and a number; 10 steps as three sequences of 4, padded with zeros."""
+    Probe.seen.clear()
+    made = config(Switchboard, kind=ProbeConfig, lr=0.0, epochs=1, minibatch_size=64).model(sequence_length=4)
+    made.environment(kwargs={"length": 7}).env_runners(rollout_fragment_length=10, num_envs_per_env_runner=8)
+    with made.build() as algorithm:
+        for _ in range(2):
+            assert algorithm.train()["learner/kl"] == pytest.approx(0, abs=1e-6)
+    masks = torch.cat([minibatch.mask for minibatch, _ in Probe.seen])
+    assert masks.shape == (2 * 3 * 8, 4) and (~masks[:, :2]).sum() == 0 and (~masks[:, 2:]).sum() == 2 * 2 * 8
+    for minibatch, new_logp in Probe.seen:
+        assert new_logp.isfinite().all(), "also where an observation of zeros forbids every action"
+        torch.testing.assert_close(new_logp[minibatch.mask], minibatch.logp[minibatch.mask], rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_with_a_memory_goes_on_from_its_checkpoint_as_if_never_interrupted(tmp_path):

@@ -16,7 +16,6 @@ from rlx.nets.policy import Policy
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.in_place import InPlaceEnvs
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer, State
-from rlx.rollout.spaces import encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, VectorEnvAdapter, make_envs, resolve
 
 EVALUATION_STREAM = 2
@@ -48,6 +47,7 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
+    atari: Mapping[str, Any] | None = None,
     changes: Changes = (),
     on_frame: OnFrame | None = None,
     timeout_s: float = 3600.0,
@@ -58,11 +58,12 @@ def evaluate(
     episodes are not favoured. An environment that only exists as a VectorEnv counts a fixed number of episodes of
     each of its environments. changes: what the environments are changed by, before their first episode. on_frame gets
     every rgb frame of the first environment. EnvError after timeout_s.
+    Atari games end with their last life and count every point, whatever training sees of them.
     """
     options = dict(kwargs or {})
     if on_frame is not None and _takes_render_mode(env):
         options["render_mode"] = "rgb_array"
-    envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed)
+    envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed, atari=atari)
     acting = acting_for(policy)
     choose = _chooser(envs, acting, normalizer_state, obs_clip, deterministic, seed)
     episodes = _Episodes(num_episodes, envs.name, monotonic() + timeout_s)
@@ -114,7 +115,7 @@ def _run_scalar(envs: InPlaceEnvs, choose: Choose, forget: Forget, episodes: _Ep
     show()
     while running:
         episodes.check_deadline()
-        action_B = envs.env_action(choose(envs.obs_B))
+        action_B = envs.actions.each(choose(envs.obs_B))
         for index, episode in list(running.items()):
             reward, terminated, truncated = envs.step_one(index, action_B[index])
             episodes.add(episode, reward, terminated or truncated)
@@ -157,16 +158,14 @@ def _run_vector(envs: Envs, choose: Choose, forget: Forget, episodes: _Episodes,
 def _chooser(
     envs: Envs, acting: Acting, normalizer_state: State | None, obs_clip: float, deterministic: bool, seed: int
 ) -> Choose:
-    """Return a function from raw observations [B, ...] to the policy's actions."""
-    normalize = ObsNormalizer(Normalizer.from_state(normalizer_state).obs, obs_clip)
-    space = encoded_observation_space(envs.observation_space)
-    encoded_B = np.empty((envs.num_envs, *space.shape), space.dtype)
+    """Return a function from observations [B, ...] to the policy's actions."""
+    normalize = ObsNormalizer(Normalizer.from_state(normalizer_state).obs, obs_clip, envs.layout.scalable)
     noise = np.random.default_rng([seed, EVALUATION_STREAM])
     step = 0
 
     def choose(raw_B: np.ndarray) -> np.ndarray:
         nonlocal step
-        obs_B = normalize(encode_obs(envs.observation_space, raw_B, encoded_B), out=encoded_B)
+        obs_B = normalize(raw_B)
         if deterministic:
             return acting.best(obs_B)
         if step % NOISE_STEPS == 0:
