@@ -18,6 +18,7 @@ floats first, then the images. A Dict's key "action_mask" is no input of the net
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -269,7 +270,7 @@ def _writer(space: Space, is_mask: bool = False) -> tuple[int, Writer]:
     if isinstance(space, spaces.Box | spaces.MultiBinary):
         return math.prod(space.shape), _mask_writer(space.shape) if is_mask else _number_writer(space.shape)
     if isinstance(space, spaces.Discrete):
-        return int(space.n), _one_hot_writer(np.array([space.n]), np.array([space.start]))
+        return int(space.n), _discrete_writer(int(space.n), int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
         if is_mask:
             return space.nvec.size, _mask_writer(space.nvec.shape)
@@ -300,6 +301,18 @@ def _mask_writer(shape: tuple[int, ...]) -> Writer:
     return write
 
 
+def _discrete_writer(size: int, start: int) -> Writer:
+    def write(values: Any, out: np.ndarray) -> None:
+        out[...] = 0.0
+        for value, row in zip(values, out, strict=True):  # for one observation three times faster than arrays
+            index = operator.index(value) - start
+            if not 0 <= index < size:  # a negative index would pass in silence
+                raise ValueError(f"{value} is outside of the space")
+            row[index] = 1.0
+
+    return write
+
+
 def _one_hot_writer(sizes: np.ndarray, starts: np.ndarray) -> Writer:
     firsts = np.cumsum(sizes) - sizes
 
@@ -308,7 +321,7 @@ def _one_hot_writer(sizes: np.ndarray, starts: np.ndarray) -> Writer:
         if values.dtype.kind not in "iub":
             raise ValueError(f"dtype {values.dtype} in place of integers")
         index = values.reshape(len(out), len(sizes)).astype(np.int64) - starts
-        if (index < 0).any() or (index >= sizes).any():  # a negative index would pass in silence
+        if (index < 0).any() or (index >= sizes).any():
             raise ValueError(f"{values} is outside of the space")
         out[...] = 0.0
         np.put_along_axis(out, index + firsts, 1.0, axis=-1)
