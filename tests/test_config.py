@@ -280,7 +280,7 @@ def test_random_configs_survive_yaml_and_dict():
 
 def test_yaml_holds_every_value_in_section_order_and_comments_on_demand():
     text = ToyConfig().to_yaml()
-    order = ["algorithm", "environment", "env_runners", "model", "training", "learners", "evaluation"]
+    order = ["algorithm", "environment", "atari", "env_runners", "model", "training", "learners", "evaluation"]
     order += ["fault_tolerance", "checkpointing", "reporting", "runtime", "callbacks", "stop"]
     assert [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")] == order
     assert "\n  hidden: [64, 64]\n" in text and "\n  lr: 0.0003\n" in text and "\n  iterations: null\n" in text

@@ -23,7 +23,8 @@ from rlx.errors import ConfigError, RlxError
 from rlx.fitting import fit
 from rlx.inference import Evaluator, policy_builder
 from rlx.learner.learner_group import LearnersLost
-from rlx.metrics import Clock, EpisodeWindow, Metrics
+from rlx.metrics import COUNTERS, Clock, EpisodeWindow, Metrics
+from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
@@ -34,17 +35,6 @@ from rlx.section import plain
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
-
-COUNTERS = (
-    "iteration",
-    "env_steps",
-    "dropped_env_steps",
-    "episodes",
-    "env_failures",
-    "runner_restarts",
-    "learner_restarts",
-)
-"""Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
 class Algorithm(ABC):
@@ -70,6 +60,7 @@ class Algorithm(ABC):
     def __init__(self, config: AlgorithmConfig, run_dir: str | Path | None = None) -> None:
         self.config = config
         self.settings = s = config.settings
+        self._is_atari = is_atari(s.environment.id)
         self.training: Any = s.training
         self.iteration = self.env_steps = self.episodes = 0
         self.env_failures = self.runner_restarts = self.learner_restarts = self.dropped_env_steps = 0
@@ -257,6 +248,7 @@ class Algorithm(ABC):
         self.total_s += float(times["time/iteration_s"] or 0)
         metrics = {
             **{name: getattr(self, name) for name in COUNTERS},
+            **({"frames": self.env_steps * self.settings.atari.frame_skip} if self._is_atari else {}),
             "gradient_steps": self.learners.gradient_steps,
             "weights_version": self.learners.version,
             "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),

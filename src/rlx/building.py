@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx import actors
+from rlx.actors.machine import cpu_count
 from rlx.learner.learner_group import LearnerGroup
 from rlx.rollout.runner_group import RunnerGroup
 from rlx.settings import Settings
@@ -54,6 +55,8 @@ def build_runners(
         max_env_failures=s.fault_tolerance.max_env_failures,
         env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
         callbacks=callbacks,
+        num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
+        atari=s.atari.model_dump(),
         **s.environment.model_dump(exclude={"id"}),
     )
 

@@ -152,6 +152,7 @@ _PACKAGES = {
     "gymnasium.envs.box2d": ("Box2D", "pip install 'gymnasium[box2d]'"),
     "gymnasium.envs.phys2d": ("jax", "pip install 'gymnasium[jax]'"),
     "gymnasium.envs.tabular": ("jax", "pip install 'gymnasium[jax]'"),
+    "ale_py": ("ale_py", "pip install 'rlx[atari]'"),
 }
 _ATARI = re.compile(r"ALE/|.*(NoFrameskip|Deterministic)-v[04]$")
 

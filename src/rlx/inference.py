@@ -190,6 +190,7 @@ def evaluation_metrics(
         normalizer_state=normalizer_state,
         obs_clip=environment.obs_clip,
         kwargs=environment.kwargs,
+        atari=settings.atari.model_dump(),
         num_episodes=num_episodes or e.num_episodes,
         num_envs=num_envs or e.num_envs,
         deterministic=e.deterministic,

@@ -24,6 +24,7 @@ Metrics = dict[str, float | int | None]
 METRICS: dict[str, str] = {
     "iteration": "Number of finished training iterations.",
     "env_steps": "Environment steps trained on so far; reset steps of vector environments are not counted.",
+    "frames": "Frames of the emulator trained on so far, env_steps times atari.frame_skip; in Atari runs only.",
     "dropped_env_steps": "Environment steps collected and not learned from so far: older than training.max_age, or "
     "dropped from a full queue.",
     "episodes": "Episodes finished during training so far.",
@@ -74,6 +75,18 @@ def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     """Return the mean of every metric over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: fmean(value for row in rows if (value := row.get(name)) is not None) for name in names}
+
+
+COUNTERS = (
+    "iteration",
+    "env_steps",
+    "dropped_env_steps",
+    "episodes",
+    "env_failures",
+    "runner_restarts",
+    "learner_restarts",
+)
+"""Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
 class EpisodeWindow:

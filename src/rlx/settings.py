@@ -84,14 +84,50 @@ class EnvironmentSection(Section):
     """Normalised observations are cut to [-obs_clip, obs_clip]; in standard deviations."""
     reward_clip: float = Field(default=10.0, gt=0)
     """Normalised rewards are cut to [-reward_clip, reward_clip]; in standard deviations."""
-    vectorization: Literal["auto", "native", "in_place"] = "auto"
-    """native: the environment's own vector version; in_place: a loop in the runner; auto: native where there is one."""
+    vectorization: Literal["auto", "native", "in_place", "processes"] = "auto"
+    """native: the environment's own vector version; in_place: a loop in the runner; processes: loops in processes of
+    their own; auto: native where there is one, else what a short measurement finds faster, which is logged."""
+    num_processes: int | None = Field(default=None, gt=0)
+    """Processes that the environments of one runner are shared out to; null: one for each core that it may use. More
+    pay only where environments wait for something else than the CPU."""
 
     def chosen(self) -> str | Callable[..., Any]:
         """Return the id; ConfigError where none is chosen yet."""
         if self.id is None:
             raise ConfigError("environment.id is not set; choose one, such as environment.id=CartPole-v1.")
         return self.id
+
+
+class AtariSection(Section):
+    """What lies between an Atari game (an id such as ALE/Pong-v5) and the policy; other environments ignore it.
+
+    The defaults are the protocol of Machado et al. 2018 (arXiv:1709.06009) as Dopamine and gymnasium's v5 games apply
+    it: frame skip 4 and the game's own actions, in place of 5 and all 18.
+    """
+
+    frame_skip: int = Field(default=4, gt=0)
+    """Frames that an action is played for; env_steps counts actions, frames counts these."""
+    max_pool: bool = True
+    """Take the brighter of the last two frames for each pixel: some games draw a sprite in every other frame only."""
+    sticky_actions: float = Field(default=0.25, ge=0, le=1)
+    """Probability that the emulator repeats the last action for one more frame."""
+    noop_max: int = Field(default=0, ge=0)
+    """Most frames without an action at the beginning of a game, their number drawn; 30 before sticky actions."""
+    fire_reset: bool = False
+    """Press FIRE at the beginning of a game that has that button."""
+    episodic_life: bool = False
+    """In training, a lost life ends what the policy learns from, as if terminated; the game goes on, episodes and
+    their returns are whole games, and evaluation never sees it."""
+    clip_reward: bool = True
+    """Learn from rewards cut to [-1, 1]; reported returns are the whole score."""
+    stack: int = Field(default=4, gt=0)
+    """Newest frames that one observation holds, by their brightness."""
+    size: int = Field(default=84, gt=0)
+    """Height and width of a frame as the policy sees it, in pixels."""
+    full_action_space: bool = False
+    """All 18 actions; false: those that the game answers to."""
+    max_frames: int = Field(default=108_000, gt=0)
+    """Frames after which a game is truncated; 108,000 are half an hour."""
 
 
 class EnvRunnersSection(Section):
@@ -342,6 +378,7 @@ class Settings(Section):
     algorithm: str = ""
     """ppo for rlx.algorithms.ppo, pkg.module, or ./file.py next to the YAML file."""
     environment: EnvironmentSection = Field(default_factory=EnvironmentSection)
+    atari: AtariSection = Field(default_factory=AtariSection)
     env_runners: EnvRunnersSection = Field(default_factory=EnvRunnersSection)
     model: ModelSection = Field(default_factory=ModelSection)
     training: TrainingSection = Field(default_factory=TrainingSection)

@@ -19,6 +19,7 @@ from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.observation import Space
 from rlx.nets.policy import Policy
+from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
@@ -40,13 +41,15 @@ NUMBERS_PER_CALL = 1 << 20
 class EnvRunner:
     """Owns `num_envs` environments and a copy of the policy.
 
-    env, kwargs, vectorization: see `make_envs`. first_env_index: number of the first environment among all
-    runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns that rewards are
-    scaled by. Of observations only the numbers of a Box are normalised, and no uint8 image. policy_channel: where
-    weights, statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a
-    sample begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step
-    that failed is masked, and the one before it truncated. callbacks: makes those that hear of environments and
-    episodes, see `EnvHooks`.
+    env, kwargs, vectorization, num_processes, num_cores: see `make_envs`. first_env_index: number of the first
+    environment among all runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns
+    that rewards are scaled by. Of observations only the numbers of a Box are normalised, and no uint8
+    image. policy_channel: where weights,
+    statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample
+    begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that
+    failed is masked, and the one before it truncated. atari: see `rlx.settings.AtariSection`; episodes are accounted
+    for before lives and clipping come in. callbacks: makes those that hear of environments and episodes, see
+    `EnvHooks`.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class EnvRunner:
         *,
         kwargs: Mapping[str, Any] | None = None,
         vectorization: str = "auto",
+        num_processes: int | None = None,
+        num_cores: int = 1,
         seed: int = 0,
         first_env_index: int = 0,
         gamma: float = 0.99,
@@ -67,6 +72,7 @@ class EnvRunner:
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
         policy_channel: AnyChannel | None = None,
+        atari: Mapping[str, Any] | None = None,
         callbacks: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
         self._hooks = None if callbacks is None else EnvHooks(callbacks)
@@ -76,13 +82,19 @@ class EnvRunner:
             max_env_failures=max_env_failures,
             env_step_timeout_s=env_step_timeout_s,
         )
+        games = atari if atari is not None and is_atari(env) else {"episodic_life": False, "clip_reward": False}
+        self._clips_reward = bool(games["clip_reward"])
         self._envs: Envs = make_envs(
             *(env, num_envs),
             kwargs=kwargs,
             vectorization=vectorization,
+            num_processes=num_processes,
+            num_cores=num_cores,
             seed=seed,
             first_env_index=first_env_index,
             failures=self._failures,
+            atari=atari,
+            counts_lives=bool(games["episodic_life"]),
             hooks=self._hooks,
         )
         self._layout = self._envs.layout
@@ -152,6 +164,12 @@ class EnvRunner:
         episode_metrics: dict[str, list[float]] = {}
         if self._hooks is not None:
             episode_metrics = self._hooks.episodes_ended(episodes, done_T_B, fragment.terminated, self._first)
+        if self._envs.lives_B is not None:
+            life_lost_T_B = fragment.life_lost() & mask_T_B
+            fragment.terminated |= life_lost_T_B
+            next_value_T_B[life_lost_T_B] = 0.0
+        if self._clips_reward:
+            np.clip(fragment.reward, -1.0, 1.0, out=fragment.reward)
         obs_moments, return_moments = self._moments(fragment, done_T_B, mask_T_B)
         self._envs.record(fragment.action, done_T_B | fragment.failed)
         # The last good observation is obs[t] of the failed row, so next_value[t - 1] is its value already.
@@ -248,6 +266,8 @@ class EnvRunner:
     def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
         fragment = Fragment.empty(num_steps, envs, normalizer is not None)
+        if fragment.lives is not None:
+            fragment.lives[0] = envs.lives_B
         started = clock()
         noise = np.random.default_rng([self._seed, ACTING_STREAM, self._first, self._fragment])
         self._fragment += 1
@@ -255,7 +275,7 @@ class EnvRunner:
         inference_s, env_s = clock() - started, 0.0
         raw_B = envs.obs_B
         step = envs.step if acting.state_B is None else self._step_and_forget
-        self._resets_B = self._ended_B
+        self._done_B = self._ended_B
         for t in range(num_steps):
             obs_B = fragment.raw[t]
             obs_B[...] = raw_B
@@ -273,6 +293,8 @@ class EnvRunner:
             env_s += clock() - stepping_started
             inference_s += stepping_started - acting_started
             fragment.terminated[t], fragment.truncated[t] = terminated_B, truncated_B
+            if fragment.lives is not None:
+                fragment.lives[t + 1] = envs.lives_B
             for index, obs in final_obs.items():
                 if obs is FAILED:
                     fragment.failed[t, index] = True
@@ -286,9 +308,13 @@ class EnvRunner:
         _, _, terminated_B, truncated_B, final_obs = step = self._envs.step(action_B)
         done_B = np.logical_or(terminated_B, truncated_B)
         failed_B = np.array([final_obs.get(index) is FAILED for index in range(len(done_B))])
-        self._acting.forget((self._resets_B if self._envs.resets_on_next_step else done_B) | failed_B)
-        self._resets_B = done_B
+        self._acting.forget(self._over(done_B, failed_B, self._done_B))
+        self._done_B = done_B
         return step
+
+    def _over(self, done: np.ndarray, failed: np.ndarray, done_before: np.ndarray) -> np.ndarray:
+        """Return True where the observation after a row begins an episode, given what the row and the last one are."""
+        return (done_before if self._envs.resets_on_next_step else done) | failed
 
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
@@ -304,12 +330,10 @@ class EnvRunner:
         return next_value_T_B
 
     def _firsts(self, done_T_B: np.ndarray, failed_T_B: np.ndarray) -> np.ndarray:
-        """Return True where an episode begins: after one ended, was reset or failed, also across the border."""
-        resets_T_B = (
-            np.concatenate([self._ended_B[None], done_T_B[:-1]]) if self._envs.resets_on_next_step else done_T_B
-        )
+        """Return True where an episode begins, also across the border."""
+        over_T_B = self._over(done_T_B, failed_T_B, np.concatenate([self._ended_B[None], done_T_B[:-1]]))
         begins_B = (self._length_B == 0) & ~self._ended_B
-        return np.concatenate([begins_B[None], (resets_T_B | failed_T_B)[:-1]])
+        return np.concatenate([begins_B[None], over_T_B[:-1]])
 
     def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
         """Return False where the row only resets: after an ended episode, also across the fragment's border."""
@@ -324,16 +348,17 @@ class EnvRunner:
     ) -> list[tuple[float, int]]:
         """Return (return, length) of the episodes that ended; running ones are carried over, failed ones dropped."""
         episodes = []
-        first_B = [0] * self._envs.num_envs
+        first_B, total = [0] * self._envs.num_envs, np.add.reduce  # what .sum() calls, at half its price
+        length_T_B = self._length_B + mask_T_B.cumsum(0)
         for t, index in np.argwhere(done_T_B | failed_T_B).tolist():
-            rows = slice(first_B[index], t + 1)
             if done_T_B[t, index]:
-                total = self._return_B[index] + reward_T_B[rows, index].sum()
-                episodes.append((float(total), int(self._length_B[index] + mask_T_B[rows, index].sum())))
-            self._return_B[index], self._length_B[index], first_B[index] = 0.0, 0, t + 1
+                return_ = self._return_B[index] + total(reward_T_B[first_B[index] : t + 1, index])
+                episodes.append((float(return_), int(length_T_B[t, index])))
+            self._return_B[index], first_B[index] = 0.0, t + 1
+            length_T_B[t:, index] -= length_T_B[t, index]
         for index, first in enumerate(first_B):
-            self._return_B[index] += reward_T_B[first:, index].sum()
-            self._length_B[index] += mask_T_B[first:, index].sum()
+            self._return_B[index] += total(reward_T_B[first:, index])
+        self._length_B = length_T_B[-1].copy()
         return episodes
 
     def _moments(

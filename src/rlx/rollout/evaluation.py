@@ -47,6 +47,7 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     kwargs: Mapping[str, Any] | None = None,
+    atari: Mapping[str, Any] | None = None,
     changes: Changes = (),
     on_frame: OnFrame | None = None,
     timeout_s: float = 3600.0,
@@ -57,11 +58,12 @@ def evaluate(
     episodes are not favoured. An environment that only exists as a VectorEnv counts a fixed number of episodes of
     each of its environments. changes: what the environments are changed by, before their first episode. on_frame gets
     every rgb frame of the first environment. EnvError after timeout_s.
+    Atari games end with their last life and count every point, whatever training sees of them.
     """
     options = dict(kwargs or {})
     if on_frame is not None and _takes_render_mode(env):
         options["render_mode"] = "rgb_array"
-    envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed)
+    envs = make_envs(env, min(num_envs, num_episodes), kwargs=options, vectorization="in_place", seed=seed, atari=atari)
     acting = acting_for(policy)
     choose = _chooser(envs, acting, normalizer_state, obs_clip, deterministic, seed)
     episodes = _Episodes(num_episodes, envs.name, monotonic() + timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from rlx.errors import EnvError
 from rlx.rollout.deadline import EnvTimeout, Watchdog
@@ -32,6 +33,12 @@ class Failures:
         max_env_failures: int = 10,
         env_step_timeout_s: float | None = None,
     ) -> None:
+        self.options: dict[str, Any] = {
+            "on_env_error": on_env_error,
+            "max_env_failures": max_env_failures,
+            "env_step_timeout_s": env_step_timeout_s,
+        }
+        """What to make others like this one with."""
         self.watchdog = Watchdog(env_step_timeout_s)
         self.rebuilds = [0] * num_envs
         """How often each environment was built anew; a vector environment counts as its first one."""
@@ -59,6 +66,10 @@ class Failures:
             self.watchdog.run("close", index, close)
         except Exception as error:
             log.warning("%s failed, and so did its close(): %r", where, error)
+
+    def count(self, failures: int) -> None:
+        """Add failures that were seen to elsewhere."""
+        self._uncounted += failures
 
     def take_count(self) -> int:
         """Return the number of failures since the last call."""

@@ -24,6 +24,8 @@ class Fragment:
     truncated: np.ndarray
     failed: np.ndarray
     """True where the step failed: the row is no transition, and an episode begins after it."""
+    lives: np.ndarray | None
+    """Lives left, [T + 1, B]: at the beginning, and after each step; None where nobody counts them."""
     cuts: list[tuple[int, int, Any]] = field(default_factory=list)
     """(t, index, final observation as in `raw`) of truncated episodes whose obs[t + 1] is of the next one already."""
     env_s: float = 0.0
@@ -42,4 +44,12 @@ class Fragment:
             terminated=np.empty(shape, bool),
             truncated=np.empty(shape, bool),
             failed=np.zeros(shape, bool),
+            lives=None if envs.lives_B is None else np.empty((num_steps + 1, envs.num_envs), np.int64),
         )
+
+    def life_lost(self) -> np.ndarray:
+        """Return a bool [T, B]: True where a life was lost and the episode goes on with another one."""
+        if self.lives is None:
+            return np.zeros(self.terminated.shape, bool)
+        lost = (self.lives[1:] < self.lives[:-1]) & (self.lives[1:] > 0)
+        return lost & ~(self.terminated | self.truncated | self.failed)

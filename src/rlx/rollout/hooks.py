@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from rlx.errors import CALLBACK_NOTE
+
 StepFunction = Callable[[Any], Any]
 
 
@@ -37,6 +39,7 @@ class EnvHooks:
     """
 
     def __init__(self, make_callbacks: Callable[[], Sequence[Any]]) -> None:
+        self.make_callbacks = make_callbacks
         self._callbacks = make_callbacks()
         self._infos: defaultdict[int, deque[dict[str, Any]]] = defaultdict(deque)
 
@@ -64,6 +67,16 @@ class EnvHooks:
         for index in done_B.nonzero()[0].tolist():
             self._infos[index].append(_info_of(info, index, len(done_B)))
 
+    def take_infos(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return (index, info) of the episodes that have ended, for hooks in another process to `keep`."""
+        taken = [(index, info) for index, infos in self._infos.items() for info in infos]
+        self.forget()
+        return taken
+
+    def keep(self, index: int, info: dict[str, Any]) -> None:
+        """Keep the info of the last step of an episode that a scalar environment has ended elsewhere."""
+        self._infos[index].append(info)
+
     def forget(self) -> None:
         """Forget the episodes of a fragment that was cut."""
         for infos in self._infos.values():
@@ -88,16 +101,13 @@ def call(callback: Any, point: str, *arguments: Any) -> Any:
     try:
         return getattr(callback, point)(*arguments)
     except Exception as error:
-        error.add_note(f"{_BLAME} {type(callback).__qualname__}.{point}()")
+        error.add_note(f"{CALLBACK_NOTE} {type(callback).__qualname__}.{point}()")
         raise
 
 
 def is_from_callback(error: BaseException) -> bool:
     """Return whether an exception has passed through `call`: no environment is to blame."""
-    return any(note.startswith(_BLAME) for note in getattr(error, "__notes__", ()))
-
-
-_BLAME = "in the callback"
+    return any(note.startswith(CALLBACK_NOTE) for note in getattr(error, "__notes__", ()))
 
 
 def _measured(callback: Any, episode: Episode) -> dict[str, float]:

@@ -41,6 +41,15 @@ def episode_seed(seed: int, env_index: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, env_index, episode]).generate_state(1)[0] >> 1)
 
 
+def check_state(state: State, num_envs: int) -> None:
+    """Raise CheckpointError unless `state` is of as many scalar environments, whichever process they were in."""
+    if state["kind"] != "in_place" or len(state["obs"]) != num_envs:
+        raise CheckpointError(
+            f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has {num_envs} "
+            "in_place; resume with the num_envs and vectorization of the saved run."
+        )
+
+
 class InPlaceEnvs:
     """B scalar environments that reset themselves in the step that ends an episode; arrays returned are reused.
 
@@ -57,6 +66,7 @@ class InPlaceEnvs:
         first_env_index: int,
         make: Callable[[], gymnasium.Env[Any, Any]],
         failures: Failures,
+        counts_lives: bool = False,
         hooks: EnvHooks | None = None,
     ) -> None:
         self.name = name
@@ -66,6 +76,7 @@ class InPlaceEnvs:
         self.layout, self.actions = layouts(self.observation_space, self.action_space, name)
         self.obs_B = np.zeros((self.num_envs, *self.layout.shape), self.layout.dtype)
         self.envs = envs
+        self.lives_B: np.ndarray | None = np.zeros(self.num_envs, np.int64) if counts_lives else None
         self._seed, self._first = seed, first_env_index
         self._make, self._failures, self._watchdog = make, failures, failures.watchdog
         self._steps: list[StepFunction] = [env.step for env in envs]
@@ -76,7 +87,7 @@ class InPlaceEnvs:
         self._reward_B = np.zeros(self.num_envs)
         self._terminated_B = np.zeros(self.num_envs, bool)
         self._truncated_B = np.zeros(self.num_envs, bool)
-        self._episode = [-1] * self.num_envs
+        self._episode: list[int] | np.ndarray = [-1] * self.num_envs
         self._actions: list[list[np.ndarray]] = [[] for _ in envs]
         self._changes: Changes = ()  # for episodes that begin from now on
         self._changed: list[Changes] = [()] * self.num_envs  # what each environment has had
@@ -90,7 +101,22 @@ class InPlaceEnvs:
 
     def begin_at(self, episode: int) -> None:
         """Take the episodes before number `episode` as done."""
-        self._episode = [episode - 1] * self.num_envs
+        self._episode[:] = [episode - 1] * self.num_envs
+
+    def keep_in(
+        self,
+        obs_B: np.ndarray,
+        reward_B: np.ndarray,
+        terminated_B: np.ndarray,
+        truncated_B: np.ndarray,
+        lives_B: np.ndarray,
+        episode_B: np.ndarray,
+    ) -> None:
+        """Before the first reset: write what a step returns, and the episodes' numbers, to these arrays."""
+        self.obs_B, self._reward_B = obs_B, reward_B
+        self._terminated_B, self._truncated_B = terminated_B, truncated_B
+        self.lives_B = None if self.lives_B is None else lives_B
+        self._episode = episode_B
 
     def reset(self) -> np.ndarray:
         """Return the first observations of a new episode in every environment."""
@@ -127,7 +153,7 @@ class InPlaceEnvs:
                 returned = self._steps[index](action)
             finally:
                 watchdog.call = None
-            obs, reward, terminated, truncated, _ = returned
+            obs, reward, terminated, truncated, info = returned
             if index in self._unchecked:
                 self._check_step(index, returned)
             if self._row_shape is None:
@@ -136,9 +162,18 @@ class InPlaceEnvs:
                 self.obs_B[index] = obs
             else:
                 raise ValueError("shape")  # would broadcast in silence
+            if self.lives_B is not None:
+                self.lives_B[index] = info["lives"]
             return float(reward), terminated, truncated
         except Exception as error:
             self._explain(error, index, "step", returned, f"with action {action!r}")
+
+    def step_at_random(self) -> None:
+        """Take a random action in every environment; where nothing but the time matters."""
+        for index in range(self.num_envs):
+            _, terminated, truncated = self.step_one(index, self.action_space.sample())
+            if terminated or truncated:
+                self._begin_episode(index)
 
     def reset_one(self, index: int, seed: int) -> None:
         """Begin an episode with `seed` in one environment; its observation goes to obs_B."""
@@ -149,8 +184,10 @@ class InPlaceEnvs:
             returned = self._watchdog.run("reset", index, self.envs[index].reset, seed=seed)
             if not isinstance(returned, tuple):  # a bare array of two numbers would unpack
                 raise TypeError("not a tuple")
-            obs, _ = returned
+            obs, info = returned
             self._check_obs(index, "reset", obs)
+            if self.lives_B is not None:
+                self.lives_B[index] = info["lives"]
         except Exception as error:
             self._explain(error, index, "reset", returned, f"with seed {seed}")
 
@@ -169,7 +206,7 @@ class InPlaceEnvs:
         joined = np.concatenate(chunks) if chunks else np.zeros(0)
         return {
             "kind": "in_place",
-            "episode": list(self._episode),
+            "episode": [int(episode) for episode in self._episode],
             "rebuilds": list(self._failures.rebuilds),
             "length": lengths,
             "action": joined,
@@ -179,11 +216,7 @@ class InPlaceEnvs:
 
     def set_state(self, state: State) -> np.ndarray:
         """Return a bool [B]: True where the running episode was restored, False where a new one had to begin."""
-        if state["kind"] != "in_place" or len(state["episode"]) != self.num_envs:
-            raise CheckpointError(
-                f"the saved environments are {len(state['obs'])} of kind {state['kind']}, this runner has "
-                f"{self.num_envs} in_place; resume with the num_envs and vectorization of the saved run."
-            )
+        check_state(state, self.num_envs)
         self._failures.rebuilds = list(state["rebuilds"])
         restored_B = np.ones(self.num_envs, bool)
         obs_B = saved_rows(state["obs"], self.layout)
