@@ -94,6 +94,9 @@ class ObservationLayout:
         inputs, masks = [], []
         for leaf in _leaves(space):
             (masks if leaf.path[:1] == (MASK_KEY,) else inputs).append(leaf)
+        for leaf in masks:
+            if not isinstance(leaf.space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
+                raise EnvError(f"the observation's {leaf.name!r} is {leaf.space}; masks are of MultiBinary or Box.")
         images = [leaf for leaf in inputs if _is_image(leaf.space)]
         pixels = [leaf for leaf in images if leaf.space.dtype == np.uint8]
         # What a normaliser may touch comes first, and what the vector consists of stands together.
@@ -105,6 +108,8 @@ class ObservationLayout:
         self.num_scalable = sum(leaf.size for leaf in (*pictures, *boxes))
         """How many of the floats, from the first on, are numbers of a Box: those that may be normalised."""
         self.mask_size = sum(leaf.size for leaf in masks)
+        self.mask_parts = [(leaf.path[1:], leaf.size) for leaf in masks]
+        """Path below the mask's key and number of entries of each part of the mask."""
         self.vector_size = sum(leaf.size for leaf in (*boxes, *codes))
         self._pixels = _placed(pixels, FLOAT_BYTES * self.num_floats)
         self.images = {leaf.name: leaf for leaf in (*self._floats[: len(pictures)], *self._pixels)}
