@@ -8,9 +8,10 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from rlx.rollout.env_worker import MakeEnvs
 from rlx.rollout.failures import Failures
 from rlx.rollout.in_place import InPlaceEnvs
-from rlx.rollout.processes import MakeEnvs, ProcessEnvs
+from rlx.rollout.processes import ProcessEnvs
 
 log = logging.getLogger(__name__)
 

@@ -203,6 +203,10 @@ class EnvRunner:
             episode_metrics=episode_metrics,
         )
 
+    def cut(self) -> None:
+        """Begin new episodes with the next sample, as after an interrupt: nobody has seen the last one."""
+        self._intact = False
+
     def get_state(self, call: int = 0) -> State:
         """Return all that `set_state` needs to go on exactly, as plain values and arrays; the weights stand apart.
 
