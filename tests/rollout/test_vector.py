@@ -233,6 +233,7 @@ def masked(mask):
         (VECTOR, SEQUENCE, "the action space is Sequence, which has no fixed number of choices; wrap"),
         (VECTOR, spaces.Box(0, 5000, (2,), np.int64), "a Box of integers with 5001 values, .* at most 1024; narrow"),
         (VECTOR, spaces.Tuple([]), "leaves nothing to choose"),
+        (masked(spaces.Tuple([TWO, TWO])), spaces.MultiBinary(2), "'action_mask.0' is Discrete\\(2\\); masks are of"),
         (masked(spaces.MultiBinary(3)), spaces.Discrete(2), "'action_mask' has 3 entries .* has 2 choices, 2; give"),
         (
             masked(spaces.Tuple([BITS, BITS])),
