@@ -3,7 +3,7 @@
 Fragments arrive as in impala.py, and V-trace corrects advantages and targets, once for every update, by the policy that
 learns. What it may then change is clipped as in ppo.py: around the policy that acted, or with `target_update_interval`
 around a target policy, a copy of the learners' own that is some updates old and also gives V-trace its values (Luo et
-al. 2020, "IMPACT", arXiv:1912.00167). Each batch may be learned from several times, out of a circular replay.
+al. 2020, "IMPACT", arXiv:1912.00167). Each batch may be learned from again, out of a circular replay.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class APPOTraining(TrainingSection):
     fragment for every env runner."""
     updates_per_iteration: PositiveInt = 20
     """Updates between two rows of metrics, each with the newest weights published after it."""
-    replay_uses: PositiveInt = 1
-    """How many updates each batch is learned from."""
+    updates_per_batch: PositiveInt = 1
+    """Updates for each batch that arrives: the first on it, the others on any of the newest replay_size ones."""
     replay_size: PositiveInt = 4
-    """Batches that wait for their next use; the oldest makes room."""
+    """Batches kept for it; the oldest makes room for the next, and what is older than max_age is dropped."""
     epochs: PositiveInt = 1
     """Passes over the batch in one update."""
     minibatch_size: PositiveInt | None = None
@@ -79,10 +79,10 @@ class APPOConfig(AlgorithmConfig, training=APPOTraining):
         """Raise ConfigError where sizes do not fit."""
         fragments_per_batch(settings)
         training: Any = settings.training
-        if training.replay_uses > max(1, training.max_age):
+        if training.updates_per_batch > max(1, training.max_age):
             raise ConfigError(
-                f"training.replay_uses={training.replay_uses} has batches wait for longer than "
-                f"training.max_age={training.max_age} allows; set max_age to {training.replay_uses} or more."
+                f"training.updates_per_batch={training.updates_per_batch} has batches wait for longer than "
+                f"training.max_age={training.max_age} allows; set max_age to {training.updates_per_batch} or more."
             )
 
 
@@ -91,20 +91,17 @@ class APPO(Algorithm, config=APPOConfig):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._replay = CircularReplay(self.training.replay_size, self.training.replay_uses)
+        self._replay = CircularReplay(self.training.replay_size)
 
     def training_step(self) -> Metrics:
         """Make `updates_per_iteration` updates; return the learner's stats."""
         training: APPOTraining = self.training
-        count = -(-training.updates_per_iteration // training.replay_uses)
+        each = training.updates_per_batch
         history = []
-        for t in self.arrivals(count, fragments_per_batch(self.settings), training.replay_uses):
-            self._replay.add(t.fragments(*FIELDS))
-            for _ in range(training.replay_uses):
-                self._replay.drop_before(self.learners.version - training.max_age)
-                batch = self._replay.draw(np.random.default_rng(self.seed("replay")))
-                if batch is None:
-                    break
+        for t in self.arrivals(-(-training.updates_per_iteration // each), fragments_per_batch(self.settings), each):
+            self._replay.drop_before(self.learners.version + each - 1 - training.max_age)
+            rng = np.random.default_rng(self.seed("replay"))
+            for batch in self._replay.draws(t.fragments(*FIELDS), each, rng):
                 lr, clip_range = training.lr.at(self.env_steps), training.clip_range.at(self.env_steps)
                 stats = self.update(
                     batch,

@@ -64,12 +64,16 @@ class WrongShape(Good):
         return np.zeros(2 if self.steps < 10 else 3, np.float32), 0.0, False, False, {}
 
 
-class DictSpace(Good):
+class NoDict(Good):
     observation_space = spaces.Dict(a=spaces.Box(-1, 1, (2,)))
 
 
-class MultiDiscreteAction(Good):
-    action_space = spaces.MultiDiscrete([2, 2])
+class SequenceSpace(Good):
+    observation_space = spaces.Sequence(spaces.Discrete(2))
+
+
+class SequenceAction(Good):
+    action_space = spaces.Sequence(spaces.Discrete(2))
 
 
 class NoSpaces(gymnasium.Env):
@@ -263,8 +267,9 @@ BROKEN_ENVS = {
     "ResetWithoutSeed": "gymnasium asks for reset(*, seed=None, options=None)",
     "StepOfFour": "step() returned a tuple of 4",
     "WrongShape": "array of shape (3,)",
-    "DictSpace": "DictSpace has observation space Dict('a': Box(-1.0, 1.0, (2,), float32)); rlx supports",
-    "MultiDiscreteAction": "MultiDiscreteAction has action space MultiDiscrete([2 2]); rlx supports",
+    "NoDict": "reset() returned the observation array of shape (2,) and dtype float32; its observation_space is Dict(",
+    "SequenceSpace": "SequenceSpace: the observation space holds Sequence, whose values have no fixed size; wrap the",
+    "SequenceAction": "SequenceAction: the action space is Sequence, which has no fixed number of choices; wrap the",
     "NoSpaces": "NoSpaces has no observation_space",
     "NotAnEnv": "NotAnEnv made a NotAnEnv, not a gymnasium.Env or VectorEnv",
     "NoReward": "step() returned the reward None; gymnasium asks for a number",

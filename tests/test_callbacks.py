@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import rlx
 from rlx import Callback
+from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPOConfig
 from rlx.checkpoint import list_checkpoints
 from rlx.cli import main
@@ -282,10 +283,10 @@ class Curriculum(Callback):
         self.level = state["level"]
 
 
-@pytest.mark.parametrize("num_env_runners", [0, 2])
-def test_a_curriculum_raises_the_level_and_a_resumed_run_goes_on_exactly(tmp_path, num_env_runners):
+@pytest.mark.parametrize("num_env_runners, max_age", [(0, 0), (2, 0), (2, 1)])
+def test_a_curriculum_raises_the_level_and_a_resumed_run_goes_on_exactly(tmp_path, num_env_runners, max_age):
     made = config(Curriculum, InRunner, num_env_runners=num_env_runners).env_runners(rollout_fragment_length=6)
-    made.training(minibatch_size=12)
+    made.training(minibatch_size=12, max_age=max_age)
     with made.copy().build() as algorithm:
         rows = [computed(algorithm.train()) for _ in range(3)]
         saved = algorithm.save(tmp_path / "saved")  # in mid-episode: 6 steps of an episode of 4
@@ -320,9 +321,19 @@ def test_a_killed_runner_comes_back_with_the_level_and_is_told_of():
     with config(Restarts, num_env_runners=2).reporting(window_episodes=8).build() as algorithm:
         algorithm.set_env_attribute("level", 5)
         assert algorithm.train()["episode_return_min"] == 20.0
-        os.kill(algorithm._runtime.state()["env_runner/1"].pid, signal.SIGKILL)
+        os.kill(algorithm._runtime().state()["env_runner/1"].pid, signal.SIGKILL)
         row = algorithm.train()
     assert (row["runner_restarts"], row["episode_return_min"]) == (1, 20.0) and Restarts.counts == [1]
+
+
+def test_runners_that_nobody_waits_for_are_changed_and_listened_to_as_well():
+    made = IMPALAConfig().environment(Levels).reporting(progress="none").callbacks([Curriculum, InRunner])
+    made.env_runners(num_env_runners=2, num_envs_per_env_runner=2, rollout_fragment_length=6)
+    with made.training(updates_per_iteration=10).build() as algorithm:
+        rows = [algorithm.train() for _ in range(5)]
+    assert [row["custom/level"] for row in rows] == [0, 1, 1, 2, 2]
+    # Every episode was played at one level, which InRunner asserts; the newest one reached all four environments.
+    assert rows[-1]["episode_return_max"] == 8.0 and rows[-1]["custom/index"] > 1.0
 
 
 def test_what_a_checkpoint_cannot_hold_is_refused_at_the_call():

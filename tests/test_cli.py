@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image, ImageSequence
 
 import rlx
@@ -152,7 +153,7 @@ def test_dry_run_prints_the_whole_config_and_makes_nothing(capsys):
         (["eval", "nowhere"], "nowhere does not exist"),
         (["plot", "nowhere"], "nowhere is no run folder"),
         (["config", "show", "nope"], 'there is no config "nope"'),
-        (["config", "schema", "nope"], 'there is no algorithm "nope"; the shipped ones are ppo'),
+        (["config", "schema", "nope"], 'there is no algorithm "nope"; the shipped ones are appo, impala, ppo'),
     ],
 )
 def test_bad_input_gets_a_sentence_and_exit_code_2(arguments, message, capsys):
@@ -255,6 +256,22 @@ def test_config_show_can_explain_every_setting(capsys):
     assert main(["config", "show", "tiny.yaml", "--set", "training.gamma=0.9", "--comments"]) == 0
     shown = capsys.readouterr().out
     assert "  # Discount of a reward one step later.\n  gamma: 0.9\n" in shown
+
+
+def test_config_show_ends_with_the_network_in_comments(capsys):
+    assert main(["config", "show", "tiny.yaml", "--set", "model.hidden=[32, 16]"]) == 0
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown)["model"]["hidden"] == [32, 16]
+    rows = {line.split()[1]: " ".join(line.split()[2:]) for line in shown.splitlines() if line.startswith("#")}
+    assert rows["network"] == "for CartPole-v1: 1,427 parameters"  # 2 * 688 + 34 + 17
+    assert rows["observation"] == "float32 [4]: 4 numbers" and rows["action"] == "int64 []: 1 of 2"
+    assert rows["encoder"] == rows["value_encoder"] == "Linear 4 -> 32, Tanh, Linear 32 -> 16, Tanh 688"
+    assert (rows["action_head"], rows["value_head"]) == ("Linear 16 -> 2 34", "Linear 16 -> 1 17")
+
+
+def test_config_show_says_why_there_is_no_network(capsys):
+    assert main(["config", "show", "tiny.yaml", "--set", "model.encoder=cnn"]) == 0
+    assert "\n# network: none, because model.encoder=cnn needs images" in capsys.readouterr().out
 
 
 def test_config_diff_compares_configs_with_runs(finished_run, capsys):

@@ -334,7 +334,7 @@ def test_everything_that_is_wrong_is_reported_with_file_and_line(write):
         "traning is not a section (toy.yaml:9). Did you mean training?",
         "stop.env_steps is no (toy.yaml:12); it must be an integer > 0 or null.",
         "model.hidden is [64, wide] (toy.yaml:13); it must be a list with each item an integer > 0.",
-        'model.encoder is "rnn" (toy.yaml:13); it must be one of auto, mlp, cnn.',
+        'model.encoder is "rnn" (toy.yaml:13); it must be one of auto, mlp, cnn, impala_cnn.',
         "runtime.sed is not a setting of Toy (--set). Did you mean runtime.seed?",
         'learners.device is "tpu" (--set); it must be one of auto, cpu, cuda.',
     }

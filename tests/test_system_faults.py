@@ -41,7 +41,7 @@ def computed(row):
 
 
 def pid_of(algorithm, name):
-    return algorithm._runtime.state()[name].pid
+    return algorithm._runtime().state()[name].pid
 
 
 class Strike:
@@ -62,7 +62,7 @@ class Strike:
     def run(self):
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline and not self.hit:
-            state = self.algorithm._runtime.state()[self.name]
+            state = self.algorithm._runtime().state()[self.name]
             if state.status == "alive" and state.method == self.method:
                 os.kill(state.pid, self.number)
                 self.hit = True
@@ -123,7 +123,7 @@ def test_a_run_whose_runners_are_killed_at_random_still_learns():
 
         def kill_now_and_then():
             while not ended.wait(moments.uniform(0.1, 0.5)):
-                state = algorithm._runtime.state()[f"env_runner/{moments.randrange(2)}"]
+                state = algorithm._runtime().state()[f"env_runner/{moments.randrange(2)}"]
                 if state.status == "alive":
                     os.kill(state.pid, signal.SIGKILL)
 

@@ -15,20 +15,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from rlx import actors
-from rlx.actors.machine import cpu_count
+from rlx.building import LazyRuntime, build_learners, build_runners
 from rlx.callbacks import PREFIX, Callbacks
 from rlx.checkpoint import load_state, save_checkpoint
 from rlx.config import AlgorithmConfig
 from rlx.errors import ConfigError, RlxError
 from rlx.fitting import fit
-from rlx.inference import evaluation_metrics, policy_builder
-from rlx.learner.learner_group import LearnerGroup, LearnersLost
+from rlx.inference import Evaluator, policy_builder
+from rlx.learner.learner_group import LearnersLost
 from rlx.metrics import Clock, EpisodeWindow, Metrics
-from rlx.nets.flat import FlatParameters
 from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import EnvChange
-from rlx.rollout.runner_group import RunnerGroup
 from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
 from rlx.run import check_resumable
@@ -85,8 +82,7 @@ class Algorithm(ABC):
         self.stop_reason = self.stop_request = ""
         self.callbacks = Callbacks(s.callbacks.classes)
         self.saves = Saves(self, None if run_dir is None else Path(run_dir))
-        self._runtime: actors.Runtime | None = None
-        self._evaluation_policy: Any = None
+        self._runtime = LazyRuntime(s.runtime.engine, self.run_dir)
         self._weights_are_stale = True
         self._advised = False
         self._clock = Clock()
@@ -96,9 +92,10 @@ class Algorithm(ABC):
         self._schedules: dict[str, Any] = {}  # those that were changed, as written
         build = policy_builder(s)
         try:
-            self.runners = self._build_runners(build)
-            self._build_policy = functools.partial(build, *self.runners.policy_spaces())
-            self.learners = self._build_learners()
+            self.runners = build_runners(s, build, self._runtime, self.callbacks.for_runners())
+            self._build_policy = functools.partial(build, *self.runners.spaces())
+            self.learners = build_learners(s, self._build_policy, type(self), self._runtime)
+            self._evaluator = Evaluator(self._build_policy)
             self.callbacks("on_algorithm_start", self)
         except BaseException:
             self.close()
@@ -142,26 +139,30 @@ class Algorithm(ABC):
         Nobody waits for a slow runner, and while a batch is learned from, in `updates` updates, all go on, as far ahead
         as training.max_age allows. With max_age 0 or 1 it is `sample`, which all runners join.
         """
-        r, max_age = self.settings.env_runners, self._max_age
-        for _ in range(count):
-            if max_age <= 1:
-                yield self.sample().tensors()
-                continue
-            if self._weights_are_stale:
-                self.publish()
-            sample = self.runners.arrive(
-                *(r.rollout_fragment_length,),
-                per_batch=fragments,
-                max_ahead=max_age // updates + 1,
-                queue_size=r.queue_size,
-                when_full=r.when_queue_full,
-            )
-            self._count(sample)
-            batch = sample.trajectory.tensors()
-            too_old = self.learners.version - batch.weights_version > max_age
-            self.dropped_env_steps += sample.dropped_steps + int((batch.mask & too_old).sum())
-            yield batch
+        while count:
+            batch = self.sample().tensors() if self._max_age <= 1 else self._arrival(fragments, updates)
+            if batch.mask.any():
+                count -= 1
+                yield batch
             self.runners.used()
+
+    def _arrival(self, fragments: int, updates: int) -> Batch:
+        r = self.settings.env_runners
+        if self._weights_are_stale:
+            self.publish()
+        sample = self.runners.arrive(
+            *(r.rollout_fragment_length,),
+            per_batch=fragments,
+            max_ahead=self._max_age // updates + 1,
+            queue_size=r.queue_size,
+            when_full=r.when_queue_full,
+        )
+        self._count(sample)
+        batch = sample.trajectory.tensors()
+        fresh = batch.mask & (self.learners.version - batch.weights_version <= self._max_age)
+        self.dropped_env_steps += sample.dropped_steps + int(batch.mask.sum() - fresh.sum())
+        batch.tensors["mask"] = fresh
+        return batch
 
     def _count(self, sample: Sample) -> None:
         self._clock.add(
@@ -330,12 +331,8 @@ class Algorithm(ABC):
 
     def play(self, num_episodes: int | None = None, **options: Any) -> Metrics:
         """Do what `evaluate` does, and tell no callback; options: num_envs, on_frame."""
-        if self._evaluation_policy is None:
-            self._evaluation_policy = self._build_policy()
-            self._evaluation_weights = FlatParameters(self._evaluation_policy)
-        self._evaluation_weights.load(self.learners.weights())
-        return evaluation_metrics(
-            *(self.settings, self._evaluation_policy, self.runners.normalizer_state(), num_episodes),
+        return self._evaluator.play(
+            *(self.settings, self.learners.weights(), self.runners.normalizer_state(), num_episodes),
             changes=self.runners.env_changes,
             **options,
         )
@@ -387,62 +384,10 @@ class Algorithm(ABC):
         for name in ("runners", "learners"):
             if part := getattr(self, name, None):
                 part.close()
-        if self._runtime is not None:
-            self._runtime.close()
+        self._runtime.close()
         self.saves.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
-
-    def _build_runners(self, build: Callable) -> RunnerGroup:
-        s = self.settings
-        return RunnerGroup(
-            s.environment.chosen(),
-            build,
-            num_runners=s.env_runners.num_env_runners,
-            runtime=self._get_runtime,
-            num_envs=s.env_runners.num_envs_per_env_runner,
-            gamma=s.training.gamma,
-            seed=s.runtime.seed,
-            start_timeout_s=s.fault_tolerance.start_timeout_s,
-            sample_timeout_s=s.fault_tolerance.sample_timeout_s,
-            restart=self._restart_rule(),
-            on_env_error=s.fault_tolerance.on_env_error,
-            max_env_failures=s.fault_tolerance.max_env_failures,
-            env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
-            num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
-            atari=s.atari.model_dump(),
-            callbacks=self.callbacks.for_runners(),
-            **s.environment.model_dump(exclude={"id"}),
-        )
-
-    def _build_learners(self) -> LearnerGroup:
-        s = self.settings
-        return LearnerGroup(
-            self._build_policy,
-            functools.partial(type(self).loss, training=self.training),
-            prepare=None if self.prepare is None else functools.partial(self.prepare, training=self.training),
-            target_update_interval=getattr(self.training, "target_update_interval", None),
-            runtime=self._get_runtime,
-            start_timeout_s=s.fault_tolerance.start_timeout_s,
-            update_timeout_s=s.fault_tolerance.update_timeout_s,
-            restart=self._restart_rule(),
-            adam_eps=s.training.adam_eps,
-            max_grad_norm=s.training.max_grad_norm,
-            **s.learners.model_dump(),
-        )
-
-    def _get_runtime(self) -> actors.Runtime:
-        """Return the actor runtime, started on first use: a run without actors starts none."""
-        if self._runtime is None:
-            engine = self.settings.runtime.engine
-            folder = self.saves.folder
-            logs: dict[str, Any] = {"log_folder": folder / "logs"} if folder and engine == "local" else {}
-            self._runtime = actors.runtime(engine, **logs)
-        return self._runtime
-
-    def _restart_rule(self) -> actors.Restart | None:
-        f = self.settings.fault_tolerance
-        return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
 
     def _change_envs(self, kind: Literal["set", "call"], name: str, *arguments: Any) -> None:
         try:

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import textwrap
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +82,16 @@ def list_all(options: argparse.Namespace) -> None:
 
 
 def config_show(options: argparse.Namespace) -> None:
-    """Print every setting of a config."""
+    """Print every setting of a config and, as comments, the network that it builds."""
     from rlx.config import load_config
+    from rlx.inference import network_summary
 
-    _page(load_config(_config_path(options.config), options.set).to_yaml(comments=options.comments))
+    config = load_config(_config_path(options.config), options.set)
+    try:
+        network = network_summary(config.settings)
+    except RlxError as error:
+        network = f"network: none, because {error}"
+    _page(config.to_yaml(comments=options.comments) + textwrap.indent(network, "# "))
 
 
 def config_diff(options: argparse.Namespace) -> None:

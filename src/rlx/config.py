@@ -21,6 +21,7 @@ from rlx.config_document import Document, Written, flow, read_value, with_value
 from rlx.config_lookup import (
     check_callbacks,
     check_environment,
+    check_network,
     config_class,
     did_you_mean,
     find_config,
@@ -92,10 +93,9 @@ class AlgorithmConfig:
 
     def validate(self) -> None:
         """Raise ConfigError with everything that stops these settings from running; changes nothing."""
-        environment = self.settings.environment.id
-        shown = self._written.get("environment.id", _in_python(environment))
         problems = [
-            *_problems(check_environment, environment, f"environment.id is {shown}"),
+            *self._not_found("environment.id", check_environment, self.settings.environment.id),
+            *self._not_found("model.custom", check_network, self.settings.model.custom),
             *_problems(check_callbacks, self.settings.callbacks.classes),
             *_problems(self.settings.evaluation.check),
             *_problems(self.check, self.settings),
@@ -191,6 +191,9 @@ class AlgorithmConfig:
     def json_schema(cls) -> dict[str, Any]:
         """Return the JSON schema of the YAML file, for editors."""
         return cls._tree.model_json_schema()
+
+    def _not_found(self, key: str, check: Callable[..., None], value: Any) -> list[str]:
+        return _problems(check, value, f"{key} is {self._written.get(key, _in_python(value))}")
 
     def _flat(self) -> dict[str, Any]:
         """Return the plain value of every setting by its dotted key."""

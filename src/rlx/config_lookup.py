@@ -106,6 +106,16 @@ def check_environment(id: str | Callable[..., Any] | None, subject: str) -> None
     _check_gymnasium_id(name, subject)
 
 
+def check_network(custom: str | Callable[..., Any] | None, subject: str) -> None:
+    """Raise ConfigError where a user's network cannot be found."""
+    if custom is None or callable(custom):
+        return
+    module, _, name = custom.rpartition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ConfigError(f"{subject}; write pkg.module:Class, of a class at the top level of a module.")
+    _check_import_path(module, name, subject)
+
+
 def check_callbacks(specs: Iterable[Any]) -> None:
     """Raise ConfigError where a callback cannot be found by its import path."""
     for spec in specs:

@@ -153,10 +153,21 @@ class ModelSection(Section):
     """Widths of the hidden layers; []: linear."""
     activation: Literal["tanh", "relu", "gelu", "silu", "elu"] = "tanh"
     """Non-linearity between layers."""
-    encoder: Literal["auto", "mlp", "cnn"] = "auto"
-    """What reads the observation; auto: cnn for images, mlp otherwise."""
-    share_encoder: bool = False
-    """Whether policy and value function share one encoder."""
+    encoder: Literal["auto", "mlp", "cnn", "impala_cnn"] = "auto"
+    """What reads the observation. auto: cnn for images, mlp otherwise; cnn: that of Mnih et al. 2015, smaller for small
+    images; impala_cnn: the deeper one of Espeholt et al. 2018. Images beside numbers also have the hidden layers."""
+    share_encoder: bool | Literal["auto"] = "auto"
+    """Whether policy and value function share one encoder; auto: where there are images."""
+    custom: Annotated[
+        str | Callable[..., Any] | None,
+        Allowed("an import path pkg.module:Class, or a class of a torch module"),
+        PlainSerializer(spelled),
+        WithJsonSchema({"type": ["string", "null"]}),
+    ] = None
+    """An encoder or a whole policy of your own, called as Class(observation_space, action_space, **custom_kwargs); see
+    rlx.nets.custom. null: none."""
+    custom_kwargs: Annotated[dict[str, Any], AfterValidator(plain)] = Field(default={})
+    """Keyword arguments of custom; plain data only."""
     log_std_init: float = Field(default=0.0, ge=-20, le=5)
     """Log standard deviation of a continuous policy at the start; 0: a standard deviation of 1."""
     memory: Literal["none", "lstm", "gru"] = "none"

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import rlx
+from rlx.algorithms.appo import APPOConfig
+from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPO, PPOConfig, PPOTraining
 from rlx.envs.masked_cartpole import MaskedCartPole
 from rlx.envs.recall import Recall
@@ -51,12 +53,29 @@ def test_recall_asks_for_what_it_showed():
         assert env.step(answer)[1:4] == (float(seed % 2), True, False)
 
 
+def solve(algorithm, env_steps):
+    while algorithm.env_steps < env_steps and (algorithm.train()["episode_return_mean"] or 0) < 0.98:
+        pass
+    assert algorithm.evaluate(50)["evaluation/episode_return_mean"] == 1
+
+
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
 def test_a_policy_with_a_memory_answers_the_question(memory):
     with config(memory=memory).build() as algorithm:
-        while algorithm.env_steps < 15_000 and (algorithm.train()["episode_return_mean"] or 0) < 0.98:
-            pass
-        assert algorithm.evaluate(50)["evaluation/episode_return_mean"] == 1
+        solve(algorithm, 15_000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "env_steps"),
+    [(IMPALAConfig, {}, 60_000), (APPOConfig, {"epochs": 2, "minibatch_size": 128}, 40_000)],
+)
+@pytest.mark.parametrize("num_env_runners", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_asynchronous_algorithms_learn_to_remember_too(kind, options, env_steps, num_env_runners):
+    made = kind().environment(Recall).training(lr=1e-2, updates_per_iteration=4, **options)
+    made.model(memory="lstm", memory_size=16, hidden=[16], share_encoder=True)
+    made.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=16, rollout_fragment_length=32)
+    with made.build() as algorithm:
+        solve(algorithm, env_steps * max(1, num_env_runners))
 
 
 def test_a_policy_without_a_memory_can_only_guess():

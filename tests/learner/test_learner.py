@@ -292,6 +292,32 @@ def test_the_check_of_derivatives_does_not_stumble_over_a_clip_range_of_zero(pro
     numpy_gradient(policy, flat, ppo_loss_of())(minibatch, {"clip_range": 0.0})
 
 
+def test_a_policy_with_a_memory_is_differentiated_by_autograd_also_where_compiling_is_asked_for(problem):
+    """Sequences are cut where episodes begin, so the graph is another one for every minibatch."""
+    batch = problem.sequences()
+    batch.tensors |= {"first": torch.rand(7, 3) < 0.3, "state": torch.randn(7, 16)}
+    build = partial(problem.build, memory="gru", memory_size=8)
+    learners = [Learner(build, problem.loss, compile=compile) for compile in (False, True)]
+    for learner in learners:
+        learner.update(batch, **problem.update, seed=0)
+    assert np.array_equal(learners[0].weights(), learners[1].weights())
+
+
+def test_padded_steps_have_no_influence_on_a_memory(problem):
+    """C28: what stands in the masked end of a sequence moves no weight."""
+    weights = []
+    for filler in (0.0, 7.0):
+        batch = problem.sequences()
+        batch.tensors |= {"first": torch.zeros(7, 3, dtype=torch.bool), "state": torch.ones(7, 16)}
+        batch.mask[:, -1] = False
+        for name in ("obs", "logp", "advantage", "return_"):
+            batch.tensors[name][:, -1] = filler
+        learner = Learner(partial(problem.build, memory="gru", memory_size=8), problem.loss)
+        learner.update(batch, **problem.update, seed=0)
+        weights.append(learner.weights())
+    assert np.array_equal(*weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("continuous", [False, True])
 def test_the_compiled_gradient_is_the_eager_one_and_follows_the_coefficients(problem, continuous):

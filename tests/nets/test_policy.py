@@ -9,7 +9,9 @@ from gymnasium import spaces
 from torch import nn
 
 from rlx.errors import ConfigError
-from rlx.nets.encoders import CNN_FEATURES, ImageEncoder, build_encoder
+from rlx.nets.convolutions import CNN_FEATURES, ImageEncoder
+from rlx.nets.encoders import build_encoder
+from rlx.nets.observation import ObservationLayout
 from rlx.nets.policy import Policy, build_policy
 from rlx.trajectory import Batch
 
@@ -40,7 +42,7 @@ def layers_of(module: nn.Module | None) -> list[nn.Linear | nn.Conv2d]:
 
 @pytest.mark.parametrize("space", [VECTOR, image_space(9, 9, 2)])
 def test_weights_start_orthogonal_with_the_reference_gains_and_biases_at_zero(space):
-    policy = build_policy(space, DISCRETE, hidden=(8, 5))
+    policy = build_policy(space, DISCRETE, hidden=(8, 5), share_encoder=False)
     hidden = layers_of(policy.encoder) + layers_of(policy.value_encoder)
     assert len(hidden) == (4 if space is VECTOR else 6)
     for layer in hidden:
@@ -92,9 +94,10 @@ def test_no_hidden_layers_give_a_linear_policy():
     assert value.shape == (2,)
 
 
-def test_an_observation_of_two_axes_is_flattened_and_pixels_are_scaled():
-    encoder, features = build_encoder((2, 3), "auto", (4,), "tanh", torch.Generator().manual_seed(0))
-    pixels = torch.randint(0, 256, (5, 2, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+def test_an_image_too_small_for_convolutions_is_flattened_and_its_pixels_are_scaled():
+    layout = ObservationLayout(image_space(3, 3, 2))
+    encoder, features = build_encoder(layout, "auto", (4,), "tanh", torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (5, 3, 3, 2), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     assert features == 4
     torch.testing.assert_close(encoder(pixels), encoder(pixels.float() / 255))
 
@@ -118,7 +121,7 @@ def test_uint8_pixels_are_scaled_to_one_and_float_ones_are_left_alone():
 
 def test_shapes_that_no_encoder_takes_are_refused_with_the_cure():
     with pytest.raises(ConfigError, match=r"shape \(4, 4, 3\) is too small .* model.encoder=mlp"):
-        build_policy(image_space(4, 4, 3), DISCRETE)
+        build_policy(image_space(4, 4, 3), DISCRETE, encoder="cnn")
     with pytest.raises(ConfigError, match=r"3 axes, not \(6,\).* model.encoder=mlp"):
         build_policy(VECTOR, DISCRETE, encoder="cnn")
 
@@ -127,3 +130,47 @@ def test_the_cure_works():
     policy = build_policy(image_space(4, 4, 3), DISCRETE, encoder="mlp", hidden=(8,))
     assert isinstance(policy, Policy)
     assert policy(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(84, 84, 4), (9, 8, 3), (5, 5, 1)])
+def test_the_deep_encoder_gives_256_features_and_has_15_convolutions(shape):
+    policy = build_policy(image_space(*shape), DISCRETE, encoder="impala_cnn")
+    layers = layers_of(policy.encoder)
+    assert [isinstance(layer, nn.Conv2d) for layer in layers] == [True] * 15 + [False]
+    pixels = torch.randint(0, 256, (2, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = policy.encoder(pixels)
+    assert features.shape == (2, 256) and (features > 0).any() and features.isfinite().all()
+
+
+def test_policy_and_value_share_the_encoder_of_images_only():
+    pixels, both = image_space(9, 9, 1), spaces.Dict({"image": image_space(9, 9, 1), "x": VECTOR})
+    assert [build_policy(space, DISCRETE).value_encoder is None for space in (VECTOR, pixels, both)] == [
+        False,
+        True,
+        True,
+    ]
+    assert build_policy(pixels, DISCRETE, share_encoder=False).value_encoder is not None
+
+
+def test_images_beside_numbers_are_joined_by_hidden_layers():
+    """512 features of the large image, 12 pixels of the small one, 6 numbers and 3 columns of the Discrete."""
+    parts = {"large": image_space(9, 9, 1), "small": image_space(2, 2, 3), "x": VECTOR, "goal": spaces.Discrete(3)}
+    space = spaces.Dict(parts)
+    policy = build_policy(space, DISCRETE, hidden=(7,), seed=1)
+    assert layers_of(policy.encoder)[-1].in_features == 512 + 12 + 6 + 3 and policy.action_head.in_features == 7
+    layout = ObservationLayout(space)
+    for name in parts:
+        first, second = (space.sample() for _ in range(2))
+        second = {**first, name: second[name]}
+        rows = np.stack([layout.encode(obs, np.empty(layout.shape, layout.dtype)) for obs in (first, second)])
+        head, _ = policy(torch.from_numpy(rows))
+        assert (np.array_equal(rows[0], rows[1])) == torch.equal(head[0], head[1])  # every part is looked at
+
+
+@pytest.mark.parametrize("shape", [(9, 10), (4, 9, 10, 3), (4, 3, 9, 10)])
+def test_pictures_without_channels_and_stacks_of_pictures_are_seen_as_planes(shape):
+    encoder = ImageEncoder(shape, torch.Generator().manual_seed(0))
+    pixels = torch.randint(0, 256, (2, *shape), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    planes = pixels[:, None] if len(shape) == 2 else pixels.movedim(2 if shape[1] == 3 else -1, 2).flatten(1, 2)
+    expected = encoder.layers(planes.float() / 255)
+    torch.testing.assert_close(encoder(pixels), expected)

@@ -9,6 +9,8 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from rlx.nets.observation import ObservationLayout
+
 
 class Walk(gymnasium.Env):
     """A random walk with its own generator, which resets do not touch: any two of one number walk alike.
@@ -62,7 +64,7 @@ class ScriptedPolicy(nn.Module):
 
     def __init__(self, observation_space, action_space):
         super().__init__()
-        size = observation_space.shape[0]
+        size = ObservationLayout(observation_space).shape[0]
         self.weight = nn.Parameter(10.0 ** torch.arange(size, dtype=torch.float32).neg(), requires_grad=False)
         self.distribution = Scripted(action_space)
 
@@ -71,7 +73,7 @@ class ScriptedPolicy(nn.Module):
 
 
 class Scripted:
-    noise_size = 1
+    noise_size = gumbel_size = 1
 
     def __init__(self, action_space):
         self.space = action_space

@@ -213,15 +213,31 @@ def test_discrete_observations_become_one_hot_from_their_start(make_runner):
     np.testing.assert_array_equal(trajectory.action, [[0], [0]])
 
 
+VECTOR, SEQUENCE = spaces.Box(0, 1, (2,)), spaces.Sequence(spaces.Discrete(2))
+GRAPH = spaces.Graph(spaces.Box(0, 1, (2,)), None)
+
+
+def masked(mask):
+    return spaces.Dict({"a": VECTOR, "action_mask": mask})
+
+
 @pytest.mark.parametrize(
-    ("observation_space", "action_space"),
+    ("observation_space", "action_space", "sentence"),
     [
-        (spaces.Dict({"a": spaces.Discrete(2)}), spaces.Discrete(2)),
-        (spaces.Box(0, 1, (2, 2)), spaces.Discrete(2)),
-        (spaces.Box(0, 1, (2,)), spaces.MultiDiscrete([2, 2])),
-        (spaces.Box(0, 1, (2,)), spaces.Box(0, 5, (2,), np.int64)),
+        (spaces.Dict({"a": spaces.Tuple([SEQUENCE])}), spaces.Discrete(2), "at 'a.0', holds Sequence"),
+        (GRAPH, spaces.Discrete(2), "the observation space holds Graph, whose values have no fixed size; wrap"),
+        (spaces.OneOf([VECTOR, SEQUENCE]), spaces.Discrete(2), "holds OneOf, whose values have no fixed size"),
+        (spaces.Dict({}), spaces.Discrete(2), "holds no number that a policy could look at"),
+        (VECTOR, spaces.Dict({"a": spaces.Text(3)}), "the action space, at 'a', is Text, which has no fixed number"),
+        (VECTOR, SEQUENCE, "the action space is Sequence, which has no fixed number of choices; wrap"),
+        (VECTOR, spaces.Box(0, 5000, (2,), np.int64), "a Box of integers with 5001 values, .* at most 1024; narrow"),
+        (VECTOR, spaces.Tuple([]), "leaves nothing to choose"),
+        (masked(spaces.MultiBinary(3)), spaces.Discrete(2), "'action_mask' has 3 entries .* has 2 choices, 2; give"),
+        (masked(spaces.MultiBinary(3)), spaces.MultiDiscrete([2, 3]), "has 5 choices, 2 \\+ 3; give one entry"),
+        (masked(spaces.MultiBinary(3)), spaces.Box(-1, 1, (3,)), "has none; give one entry for each choice"),
     ],
 )
-def test_unsupported_spaces_are_named_with_what_is_supported(observation_space, action_space):
-    with pytest.raises(EnvError, match="rlx supports observations of Box with 1 axis"):
+def test_spaces_that_cannot_be_are_named_in_one_sentence_with_the_cure(observation_space, action_space, sentence):
+    with pytest.raises(EnvError, match=sentence) as caught:
         make_envs(lambda: Recorder(observation_space, action_space, None), 1)
+    assert "<lambda>" in str(caught.value) and "\n" not in str(caught.value)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlx.errors import RlxError
 from rlx.nets.flat import FlatParameters
 from rlx.nets.numpy_mlp import NumpyPolicy
+from rlx.nets.policy import RecurrentPolicy
 from rlx.trajectory import Batch
 
 log = logging.getLogger("rlx")
@@ -58,6 +59,9 @@ def gradient_function(policy: nn.Module, flat: FlatParameters, loss: Loss, *, co
         if compile:
             log.info("learners.compile has nothing to do: gradients of this small network are made in numpy")
         return in_numpy
+    if compile and isinstance(policy, RecurrentPolicy):
+        log.info("learners.compile has nothing to do: where sequences are cut for a memory depends on their episodes")
+        compile = False
     return (compiled_gradient if compile else eager_gradient)(policy, flat, loss)
 
 

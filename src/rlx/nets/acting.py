@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from rlx.nets.distributions import Categorical
+from rlx.nets.distributions import Distribution
 from rlx.nets.numpy_mlp import NumpyPolicy
 from rlx.nets.policy import Policy, RecurrentPolicy
 
@@ -29,7 +29,7 @@ class Acting(Protocol):
         """Draw the noise of a whole fragment."""
 
     def act(self, t: int, obs_B: np.ndarray) -> np.ndarray:
-        """Return sampled actions, [B] int64 or [B, A] float32."""
+        """Return sampled actions as rows of the ActionLayout, [B, ...] int64 or float32."""
         ...
 
     def finish(self, obs_T_B: np.ndarray, action_T_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,13 +62,18 @@ def acting_for(policy: Policy) -> Acting:
     return TorchActing(policy) if numpy_policy is None else NumpyActing(numpy_policy)
 
 
-def draw_noise(policy_distribution, num_steps: int, num_envs: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the fragment's noise float32 [T, B, noise_size]: Gumbel for Categorical, else normal."""
-    shape = (num_steps, num_envs, policy_distribution.noise_size)
-    if isinstance(policy_distribution, Categorical):
+def draw_noise(distribution: Distribution, num_steps: int, num_envs: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the fragment's noise float32 [T, B, noise_size]: first the Gumbel values, then the normal ones."""
+    gumbel_size = distribution.gumbel_size
+    normal_size = distribution.noise_size - gumbel_size
+    parts = []
+    if gumbel_size:
         # -log of an exponential variate is Gumbel; the floor keeps a zero draw finite.
-        return -np.log(np.maximum(rng.standard_exponential(shape, dtype=np.float32), np.float32(1e-30)))
-    return rng.standard_normal(shape, dtype=np.float32)
+        exponential = rng.standard_exponential((num_steps, num_envs, gumbel_size), dtype=np.float32)
+        parts.append(-np.log(np.maximum(exponential, np.float32(1e-30))))
+    if normal_size:
+        parts.append(rng.standard_normal((num_steps, num_envs, normal_size), dtype=np.float32))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 class TorchActing(Acting):
@@ -178,14 +183,13 @@ class NumpyActing(Acting):
         """Draw the noise of a whole fragment."""
         self.noise_T_B = draw_noise(self.policy.distribution, num_steps, num_envs, rng)
         self.head_T_B = np.empty((num_steps, num_envs, self.policy.distribution.head_size), np.float32)
-        if not self.policy.is_categorical:
+        if not self.policy.is_discrete:
             self.noise_T_B *= self.policy.std()
 
     def act(self, t: int, obs_B: np.ndarray) -> np.ndarray:
         """Return sampled actions."""
         self.head_T_B[t] = head = self.policy.head(obs_B)
-        noisy = head + self.noise_T_B[t]
-        return noisy.argmax(-1) if self.policy.is_categorical else noisy
+        return self.policy.choose(head + self.noise_T_B[t])
 
     def finish(self, obs_T_B: np.ndarray, action_T_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return log-probabilities and values, both [T, B]."""
@@ -199,5 +203,4 @@ class NumpyActing(Acting):
 
     def best(self, obs_B: np.ndarray) -> np.ndarray:
         """Return the most probable actions."""
-        head = self.policy.head(obs_B)
-        return head.argmax(-1) if self.policy.is_categorical else head
+        return self.policy.choose(self.policy.head(obs_B))

@@ -9,13 +9,13 @@ torch parameters (and of the gradient), so both worlds always see the same numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
-from rlx.nets.distributions import HALF_LOG_2PI, Categorical, DiagonalGaussian
+from rlx.nets.distributions import HALF_LOG_2PI, ILLEGAL, Categorical, DiagonalGaussian, MultiCategorical
 from rlx.nets.policy import Policy
 
 # Beyond this many weights a layer's arithmetic outweighs torch's cost a call.
@@ -64,7 +64,9 @@ class NumpyPolicy:
         gradients: Gradients | None,
     ) -> None:
         self.distribution = policy.distribution
-        self.is_categorical = isinstance(policy.distribution, Categorical)
+        self.is_discrete = not isinstance(policy.distribution, DiagonalGaussian)
+        self._masked = policy.masked
+        self._parts = Parts.of(policy.distribution) if isinstance(policy.distribution, MultiCategorical) else None
         self._encoder, self._action_head = encoder, action_head
         self._value_encoder, self._value_head = value_encoder, value_head
         if isinstance(policy.distribution, DiagonalGaussian):
@@ -79,6 +81,8 @@ class NumpyPolicy:
         """
         if type(policy) is not Policy or any(p.device.type != "cpu" for p in policy.parameters()):
             return None
+        if not isinstance(policy.distribution, Categorical | MultiCategorical | DiagonalGaussian):
+            return None
         encoder = Chain.of(policy.encoder, gradients)
         value_encoder = encoder if policy.value_encoder is None else Chain.of(policy.value_encoder, gradients)
         heads = [Chain.of(nn.Sequential(head), gradients) for head in (policy.action_head, policy.value_head)]
@@ -87,12 +91,21 @@ class NumpyPolicy:
         return cls(policy, encoder, heads[0], value_encoder, heads[1], gradients)
 
     def head(self, obs_N: np.ndarray) -> np.ndarray:
-        """Return the distribution's head, float32 [N, head_size]."""
-        return self._action_head.forward(self._encoder.forward(obs_N))
+        """Return the distribution's head, float32 [N, head_size]; ILLEGAL where a choice is."""
+        head = self._action_head.forward(self._encoder.forward(self._inputs(obs_N)))
+        if self._masked is not None:
+            head[self._masked.mask(obs_N) == 0] = ILLEGAL
+        return head
 
     def value(self, obs_N: np.ndarray) -> np.ndarray:
         """Return V(obs), float32 [N]."""
-        return self._value_head.forward(self._value_encoder.forward(obs_N))[:, 0]
+        return self._value_head.forward(self._value_encoder.forward(self._inputs(obs_N)))[:, 0]
+
+    def choose(self, head: np.ndarray) -> np.ndarray:
+        """Return the actions [N, ...] with the largest logits in `head` [N, head_size]; of a Gaussian, its means."""
+        if not self.is_discrete:
+            return head
+        return head.argmax(-1) if self._parts is None else self._parts.argmax(head)
 
     def std(self) -> np.ndarray:
         """Return the standard deviations [A] of a Gaussian policy."""
@@ -100,9 +113,9 @@ class NumpyPolicy:
 
     def logp(self, head: np.ndarray, action: np.ndarray) -> np.ndarray:
         """Return log-probabilities [...] of `action` [...] or [..., A] under `head` [..., head_size]."""
-        if self.is_categorical:
-            logp_all = _log_softmax(np.moveaxis(head, -1, 0))
-            return np.take_along_axis(logp_all, action[None], 0)[0]
+        if self.is_discrete:
+            logp_all = _log_softmax(np.moveaxis(head, -1, 0), self._parts)
+            return self._of_chosen(np.take_along_axis(logp_all, self._rows(action), 0))
         return self._gaussian_logp((action - head) * np.exp(-self._log_std))
 
     def evaluate(self, minibatch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,14 +131,19 @@ class NumpyPolicy:
 
     def _evaluate(self, obs_N: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         head = self.head(obs_N)
-        value_features = self._value_encoder.forward(obs_N, again=self._value_encoder is self._encoder)
+        value_features = self._value_encoder.forward(self._inputs(obs_N), again=self._value_encoder is self._encoder)
         value = self._value_head.forward(value_features)[:, 0]
-        if self.is_categorical:
+        if self.is_discrete:
             # [size, N]: numpy reduces over a short last axis several times slower than over the first.
-            self._logp_all, self._chosen = _log_softmax(head.T), (action, _range(len(action)))
+            self._logp_all, self._chosen = _log_softmax(head.T, self._parts), (self._rows(action), _range(len(action)))
             self._p = np.exp(self._logp_all)
-            self._entropy = -(self._p * self._logp_all).sum(0)
-            return self._logp_all[self._chosen], self._entropy, value
+            negative = self._p * self._logp_all
+            if self._parts is None:
+                self._entropy = entropy = -negative.sum(0)
+            else:
+                of_parts = -self._parts.add(negative)
+                self._entropy, entropy = self._parts.spread(of_parts), of_parts.sum(0)
+            return self._of_chosen(self._logp_all[self._chosen]), entropy, value
         self._inverse_std = np.exp(-self._log_std)
         self._scaled = (action - head) * self._inverse_std
         entropy = self._log_std.sum() + np.float32(len(self._log_std) * (0.5 + HALF_LOG_2PI))
@@ -134,8 +152,8 @@ class NumpyPolicy:
     def backward(self, d_logp: np.ndarray, d_entropy: np.ndarray, d_value: np.ndarray) -> None:
         """Write the parameters' gradient, given the loss's derivatives by what `evaluate` returned."""
         d_logp_N, d_entropy_N, d_value_N = d_logp.ravel(), d_entropy.ravel(), d_value.ravel()
-        if self.is_categorical:
-            # d logp / d head = onehot - p; d entropy / d head = -p (log p + entropy)
+        if self.is_discrete:
+            # d logp / d head = onehot - p; d entropy / d head = -p (log p + entropy of the part); 0 where ILLEGAL
             d_head = self._logp_all + self._entropy
             d_head *= -d_entropy_N
             d_head -= d_logp_N
@@ -155,9 +173,55 @@ class NumpyPolicy:
             self._value_encoder.backward(d_value_features, needs_input_gradient=False)
         self._encoder.backward(d_features, needs_input_gradient=False)
 
+    def _inputs(self, obs_N: np.ndarray) -> np.ndarray:
+        return obs_N if self._masked is None else self._masked.inputs(obs_N)
+
+    def _rows(self, action: np.ndarray) -> np.ndarray:
+        """Return which logits, along the first axis, were chosen: [1, ...], or [K, ...] of several parts."""
+        return action[None] if self._parts is None else self._parts.rows(action)
+
+    def _of_chosen(self, logp: np.ndarray) -> np.ndarray:
+        """Return the log-probabilities of actions, given those of their parts [K, ...]."""
+        return logp[0] if self._parts is None else logp.sum(0)
+
     def _gaussian_logp(self, scaled: np.ndarray) -> np.ndarray:
         constant = self._log_std.sum() + np.float32(len(self._log_std) * HALF_LOG_2PI)
         return np.float32(-0.5) * np.square(scaled).sum(-1) - constant
+
+
+class Parts:
+    """The parts of a MultiCategorical along the first axis of arrays [sum of sizes, ...]."""
+
+    def __init__(self, sizes: Sequence[int], index: np.ndarray) -> None:
+        self.sizes = sizes
+        self.firsts = np.cumsum([0, *sizes[:-1]])
+        self.index = index
+
+    @classmethod
+    def of(cls, distribution: MultiCategorical) -> Parts:
+        """Return the parts of a distribution."""
+        return cls(distribution.sizes, distribution.index.numpy())
+
+    def add(self, values: np.ndarray) -> np.ndarray:
+        """Return the sums over each part, [K, ...]."""
+        return np.add.reduceat(values, self.firsts, 0)
+
+    def max(self, values: np.ndarray) -> np.ndarray:
+        """Return the largest value of each part, [K, ...]."""
+        return np.maximum.reduceat(values, self.firsts, 0)
+
+    def spread(self, of_parts: np.ndarray) -> np.ndarray:
+        """Return values [K, ...] repeated for every choice of a part, [sum of sizes, ...]."""
+        return np.repeat(of_parts, self.sizes, 0)
+
+    def rows(self, action: np.ndarray) -> np.ndarray:
+        """Return which row each integer of actions [..., K] chose, [K, ...]."""
+        return np.moveaxis(action + self.firsts, -1, 0)
+
+    def argmax(self, head: np.ndarray) -> np.ndarray:
+        """Return the choice with the largest logit in each part of `head` [N, sum of sizes]: [N, K]."""
+        padded = np.pad(head, ((0, 0), (0, 1)), constant_values=ILLEGAL)[:, self.index]
+        return padded.reshape(len(head), len(self.sizes), -1).argmax(-1)
 
 
 class Layer(NamedTuple):
@@ -232,8 +296,12 @@ def _range(size: int) -> np.ndarray:
     return np.arange(size)
 
 
-def _log_softmax(head: np.ndarray) -> np.ndarray:
-    """Return log-probabilities over the first axis."""
-    shifted = head - head.max(0)
-    shifted -= np.log(np.exp(shifted).sum(0))
+def _log_softmax(head: np.ndarray, parts: Parts | None) -> np.ndarray:
+    """Return log-probabilities over the first axis, or over each part of it."""
+    if parts is None:
+        shifted = head - head.max(0)
+        shifted -= np.log(np.exp(shifted).sum(0))
+        return shifted
+    shifted = head - parts.spread(parts.max(head))
+    shifted -= parts.spread(np.log(parts.add(np.exp(shifted))))
     return shifted

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from gymnasium import spaces
 from torch import Tensor, nn
 
-from rlx.nets.distributions import Categorical, DiagonalGaussian
+from rlx.errors import ConfigError
+from rlx.nets.actions import ActionLayout
+from rlx.nets.custom import Custom, build_custom
+from rlx.nets.distributions import Distribution, distribution_for, mask_head
 from rlx.nets.encoders import build_encoder, orthogonal_linear
+from rlx.nets.observation import ObservationLayout, Space
 from rlx.nets.recurrent import Memory
 from rlx.trajectory import Batch
 
 
 class Policy(nn.Module):
-    """pi(action | obs) and V(obs). With `value_encoder` None both heads read the same features."""
+    """pi(action | obs) and V(obs). With `value_encoder` None both heads read the same features.
+
+    layout: how observations lie in rows; None stands for rows without a mask.
+    """
 
     def __init__(
         self,
@@ -24,7 +30,8 @@ class Policy(nn.Module):
         action_head: nn.Linear,
         value_encoder: nn.Module | None,
         value_head: nn.Linear,
-        distribution: Categorical | DiagonalGaussian,
+        distribution: Distribution,
+        layout: ObservationLayout | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -32,10 +39,12 @@ class Policy(nn.Module):
         self.value_encoder = value_encoder
         self.value_head = value_head
         self.distribution = distribution
+        self.masked = layout if layout is not None and layout.mask_size else None
+        """The layout, if there are choices that may be illegal."""
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the distribution's head [N, head_size] and V(obs) [N]."""
-        return self._heads(*self._encode(obs))
+        """Return the distribution's head [N, head_size], masked where a choice is illegal, and V(obs) [N]."""
+        return self._heads(*self._encode(obs), obs)
 
     def evaluate(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logp of the minibatch's actions, entropy and value, with gradients.
@@ -44,17 +53,37 @@ class Policy(nn.Module):
         """
         action = minibatch.action
         leading = action.shape[: action.dim() - self.distribution.action_axes]
-        head, value = self._heads(*self._encode(minibatch.obs.flatten(0, len(leading) - 1)))
+        head, value = self(minibatch.obs.flatten(0, len(leading) - 1))
         logp, entropy = self.distribution.logp_and_entropy(head.view(*leading, head.shape[-1]), action)
         return logp, entropy, value.view(leading)
 
     def _encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the action head and the value head read."""
-        features = self.encoder(obs)
-        return features, features if self.value_encoder is None else self.value_encoder(obs)
+        inputs = obs if self.masked is None else self.masked.inputs(obs)
+        features = self.encoder(inputs)
+        return features, features if self.value_encoder is None else self.value_encoder(inputs)
 
-    def _heads(self, features: Tensor, value_features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.action_head(features), self.value_head(value_features).squeeze(-1)
+    def _heads(self, features: Tensor, value_features: Tensor, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the head, without what the mask in `obs` forbids, and the value; all with the same leading axes."""
+        head, value = self.action_head(features), self.value_head(value_features).squeeze(-1)
+        legal = None if self.masked is None else self.masked.mask(obs)
+        return head if legal is None else mask_head(head, legal), value
+
+
+class CustomPolicy(Policy):
+    """A user's network that makes heads and values itself."""
+
+    def __init__(self, network: nn.Module, distribution: Distribution, layout: ObservationLayout) -> None:
+        nn.Module.__init__(self)
+        self.network = network
+        self.distribution = distribution
+        self.masked = layout if layout.mask_size else None
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the distribution's head [N, head_size], masked where a choice is illegal, and V(obs) [N]."""
+        head, value = self.network(obs)
+        legal = None if self.masked is None else self.masked.mask(obs)
+        return head if legal is None else mask_head(head, legal), value
 
 
 class RecurrentPolicy(Policy):
@@ -85,9 +114,9 @@ class RecurrentPolicy(Policy):
         states = state.split(self._sizes, -1)
         y, after = self.memory.step(features, states[0])
         if self.value_memory is None:
-            return *self._heads(y, y), after
+            return *self._heads(y, y, obs), after
         value_y, value_after = self.value_memory.step(value_features, states[1])
-        return *self._heads(y, value_y), torch.cat([after, value_after], -1)
+        return *self._heads(y, value_y, obs), torch.cat([after, value_after], -1)
 
     def evaluate(self, minibatch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logp, entropy and value, all [S, L], of sequences with `first` [S, L] and `state` [S, state_size]."""
@@ -98,49 +127,63 @@ class RecurrentPolicy(Policy):
         y = value_y = self.memory(features, states[0], minibatch.first)
         if self.value_memory is not None:
             value_y = self.value_memory(value_features, states[1], minibatch.first)
-        head, value = self._heads(y, value_y)
+        head, value = self._heads(y, value_y, minibatch.obs)
         logp, entropy = self.distribution.logp_and_entropy(head, minibatch.action)
         return logp, entropy, value
 
 
 def build_policy(
-    observation_space: spaces.Box,
-    action_space: spaces.Space[Any],
+    observation_space: Space,
+    action_space: Space,
     *,
     hidden: Sequence[int] = (64, 64),
     activation: str = "tanh",
     encoder: str = "auto",
-    share_encoder: bool = False,
+    share_encoder: bool | str = "auto",
+    custom: Custom | None = None,
+    custom_kwargs: Mapping[str, Any] | None = None,
     log_std_init: float = 0.0,
     memory: str = "none",
     memory_size: int = 128,
     sequence_length: int = 32,
     seed: int = 0,
 ) -> Policy:
-    """Return a policy for an encoded observation space and a Discrete or Box action space.
+    """Return a policy for an environment's spaces; it reads the rows of `ObservationLayout`.
 
-    With `memory` "lstm" or "gru" it is a RecurrentPolicy, to be trained on sequences of at most `sequence_length`.
+    share_encoder: "auto" shares it where there are images, as convolutions are most of the work. custom: a user's
+    network, see `rlx.nets.custom`. With `memory` "lstm" or "gru" it is a RecurrentPolicy, to be trained on sequences of
+    at most `sequence_length`.
 
     Initialisation as in PPO's reference implementations: orthogonal with gain sqrt(2), 0.01 for the action
     head (so that the first actions are near uniform), 1 for the value head, zero biases.
     """
     generator = torch.Generator().manual_seed(seed)
-    distribution: Categorical | DiagonalGaussian
-    if isinstance(action_space, spaces.Discrete):
-        distribution = Categorical(int(action_space.n))
-    else:
-        assert isinstance(action_space, spaces.Box) and action_space.shape
-        distribution = DiagonalGaussian(int(torch.Size(action_space.shape).numel()), log_std_init)
-    shape = observation_space.shape
+    layout = ObservationLayout(observation_space)
+    distribution = distribution_for(ActionLayout(action_space), log_std_init)
+    is_shared = bool(layout.images) if share_encoder == "auto" else bool(share_encoder)
+
+    def make_encoder() -> tuple[nn.Module, int | None]:
+        if custom is None:
+            return build_encoder(layout, encoder, hidden, activation, generator)
+        return build_custom(custom, custom_kwargs or {}, layout, action_space, distribution.head_size)
+
     with torch.random.fork_rng(devices=[]):  # layers draw their default init from the global generator: leave it alone
-        features, size = build_encoder(shape, encoder, hidden, activation, generator)
+        torch.manual_seed(seed)  # of what a user brings
+        features, size = make_encoder()
+        if size is None:
+            if memory != "none":
+                raise ConfigError(
+                    f"model.memory={memory} needs an encoder, and model.custom makes a whole policy; give it the "
+                    "attribute features_size and let it return features, or set model.memory=none."
+                )
+            return CustomPolicy(features, distribution, layout)
         width = size if memory == "none" else memory_size
         action_head = orthogonal_linear(width, distribution.head_size, 0.01, generator)
-        value_encoder = None if share_encoder else build_encoder(shape, encoder, hidden, activation, generator)[0]
+        value_encoder = None if is_shared else make_encoder()[0]
         value_head = orthogonal_linear(width, 1, 1.0, generator)
-        parts = (features, action_head, value_encoder, value_head, distribution)
+        parts = (features, action_head, value_encoder, value_head, distribution, layout)
         if memory == "none":
             return Policy(*parts)
-        memories = [Memory(memory, size, memory_size, generator) for _ in range(1 if share_encoder else 2)]
-    value_memory = None if share_encoder else memories[1]
+        memories = [Memory(memory, size, memory_size, generator) for _ in range(1 if is_shared else 2)]
+    value_memory = None if is_shared else memories[1]
     return RecurrentPolicy(*parts, memory=memories[0], value_memory=value_memory, sequence_length=sequence_length)

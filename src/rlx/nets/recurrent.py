@@ -39,22 +39,24 @@ class Memory(nn.Module):
         is_carried = ~first[:, 0]
         state = state * is_carried.unsqueeze(1)
         if len(start) == count:
-            return self._run(x, state)[0] if count else x.new_zeros(0, length, self.size)
+            return self._run(x, state) if count else x.new_zeros(0, length, self.size)
         pieces = start.diff(append=start.new_tensor([count * length]))
         offset = torch.arange(int(pieces.max()), device=x.device)
         is_step = offset < pieces.unsqueeze(1)
         index = (start.unsqueeze(1) + offset).clamp(max=count * length - 1)
         states = state.new_zeros(len(start), self.state_size)
         states[start % length == 0] = state
-        y, _ = self._run(x.flatten(0, 1)[index], states)
-        return y[is_step].view(count, length, self.size)
+        return self._run(x.flatten(0, 1)[index], states)[is_step].view(count, length, self.size)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output [B, size] for x [B, F] and the state [B, state_size] after it."""
-        y, state = self._run(x.unsqueeze(1), state)
-        return y.squeeze(1), state
+        weights = tuple(self.layer.parameters())  # a cell's call costs a third of the layer's
+        if isinstance(self.layer, nn.GRU):
+            after = torch.gru_cell(x, state, *weights)
+            return after, after
+        y, cell = torch.lstm_cell(x, state.split(self.size, -1), *weights)
+        return y, torch.cat([y, cell], -1)
 
-    def _run(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, x: Tensor, state: Tensor) -> Tensor:
         parts = [part.contiguous() for part in state.unsqueeze(0).split(self.size, -1)]
-        y, after = self.layer(x, parts[0] if len(parts) == 1 else tuple(parts))
-        return y, (torch.cat(after, -1) if isinstance(after, tuple) else after).squeeze(0)
+        return self.layer(x, parts[0] if len(parts) == 1 else tuple(parts))[0]

@@ -11,13 +11,13 @@ from time import perf_counter
 from typing import Any, NoReturn
 
 import numpy as np
-from gymnasium import spaces
 
 from rlx.actors import Published
 from rlx.actors.interface import AnyChannel
 from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
+from rlx.nets.observation import Space
 from rlx.nets.policy import Policy
 from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import Changes
@@ -27,11 +27,10 @@ from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, InPlaceEnvs, Step
 from rlx.rollout.normalizers import DiscountedReturn, Normalizer, ObsNormalizer, RunningMoments, State
 from rlx.rollout.sample import Sample
-from rlx.rollout.spaces import Space, encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, make_envs
 from rlx.trajectory import Trajectory
 
-BuildPolicy = Callable[[spaces.Box, Space], Policy]
+BuildPolicy = Callable[[Space, Space], Policy]
 
 # Separates the runner's noise from other generators that are seeded with the same run seed.
 ACTING_STREAM = 1
@@ -44,12 +43,12 @@ class EnvRunner:
 
     env, kwargs, vectorization, num_processes, num_cores: see `make_envs`. first_env_index: number of the first
     environment among all runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns
-    that rewards are scaled by. Images and Discrete observations are never normalised. policy_channel: where weights,
-    statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample
-    begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that
-    failed is masked, and the one before it truncated. atari: see `rlx.settings.AtariSection`; episodes are accounted
-    for before lives and clipping come in. callbacks: makes those that hear of environments and episodes, see
-    `EnvHooks`.
+    that rewards are scaled by. Of observations only the numbers of a Box are normalised, and no uint8 image.
+    policy_channel: where weights, statistics and changes of the environments are published, as {"weights",
+    "normalizer", "env_changes"}; a sample begins with the newest. on_env_error, max_env_failures, env_step_timeout_s:
+    see `Failures`; the row of a step that failed is masked, and the one before it truncated. atari: see
+    `rlx.settings.AtariSection`; episodes are accounted for before lives and clipping come in. callbacks: makes those
+    that hear of environments and episodes, see `EnvHooks`.
     """
 
     def __init__(
@@ -97,12 +96,14 @@ class EnvRunner:
             counts_lives=bool(games["episodic_life"]),
             hooks=self._hooks,
         )
-        self._obs_space = encoded_observation_space(self._envs.observation_space)
-        policy = build_policy(self._obs_space, self._envs.action_space)
+        self._layout = self._envs.layout
+        policy = build_policy(*self.spaces())
         self._parameters = FlatParameters(policy)
         self._acting = acting_for(policy)  # after FlatParameters: it may hold views of them
-        is_float_box = isinstance(self._envs.observation_space, spaces.Box) and self._obs_space.dtype == np.float32
-        self._normalizer = ObsNormalizer(RunningMoments(), obs_clip) if normalize_obs and is_float_box else None
+        self._obs_clip = obs_clip
+        self._normalizer: ObsNormalizer | None = None
+        if normalize_obs and self._layout.num_scalable:
+            self._normalizer = ObsNormalizer(RunningMoments(), obs_clip, self._layout.scalable)
         self._discounted = DiscountedReturn(num_envs, gamma) if normalize_reward else None
         self._seed, self._first = seed, first_env_index
         self._channel = policy_channel
@@ -114,7 +115,7 @@ class EnvRunner:
         self._forget(np.ones(num_envs, bool))
 
     def spaces(self) -> tuple[Space, Space]:
-        """Return the observation and action space of one environment; `encoded_observation_space` is the policy's."""
+        """Return the observation and action space of one environment."""
         return self._envs.observation_space, self._envs.action_space
 
     def set_weights(self, version: int, weights: np.ndarray, normalizer_state: State | None = None) -> None:
@@ -123,7 +124,7 @@ class EnvRunner:
         self._version = version
         if self._normalizer is not None:
             moments = Normalizer.from_state(normalizer_state).obs or RunningMoments()
-            self._normalizer = ObsNormalizer(moments, self._normalizer.clip)
+            self._normalizer = ObsNormalizer(moments, self._obs_clip, self._layout.scalable)
 
     def change_envs(self, changes: Changes) -> None:
         """Have the environments changed so: see `Envs.change`."""
@@ -156,6 +157,7 @@ class EnvRunner:
         done_T_B = fragment.terminated | fragment.truncated
         first_T_B = self._firsts(done_T_B, fragment.failed)
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
+        self._check_legal(fragment, mask_T_B)
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
         episode_metrics: dict[str, list[float]] = {}
@@ -266,7 +268,7 @@ class EnvRunner:
 
     def _collect(self, num_steps: int) -> Fragment:
         envs, acting, normalizer, clock = self._envs, self._acting, self._normalizer, perf_counter
-        fragment = Fragment.empty(num_steps, envs, self._obs_space, normalizer is not None)
+        fragment = Fragment.empty(num_steps, envs, normalizer is not None)
         if fragment.lives is not None:
             fragment.lives[0] = envs.lives_B
         started = clock()
@@ -278,7 +280,8 @@ class EnvRunner:
         step = envs.step if acting.state_B is None else self._step_and_forget
         self._resets_B = self._ended_B
         for t in range(num_steps):
-            obs_B = encode_obs(envs.observation_space, raw_B, fragment.raw[t])
+            obs_B = fragment.raw[t]
+            obs_B[...] = raw_B
             if normalizer is not None:
                 obs_B = normalizer(obs_B, out=fragment.obs[t])
             acting_started = clock()
@@ -312,19 +315,13 @@ class EnvRunner:
         self._resets_B = done_B
         return step
 
-    def _see(self, raw_N: np.ndarray) -> np.ndarray:
-        """Return raw observations [N, ...] as the policy sees them."""
-        obs_N = np.empty((len(raw_N), *self._obs_space.shape), self._obs_space.dtype)
-        encode_obs(self._envs.observation_space, raw_N, obs_N)
-        return obs_N if self._normalizer is None else self._normalizer(obs_N)
-
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
         finals = [obs for _, _, obs in fragment.cuts]
         last_B, last = self._envs.obs_B, len(value_T_B) - 1
         after_N = [(last, index) for index in range(len(last_B))] + [(t, index) for t, index, _ in fragment.cuts]
-        tail_N = self._see(np.concatenate([last_B, np.stack(finals)]) if finals else last_B)
-        tail_N = self._acting.value(tail_N, after_N)
+        obs_N = np.concatenate([last_B, np.stack(finals)]) if finals else last_B
+        tail_N = self._acting.value(obs_N if self._normalizer is None else self._normalizer(obs_N), after_N)
         next_value_T_B = np.concatenate([value_T_B[1:], tail_N[None, : len(last_B)]])
         for (t, index, _), value in zip(fragment.cuts, tail_N[len(last_B) :], strict=True):
             next_value_T_B[t, index] = value
@@ -372,19 +369,19 @@ class EnvRunner:
         obs_moments = None
         if self._normalizer is not None:
             obs_moments = RunningMoments()
-            obs_moments.update(fragment.raw[mask_T_B])
+            obs_moments.update(self._layout.scalable(fragment.raw)[mask_T_B])
         if self._discounted is None:
             return obs_moments, None
         return obs_moments, self._discounted.moments(fragment.reward, done_T_B, mask_T_B)
 
     def _check_finite(self, fragment: Fragment) -> None:
         """Raise EnvError if an observation or a reward of the fragment is NaN or infinite."""
-        end = len(fragment.reward)
+        end, floats = len(fragment.reward), self._layout.floats
         # Field, first step of the array, and which action came before: observation t follows action t - 1.
         fields = (
             ("reward", fragment.reward, 0, 0),
-            ("observation", fragment.raw, 0, -1),
-            ("observation", self._envs.obs_B[None], end, -1),
+            ("observation", floats(fragment.raw), 0, -1),
+            ("observation", floats(self._envs.obs_B)[None], end, -1),
         )
         for name, values, first, shift in fields:
             if not np.isfinite(values).all():
@@ -393,8 +390,19 @@ class EnvRunner:
                     name, values[t, index], first + t, index, fragment.action[: first + t + shift + 1]
                 )
         for t, index, obs in fragment.cuts:
-            if not np.isfinite(obs).all():
-                self._raise_not_finite("final observation", obs, t, index, fragment.action[: t + 1])
+            if not np.isfinite(floats(obs)).all():
+                self._raise_not_finite("final observation", floats(obs), t, index, fragment.action[: t + 1])
+
+    def _check_legal(self, fragment: Fragment, mask_T_B: np.ndarray) -> None:
+        """Raise EnvError where an observation that was acted on leaves nothing legal to do."""
+        legal = self._layout.mask(fragment.raw)
+        if legal is None:
+            return
+        for t, index in np.argwhere(self._envs.actions.is_stuck(legal) & mask_T_B).tolist():
+            raise EnvError(
+                f"{self._envs.name}, environment {self._first + index}: the action mask {legal[t, index]} at step {t} "
+                f"of fragment {self._fragment - 1} leaves no legal action; end the episode there, or allow one."
+            )
 
     def _raise_not_finite(self, name: str, value: Any, t: int, index: int, actions_T_B: np.ndarray) -> NoReturn:
         blame = "clip or repair it in the environment or a wrapper."

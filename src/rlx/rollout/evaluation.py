@@ -16,7 +16,6 @@ from rlx.nets.policy import Policy
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.in_place import InPlaceEnvs
 from rlx.rollout.normalizers import Normalizer, ObsNormalizer, State
-from rlx.rollout.spaces import encode_obs, encoded_observation_space
 from rlx.rollout.vector import Envs, EnvSource, VectorEnvAdapter, make_envs, resolve
 
 EVALUATION_STREAM = 2
@@ -116,7 +115,7 @@ def _run_scalar(envs: InPlaceEnvs, choose: Choose, forget: Forget, episodes: _Ep
     show()
     while running:
         episodes.check_deadline()
-        action_B = envs.env_action(choose(envs.obs_B))
+        action_B = envs.actions.each(choose(envs.obs_B))
         for index, episode in list(running.items()):
             reward, terminated, truncated = envs.step_one(index, action_B[index])
             episodes.add(episode, reward, terminated or truncated)
@@ -159,16 +158,14 @@ def _run_vector(envs: Envs, choose: Choose, forget: Forget, episodes: _Episodes,
 def _chooser(
     envs: Envs, acting: Acting, normalizer_state: State | None, obs_clip: float, deterministic: bool, seed: int
 ) -> Choose:
-    """Return a function from raw observations [B, ...] to the policy's actions."""
-    normalize = ObsNormalizer(Normalizer.from_state(normalizer_state).obs, obs_clip)
-    space = encoded_observation_space(envs.observation_space)
-    encoded_B = np.empty((envs.num_envs, *space.shape), space.dtype)
+    """Return a function from observations [B, ...] to the policy's actions."""
+    normalize = ObsNormalizer(Normalizer.from_state(normalizer_state).obs, obs_clip, envs.layout.scalable)
     noise = np.random.default_rng([seed, EVALUATION_STREAM])
     step = 0
 
     def choose(raw_B: np.ndarray) -> np.ndarray:
         nonlocal step
-        obs_B = normalize(encode_obs(envs.observation_space, raw_B, encoded_B), out=encoded_B)
+        obs_B = normalize(raw_B)
         if deterministic:
             return acting.best(obs_B)
         if step % NOISE_STEPS == 0:

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
-from rlx.rollout.spaces import row_of_actions
 from rlx.rollout.vector import Envs
 
 
@@ -17,7 +15,7 @@ class Fragment:
     """Arrays [T, B, ...], and the seconds that it took to fill them."""
 
     raw: np.ndarray
-    """Observations as the environments returned them."""
+    """Observations as rows, not normalised."""
     obs: np.ndarray
     """What the policy saw; the same array as `raw` when nothing is normalised."""
     action: np.ndarray
@@ -29,20 +27,19 @@ class Fragment:
     lives: np.ndarray | None
     """Lives left, [T + 1, B]: at the beginning, and after each step; None where nobody counts them."""
     cuts: list[tuple[int, int, Any]] = field(default_factory=list)
-    """(t, index, raw final observation) of truncated episodes whose obs[t + 1] is of the next episode already."""
+    """(t, index, final observation as in `raw`) of truncated episodes whose obs[t + 1] is of the next one already."""
     env_s: float = 0.0
     inference_s: float = 0.0
 
     @classmethod
-    def empty(cls, num_steps: int, envs: Envs, obs_space: spaces.Box, is_normalized: bool) -> Fragment:
+    def empty(cls, num_steps: int, envs: Envs, is_normalized: bool) -> Fragment:
         """Return new arrays: a trajectory's arrays are never written to again."""
         shape = (num_steps, envs.num_envs)
-        raw = np.empty((*shape, *obs_space.shape), obs_space.dtype)
-        action_shape, action_dtype = row_of_actions(envs.action_space)
+        raw = np.empty((*shape, *envs.layout.shape), envs.layout.dtype)
         return cls(
             raw=raw,
             obs=np.empty_like(raw) if is_normalized else raw,
-            action=np.empty((*shape, *action_shape), action_dtype),
+            action=np.empty((*shape, *envs.actions.shape), envs.actions.dtype),
             reward=np.empty(shape),
             terminated=np.empty(shape, bool),
             truncated=np.empty(shape, bool),

@@ -16,16 +16,17 @@ import numpy as np
 from gymnasium import spaces
 
 from rlx.errors import CheckpointError, EnvError
+from rlx.nets.observation import MISFIT, ObservationLayout
 from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.failures import Failures
 from rlx.rollout.hooks import EnvHooks, StepFunction
-from rlx.rollout.spaces import check_spaces, env_action
+from rlx.rollout.spaces import layouts
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[int, Any]]
-"""obs_B (raw, after any reset), reward_B, terminated_B, truncated_B, and by index the final obs of ended episodes.
+"""obs_B (rows, after any reset), reward_B, terminated_B, truncated_B, and by index the final obs of ended episodes.
 
 In place of a final obs stands FAILED where the step failed: it is no transition, obs_B is of another episode, and the
 last one ended in nothing."""
@@ -72,19 +73,16 @@ class InPlaceEnvs:
         self.num_envs = len(envs)
         self.observation_space = envs[0].observation_space
         self.action_space = envs[0].action_space
-        check_spaces(self.observation_space, self.action_space, name)
-        shape, dtype = self.observation_space.shape, self.observation_space.dtype
-        assert shape is not None and dtype is not None
-        self.obs_B = np.zeros((self.num_envs, *shape), dtype)
+        self.layout, self.actions = layouts(self.observation_space, self.action_space, name)
+        self.obs_B = np.zeros((self.num_envs, *self.layout.shape), self.layout.dtype)
         self.envs = envs
         self.lives_B: np.ndarray | None = np.zeros(self.num_envs, np.int64) if counts_lives else None
-        self.env_action = env_action(self.action_space)
         self._seed, self._first = seed, first_env_index
         self._make, self._failures, self._watchdog = make, failures, failures.watchdog
         self._steps: list[StepFunction] = [env.step for env in envs]
         self._hooks = hooks
         self._steps_begun = 0
-        self._box_shape = shape if isinstance(self.observation_space, spaces.Box) else None
+        self._row_shape = self.layout.shape if self.layout.is_verbatim else None
         self._unchecked = set(range(self.num_envs))
         self._reward_B = np.zeros(self.num_envs)
         self._terminated_B = np.zeros(self.num_envs, bool)
@@ -132,7 +130,7 @@ class InPlaceEnvs:
         reward_B, terminated_B, truncated_B = self._reward_B, self._terminated_B, self._truncated_B
         final_obs = NO_FINALS
         self._steps_begun += 1
-        for index, action in enumerate(self.env_action(action_B)):
+        for index, action in enumerate(self.actions.each(action_B)):
             try:
                 reward, terminated, truncated = self.step_one(index, action)
             except Exception as error:
@@ -158,9 +156,12 @@ class InPlaceEnvs:
             obs, reward, terminated, truncated, info = returned
             if index in self._unchecked:
                 self._check_step(index, returned)
-            elif self._box_shape is not None and obs.shape != self._box_shape:
+            if self._row_shape is None:
+                self.layout.encode(obs, self.obs_B[index])
+            elif obs.shape == self._row_shape:
+                self.obs_B[index] = obs
+            else:
                 raise ValueError("shape")  # would broadcast in silence
-            self.obs_B[index] = obs
             if self.lives_B is not None:
                 self.lives_B[index] = info["lives"]
             return float(reward), terminated, truncated
@@ -185,7 +186,6 @@ class InPlaceEnvs:
                 raise TypeError("not a tuple")
             obs, info = returned
             self._check_obs(index, "reset", obs)
-            self.obs_B[index] = obs
             if self.lives_B is not None:
                 self.lives_B[index] = info["lives"]
         except Exception as error:
@@ -219,6 +219,7 @@ class InPlaceEnvs:
         check_state(state, self.num_envs)
         self._failures.rebuilds = list(state["rebuilds"])
         restored_B = np.ones(self.num_envs, bool)
+        obs_B = saved_rows(state["obs"], self.layout)
         ends = np.cumsum(state["length"])
         newest = self._changes
         for index, end in enumerate(ends):
@@ -227,7 +228,7 @@ class InPlaceEnvs:
             self._episode[index] = int(state["episode"][index]) - 1
             self._begin_episode(index)
             self._actions[index] = [actions.copy()] if len(actions) else []
-            if not (self._replay(index, actions) and np.array_equal(self.obs_B[index], state["obs"][index])):
+            if not (self._replay(index, actions) and np.array_equal(self.obs_B[index], obs_B[index])):
                 restored_B[index] = False
                 self._begin_episode(index)
                 self._actions[index] = []
@@ -290,7 +291,7 @@ class InPlaceEnvs:
         self._changed[index] = self._changes
 
     def _replay(self, index: int, actions: np.ndarray) -> bool:
-        for action in self.env_action(actions) if len(actions) else ():
+        for action in self.actions.each(actions) if len(actions) else ():
             try:
                 _, terminated, truncated = self.step_one(index, action)
             except Exception as error:
@@ -314,14 +315,16 @@ class InPlaceEnvs:
         self._unchecked.discard(index)
 
     def _check_obs(self, index: int, method: str, obs: Any) -> None:
-        space = self.observation_space
-        if isinstance(space, spaces.Discrete):
-            good = isinstance(obs, (int, np.integer)) or (isinstance(obs, np.ndarray) and obs.shape == ())
-            good = good and space.start <= obs < space.start + space.n
-        else:
-            good = isinstance(obs, np.ndarray) and obs.shape == space.shape
+        """Write an observation to obs_B; EnvError if it is not of the space."""
+        space, good = self.observation_space, True
+        if isinstance(space, spaces.Box):  # a list would pass below
             # "same_kind" lets float64 pass for float32, as many environments return it.
-            good = good and np.can_cast(obs.dtype, self.obs_B.dtype, "same_kind")
+            good = isinstance(obs, np.ndarray) and np.can_cast(obs.dtype, self.obs_B.dtype, "same_kind")
+        try:
+            if good:
+                self.layout.encode(obs, self.obs_B[index])
+        except MISFIT:
+            good = False
         if not good:
             raise EnvError(
                 f"{self._where(index)}: {method}() returned the observation {describe(obs)}; "
@@ -346,11 +349,20 @@ class InPlaceEnvs:
         ) from error
 
 
+def saved_rows(obs_B: np.ndarray, layout: ObservationLayout) -> np.ndarray:
+    """Return the observations of a checkpoint as rows: before 0.2 it held them as the environment returned them."""
+    if obs_B.shape[1:] == layout.shape and obs_B.dtype == layout.dtype:
+        return obs_B.copy()
+    return layout.encode_batch(obs_B, np.empty((len(obs_B), *layout.shape), layout.dtype))
+
+
 def describe(value: Any) -> str:
     """Return a short text of a value that an environment returned."""
     if isinstance(value, np.ndarray):
         return f"array of shape {value.shape} and dtype {value.dtype}"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}: ({', '.join(map(describe, value))})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items()) + "}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

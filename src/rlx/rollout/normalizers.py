@@ -7,6 +7,7 @@ next weights. So a restarted runner counts nothing twice, and one runner equals 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,11 +68,15 @@ class RunningMoments:
 class ObsNormalizer:
     """Maps observations to zero mean and unit variance, then clips; with empty moments it only clips.
 
-    moments None stands for observations that are not normalised: they pass as they are.
+    moments None stands for observations that are not normalised: they pass as they are. select: returns, as a view,
+    the numbers in observations that the moments are of; None: all of them.
     """
 
-    def __init__(self, moments: RunningMoments | None, clip: float) -> None:
+    def __init__(
+        self, moments: RunningMoments | None, clip: float, select: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> None:
         self.clip = clip
+        self.select = select or (lambda obs_N: obs_N)
         self.is_identity = moments is None
         moments = moments or RunningMoments()
         self.mean = moments.mean
@@ -81,12 +86,15 @@ class ObsNormalizer:
         """Return observations [N, *shape] of the same dtype, in `out` if given, which may be obs_N itself."""
         if self.is_identity:
             return obs_N
-        normalized = obs_N - self.mean  # in float64: a large mean would eat float32's digits
+        selected_N = self.select(obs_N)
+        normalized = selected_N - self.mean  # in float64: a large mean would eat float32's digits
         normalized *= self.scale
         np.minimum(np.maximum(normalized, -self.clip, out=normalized), self.clip, out=normalized)
         if out is None:
-            return normalized.astype(obs_N.dtype)
-        out[...] = normalized
+            out = np.empty_like(obs_N)
+        if selected_N.nbytes < obs_N.nbytes:
+            np.copyto(out, obs_N)  # the rest passes as it is
+        self.select(out)[...] = normalized
         return out
 
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from rlx.actors import ActorHandle, Err, Future, Ok, Restart, Runtime
 from rlx.errors import ActorDied, ActorError, CallTimeout
+from rlx.nets.observation import Space
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.env_runner import EnvRunner
 from rlx.rollout.first_ready import FirstReadyRunner, make_runner
 from rlx.rollout.normalizers import State
-from rlx.rollout.spaces import Space
 
 log = logging.getLogger(__name__)
 

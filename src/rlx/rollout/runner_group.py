@@ -7,10 +7,10 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
 from rlx.actors import Restart, Runtime
 from rlx.errors import CheckpointError
+from rlx.nets.observation import Space
 from rlx.rollout.arrivals import Arrivals
 from rlx.rollout.env_changes import Changes, EnvChange, changes_from_state, changes_to_state, with_change
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner
@@ -18,7 +18,6 @@ from rlx.rollout.first_ready import FirstReadyRunner, make_runner
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
 from rlx.rollout.runner_actors import Call, RunnerActors
 from rlx.rollout.sample import Sample
-from rlx.rollout.spaces import Space, encoded_observation_space
 from rlx.rollout.vector import EnvSource
 from rlx.trajectory import Trajectory
 
@@ -79,10 +78,6 @@ class RunnerGroup:
     def spaces(self) -> tuple[Space, Space]:
         """Return the observation and action space of one environment."""
         return self._spaces
-
-    def policy_spaces(self) -> tuple[spaces.Box, Space]:
-        """Return the observation space that the policy sees, and the action space."""
-        return encoded_observation_space(self._spaces[0]), self._spaces[1]
 
     def publish(self, version: int, weights: np.ndarray) -> None:
         """Have every runner act with `weights` (flat float32) and the merged statistics from its next sample on.

@@ -15,15 +15,16 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from rlx.errors import EnvError
+from rlx.nets.actions import ActionLayout
+from rlx.nets.observation import ObservationLayout, Space
 from rlx.rollout.atari import AtariEnv, atari_vector_env, is_atari
-from rlx.rollout.choice import processes_pay
+from rlx.rollout.choice import processes_if_they_pay
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import InPlaceEnvs, State, Step
 from rlx.rollout.mujoco_warnings import log_warnings
 from rlx.rollout.processes import ProcessEnvs
-from rlx.rollout.spaces import Space
 from rlx.rollout.vector_env import AnyVectorEnv, VectorEnvAdapter
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,10 @@ class Envs(Protocol):
     num_envs: int
     observation_space: Space
     action_space: Space
+    layout: ObservationLayout
+    actions: ActionLayout
     obs_B: np.ndarray
-    """Current raw observations."""
+    """Current observations as rows of `layout`, not normalised."""
     resets_on_next_step: bool
     """True if the step after an episode's end only resets (its row is no transition, and its obs is the final one)."""
     lives_B: np.ndarray | None
@@ -52,7 +55,7 @@ class Envs(Protocol):
         ...
 
     def step(self, action_B: np.ndarray) -> Step:
-        """Return what followed the policy's actions."""
+        """Return what followed the policy's actions, which are rows of `actions`."""
         ...
 
     def change(self, changes: Changes) -> None:
@@ -133,10 +136,11 @@ def make_envs(
     first = make()
     if isinstance(first, VectorEnv):
         return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives, hooks)
-    may_pay = vectorization == "auto" and min(num_processes, num_cores) > 1
-    if may_pay and processes_pay(make_many, num_envs, num_processes, name, failures.options):
-        first.close()
-        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
+    if vectorization == "auto" and min(num_processes, num_cores) > 1:
+        several = processes_if_they_pay(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
+        if several is not None:
+            first.close()
+            return several
     return InPlaceEnvs(make_many(num_envs, first), *common, make, failures, counts_lives, hooks)
 
 

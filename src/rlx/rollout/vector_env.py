@@ -11,13 +11,14 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
 
 from rlx.errors import CheckpointError, EnvError
+from rlx.nets.observation import MISFIT
 from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_changes import Changes, apply_changes, changes_from_state, changes_to_state, covered
 from rlx.rollout.env_state import CannotCapture, capture, restore
 from rlx.rollout.failures import Failures
 from rlx.rollout.hooks import EnvHooks
-from rlx.rollout.in_place import FAILED, NO_FINALS, State, Step, describe, episode_seed
-from rlx.rollout.spaces import check_spaces, env_action
+from rlx.rollout.in_place import FAILED, NO_FINALS, State, Step, describe, episode_seed, saved_rows
+from rlx.rollout.spaces import layouts
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +56,10 @@ class VectorEnvAdapter:
         self.num_envs = num_envs
         self.observation_space = env.single_observation_space
         self.action_space = env.single_action_space
-        check_spaces(self.observation_space, self.action_space, name)
+        self.layout, self.actions = layouts(self.observation_space, self.action_space, name)
         self.env = env
-        self.env_action = env_action(self.action_space)
         self.resets_on_next_step = mode is AutoresetMode.NEXT_STEP
-        self.obs_B = np.zeros((num_envs, *(self.observation_space.shape or ())), self.observation_space.dtype)
+        self.obs_B = np.zeros((num_envs, *self.layout.shape), self.layout.dtype)
         self.lives_B: np.ndarray | None = np.zeros(num_envs, np.int64) if counts_lives else None
         self._mode = mode
         self._seed, self._first, self._resets = seed, first_env_index, 0
@@ -109,11 +109,9 @@ class VectorEnvAdapter:
         returned = self._call("reset", seed=seed, options=options)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise EnvError(f"{self.name}: reset() returned {describe(returned)}; gymnasium asks for (obs, info).")
-        obs_B = np.asarray(returned[0])
-        self._check_shape("reset", "observations", obs_B, self.obs_B.shape)
-        self.obs_B = obs_B
+        self.obs_B = self._rows("reset", returned[0])
         self._count_lives(returned[1])
-        return obs_B
+        return self.obs_B
 
     def step(self, action_B: np.ndarray) -> Step:
         """Return what followed the policy's actions."""
@@ -126,14 +124,14 @@ class VectorEnvAdapter:
         return self.obs_B, np.zeros(self.num_envs), none_B, none_B, dict.fromkeys(range(self.num_envs), FAILED)
 
     def _step(self, action_B: np.ndarray) -> Step:
-        returned = self._call("step", self.env_action(action_B))
+        returned = self._call("step", self.actions.to_env(action_B))
         if not self._checked:
             self._check_step(returned)
         obs_B, reward_B, terminated_B, truncated_B, info = returned
         self._count_lives(info)
         if self._hooks is not None:
             self._hooks.vector_step(np.logical_or(terminated_B, truncated_B), info, self._mode)
-        obs_B, final_obs = np.asarray(obs_B), NO_FINALS
+        obs_B, final_obs = self._rows("step", obs_B), NO_FINALS
         if not self.resets_on_next_step:
             done_B = np.logical_or(terminated_B, truncated_B)
             if done_B.any():
@@ -152,8 +150,8 @@ class VectorEnvAdapter:
                     f"{self.name} resets in the same step but its info has no 'final_obs', only {sorted(info)}; "
                     "put the last observation of the ended episode there."
                 )
-            return obs_B, {int(i): np.array(info["final_obs"][i]) for i in ended}
-        final_obs = {int(i): np.array(obs_B[i]) for i in ended}
+            return obs_B, {int(i): self._row(info["final_obs"][i]) for i in ended}
+        final_obs = {int(i): obs_B[i].copy() for i in ended}
         kept_B = obs_B.copy()
         kept_B[ended] = self._reset(None, done_B.copy())[ended]
         return kept_B, final_obs
@@ -194,7 +192,7 @@ class VectorEnvAdapter:
             try:
                 restore(self.env, state["env"])
                 self._resets = int(state["resets"])
-                self.obs_B = state["obs"].copy()
+                self.obs_B = saved_rows(state["obs"], self.layout)
                 return np.ones(self.num_envs, bool)
             except CannotCapture as reason:
                 obstacle = reason
@@ -251,14 +249,30 @@ class VectorEnvAdapter:
                 f"{self.name}: step() returned {describe(returned)}; gymnasium asks for (obs, reward, terminated, "
                 "truncated, info)."
             )
-        shapes = (self.obs_B.shape, (self.num_envs,), (self.num_envs,), (self.num_envs,))
-        names = ("observations", "rewards", "terminated", "truncated")
-        for name, value, shape in zip(names, returned, shapes, strict=False):
-            self._check_shape("step", name, np.asarray(value), shape)
+        for name, value in zip(("rewards", "terminated", "truncated"), returned[1:4], strict=True):
+            if np.shape(value) != (self.num_envs,):
+                raise EnvError(
+                    f"{self.name}: step() returned {name} of shape {np.shape(value)}; gymnasium asks for one for each "
+                    f"of its {self.num_envs} environments."
+                )
             if np.asarray(value).dtype.kind not in "biuf":
                 raise EnvError(f"{self.name}: step() returned {name} {describe(value)}; gymnasium asks for numbers.")
         self._checked = True
 
-    def _check_shape(self, method: str, name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
-        if value.shape != shape:
-            raise EnvError(f"{self.name}: {method}() returned {name} of shape {value.shape}; its spaces say {shape}.")
+    def _rows(self, method: str, observations: Any) -> np.ndarray:
+        """Return a batch of observations as rows; the array itself where it holds rows already."""
+        if self.layout.is_verbatim and isinstance(observations, np.ndarray):
+            shape, dtype = self.obs_B.shape, self.obs_B.dtype
+            if (observations.shape, observations.dtype) == (shape, dtype):
+                return observations
+        try:
+            return self.layout.encode_batch(observations, np.empty_like(self.obs_B))
+        except MISFIT as error:
+            raise EnvError(
+                f"{self.name}: {method}() returned the observations {describe(observations)} ({error}); its "
+                f"single_observation_space is {self.observation_space}, of {self.num_envs} environments."
+            ) from error
+
+    def _row(self, observation: Any) -> np.ndarray:
+        """Return a final observation as a row."""
+        return self.layout.encode(observation, np.empty_like(self.obs_B[0]))

@@ -1,0 +1,83 @@
+"""What a run is made of, from its settings: the actor runtime, the env runners, the learners."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlx import actors
+from rlx.actors.machine import cpu_count
+from rlx.learner.learner_group import LearnerGroup
+from rlx.rollout.runner_group import RunnerGroup
+from rlx.settings import Settings
+
+GetRuntime = Callable[[], actors.Runtime]
+
+
+class LazyRuntime:
+    """The actor runtime, started by the first call: a run without actors starts none."""
+
+    def __init__(self, engine: str, run_dir: Path | None) -> None:
+        self._engine = engine
+        self._options: dict[str, Any] = {"log_folder": run_dir / "logs"} if run_dir and engine == "local" else {}
+        self._runtime: actors.Runtime | None = None
+
+    def __call__(self) -> actors.Runtime:
+        """Return the runtime."""
+        if self._runtime is None:
+            self._runtime = actors.runtime(self._engine, **self._options)
+        return self._runtime
+
+    def close(self) -> None:
+        """End it, if it runs."""
+        if self._runtime is not None:
+            self._runtime.close()
+
+
+def build_runners(
+    s: Settings, build_policy: Callable, runtime: GetRuntime, callbacks: Callable[[], list[Any]] | None
+) -> RunnerGroup:
+    """Return the env runners; callbacks: makes those that hear of environments and episodes there."""
+    return RunnerGroup(
+        s.environment.chosen(),
+        build_policy,
+        num_runners=s.env_runners.num_env_runners,
+        runtime=runtime,
+        num_envs=s.env_runners.num_envs_per_env_runner,
+        gamma=s.training.gamma,
+        seed=s.runtime.seed,
+        start_timeout_s=s.fault_tolerance.start_timeout_s,
+        sample_timeout_s=s.fault_tolerance.sample_timeout_s,
+        restart=_restart_rule(s),
+        on_env_error=s.fault_tolerance.on_env_error,
+        max_env_failures=s.fault_tolerance.max_env_failures,
+        env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
+        num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
+        atari=s.atari.model_dump(),
+        callbacks=callbacks,
+        **s.environment.model_dump(exclude={"id"}),
+    )
+
+
+def build_learners(s: Settings, build_policy: Callable, algorithm: Any, runtime: GetRuntime) -> LearnerGroup:
+    """Return the learners, with the loss of the class `algorithm`; build_policy: without arguments."""
+    return LearnerGroup(
+        build_policy,
+        functools.partial(algorithm.loss, training=s.training),
+        prepare=None if algorithm.prepare is None else functools.partial(algorithm.prepare, training=s.training),
+        target_update_interval=getattr(s.training, "target_update_interval", None),
+        runtime=runtime,
+        start_timeout_s=s.fault_tolerance.start_timeout_s,
+        update_timeout_s=s.fault_tolerance.update_timeout_s,
+        restart=_restart_rule(s),
+        adam_eps=s.training.adam_eps,
+        max_grad_norm=s.training.max_grad_norm,
+        **s.learners.model_dump(),
+    )
+
+
+def _restart_rule(s: Settings) -> actors.Restart | None:
+    f = s.fault_tolerance
+    return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None

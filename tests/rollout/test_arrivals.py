@@ -1,0 +1,245 @@
+"""Arrivals with real runners: who is slow holds up nobody, what is ahead is bounded, nothing is lost unseen."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import psutil
+import pytest
+
+from rlx import actors
+from rlx.actors import Restart
+from rlx.errors import ActorDied
+from rlx.nets.flat import FlatParameters
+from rlx.nets.policy import build_policy
+from rlx.rollout.env_runner import EnvRunner
+from rlx.rollout.runner_group import RunnerGroup
+
+STEPS, ENVS = 5, 2
+DEADLINE_S = 30.0
+
+
+class Counts(gymnasium.Env):
+    """Observations are (number of this runner's process, steps so far); the runner in the folder's list holds."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, folder, fail_at=None):
+        self.folder, self.fail_at = Path(folder), fail_at
+        self.count = 0
+
+    def reset(self, seed=None, options=None):
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([os.getpid(), self.count], np.float64)
+
+    def step(self, action):
+        self.count += 1
+        if self.fail_at is not None and self.count >= self.fail_at:
+            raise FloatingPointError(f"step {self.count}")
+        while (self.folder / f"hold-{os.getpid()}").exists():
+            time.sleep(0.001)
+        return self.observe(), 0.0, False, False, {}
+
+
+@pytest.fixture
+def runtime():
+    with actors.runtime("local") as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def make_group(runtime, tmp_path):
+    groups = []
+
+    def make(num_runners, fail_at=None, **options):
+        group = RunnerGroup(
+            *(Counts, build_policy),
+            num_runners=num_runners,
+            num_envs=ENVS,
+            runtime=lambda: runtime,
+            kwargs={"folder": str(tmp_path), "fail_at": fail_at},
+            **options,
+        )
+        groups.append(group)
+        group.publish(0, weights())
+        return group
+
+    yield make
+    for hold in tmp_path.glob("hold-*"):
+        hold.unlink()
+    for group in groups:
+        group.close()
+
+
+def weights():
+    return FlatParameters(build_policy(Counts.observation_space, Counts.action_space)).numpy().copy()
+
+
+def arrive(group, per_batch=1, max_ahead=4, **options):
+    return group.arrive(STEPS, per_batch=per_batch, max_ahead=max_ahead, **options)
+
+
+def origins(sample):
+    """Return for every env of a batch the pid of its runner, and its first step."""
+    return [(int(pid), int(count)) for pid, count in sample.trajectory.obs[0]]
+
+
+def runner_pids(runtime):
+    return [info.pid for name, info in sorted(runtime.state().items()) if name.startswith("env_runner/")]
+
+
+def until(condition):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_each_runners_fragments_follow_each_other_and_none_is_lost(make_group, runtime):
+    group = make_group(2)
+    seen = {}
+    for _ in range(12):
+        sample = arrive(group, per_batch=2)
+        assert sample.trajectory.obs.shape == (STEPS, 2 * ENVS, 2)
+        assert sample.env_steps == STEPS * 2 * ENVS
+        for pid, count in origins(sample)[::ENVS]:
+            assert count == seen.get(pid, 0)
+            seen[pid] = count + STEPS
+        group.used()
+    assert len(seen) == 2
+
+
+def test_who_is_slow_is_waited_for_by_nobody(make_group, runtime, tmp_path):
+    group = make_group(3)
+    slow, *fast = runner_pids(runtime)
+    hold = tmp_path / f"hold-{slow}"
+    hold.touch()
+    pids = set()
+    for _ in range(20):
+        pids |= {pid for pid, _ in origins(arrive(group, per_batch=2))}
+        group.used()
+    assert pids == set(fast)
+    hold.unlink()
+    until(lambda: slow in {pid for pid, _ in origins(arrive(group))} or group.used())
+
+
+def test_runners_are_at_most_so_far_ahead(make_group, runtime):
+    group = make_group(2)
+    arrive(group, max_ahead=3, queue_size=9)
+    until(lambda: len(group._arrivals._queue) == 2)  # all that may be ahead of the one being learned from
+    assert group._actors.calls == [2, 1] and not group._arrivals._calls
+    group.used()
+    until(lambda: sum(group._actors.calls) == 4)
+    until(lambda: len(group._arrivals._queue) == 3)
+
+
+def test_a_full_queue_pushes_back(make_group):
+    group = make_group(1)
+    arrive(group, max_ahead=50, queue_size=2)
+    until(lambda: len(group._arrivals._queue) == 2 and len(group._arrivals._calls) == 1)
+    until(lambda: group._arrivals._calls[0].future.done())
+    assert group._actors.calls == [5]  # one taken, two in the queue, one that waits for room, one to go on with
+
+
+def test_a_full_queue_drops_the_oldest_and_counts_them(make_group):
+    group = make_group(1)
+    arrive(group, when_full="drop_oldest")
+    until(lambda: group._arrivals._dropped_steps >= 5 * STEPS * ENVS)
+    sample = arrive(group, when_full="drop_oldest")
+    ((_, count), _) = origins(sample)
+    # What the runner has done between the first batch and this one was dropped, and nothing else.
+    assert sample.dropped_steps == (count - STEPS) * ENVS
+    group.used()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_runner_that_dies_or_stops_is_started_again_while_the_others_go_on(make_group, runtime, number):
+    group = make_group(2, restart=Restart(max=3, per_s=60), sample_timeout_s=1.0)
+    arrive(group)
+    group.used()
+    victim, other = runner_pids(runtime)
+    os.kill(victim, number)
+    others = restarts = 0
+    new = set()
+    while not new or not others:
+        sample = arrive(group)
+        restarts += sample.runner_restarts
+        pids = {pid for pid, _ in origins(sample)}
+        others += pids == {other}
+        new |= pids - {victim, other}
+        group.used()
+    assert restarts == 1
+    until(lambda: not psutil.pid_exists(victim))
+
+
+def test_no_restart_left_ends_it_with_advice(make_group, runtime):
+    group = make_group(2)
+    arrive(group)
+    os.kill(runner_pids(runtime)[1], signal.SIGKILL)
+    with pytest.raises(ActorDied, match=r"SIGKILL(.|\n)*fault_tolerance.max_restarts"):
+        for _ in range(100):
+            group.used()
+            arrive(group)
+
+
+def test_what_an_environment_raises_travels_and_the_next_call_goes_on(make_group):
+    group = make_group(1, fail_at=3 * STEPS + 2)
+    for _ in range(3):
+        arrive(group)
+        group.used()
+    with pytest.raises(FloatingPointError, match="step 17"):
+        arrive(group)
+    with pytest.raises(FloatingPointError, match=r"step \d+"):  # it still fails, and still answers
+        arrive(group)
+
+
+def test_it_goes_on_after_its_state_was_taken_and_begins_anew_where_it_is_set(make_group, runtime):
+    group = make_group(1)
+    arrive(group)
+    group.used()
+    state = group.get_state()
+    ((_, count),) = {*origins(arrive(group))[:1]}
+    group.used()
+    assert count == STEPS  # what had arrived before is still there
+    group.set_state(state)
+    group.publish(1, weights())
+    sample = arrive(group)
+    assert (sample.trajectory.weights_version == 1).all()
+    ((_, count),) = {*origins(sample)[:1]}
+    assert count % STEPS == 0
+
+
+def test_closing_ends_the_thread_in_the_middle_of_everything(make_group, runtime, tmp_path):
+    group = make_group(2)
+    arrive(group)
+    for pid in runner_pids(runtime):
+        (tmp_path / f"hold-{pid}").touch()
+    thread = group._arrivals._thread
+    assert thread is not None and thread.is_alive()
+    started = time.monotonic()
+    group.close()
+    assert not thread.is_alive() and time.monotonic() - started < 5
+
+
+def test_fragments_of_one_runner_are_what_it_collects_alone(make_group, runtime):
+    """Nothing of the values depends on the road that they took: rewards, logp and values as from a plain runner."""
+    options = {"seed": 3, "normalize_obs": False}
+    group = RunnerGroup("CartPole-v1", build_policy, num_runners=1, num_envs=2, runtime=lambda: runtime, **options)
+    alone = EnvRunner("CartPole-v1", 2, build_policy, **options)
+    policy = build_policy(*group.spaces(), seed=1)
+    flat = FlatParameters(policy).numpy().copy()
+    group.publish(0, flat)
+    alone.set_weights(0, flat)
+    for _ in range(5):
+        sample, expected = group.arrive(20, per_batch=1, max_ahead=3), alone.sample(20)
+        for name, array in expected.trajectory.arrays().items():
+            np.testing.assert_array_equal(getattr(sample.trajectory, name), array, err_msg=name)
+        assert sample.episodes == expected.episodes
+        group.used()
+    group.close()
