@@ -345,7 +345,7 @@ def test_vector_environments_do_not_go_into_processes():
 
 class Slow(Story):
     def __init__(self):
-        super().__init__(step_s=0.003)
+        super().__init__(step_s=0.03)
 
 
 class OnlyHere(Story):

@@ -43,13 +43,12 @@ class EnvRunner:
 
     env, kwargs, vectorization, num_processes, num_cores: see `make_envs`. first_env_index: number of the first
     environment among all runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns
-    that rewards are scaled by. Of observations only the numbers of a Box are normalised, and no uint8
-    image. policy_channel: where weights,
-    statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample
-    begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that
-    failed is masked, and the one before it truncated. atari: see `rlx.settings.AtariSection`; episodes are accounted
-    for before lives and clipping come in. callbacks: makes those that hear of environments and episodes, see
-    `EnvHooks`.
+    that rewards are scaled by. Of observations only the numbers of a Box are normalised, and no uint8 image.
+    policy_channel: where weights, statistics and changes of the environments are published, as {"weights",
+    "normalizer", "env_changes"}; a sample begins with the newest. on_env_error, max_env_failures, env_step_timeout_s:
+    see `Failures`; the row of a step that failed is masked, and the one before it truncated. atari: see
+    `rlx.settings.AtariSection`; episodes are accounted for before lives and clipping come in. callbacks: makes those
+    that hear of environments and episodes, see `EnvHooks`.
     """
 
     def __init__(

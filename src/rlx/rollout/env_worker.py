@@ -12,11 +12,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from rlx.nets.observation import Space
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.hooks import EnvHooks
 from rlx.rollout.in_place import FAILED, InPlaceEnvs, State
-from rlx.rollout.spaces import Space
 
 EPISODE_ENDED, STEP_FAILED = 1, 2
 """Values of `StepMemory.outcome`; 0 is an ordinary step."""
@@ -102,10 +102,9 @@ class EnvWorker:
         )
         self._first, self._last = first, last
 
-    def describe(self) -> tuple[Space, Space, Row]:
-        """Return the observation space, the action space, and a row of observations."""
-        envs = self._envs
-        return envs.observation_space, envs.action_space, (envs.obs_B.shape[1:], envs.obs_B.dtype)
+    def spaces(self) -> tuple[Space, Space]:
+        """Return the observation and the action space of one environment."""
+        return self._envs.observation_space, self._envs.action_space
 
     def attach(self, path: str, num_envs: int, obs: Row, action: Row) -> None:
         """Keep what a step exchanges in the memory at `path`."""

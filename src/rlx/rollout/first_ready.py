@@ -14,11 +14,11 @@ import torch
 from rlx.actors import Published
 from rlx.actors.interface import AnyChannel
 from rlx.errors import CheckpointError
+from rlx.nets.observation import Space
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner
 from rlx.rollout.normalizers import RunningMoments, State
 from rlx.rollout.sample import Sample
-from rlx.rollout.spaces import Space
 from rlx.rollout.vector import EnvSource
 from rlx.trajectory import Trajectory
 

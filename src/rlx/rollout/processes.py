@@ -49,7 +49,7 @@ class _SharedRuntime:
         """Return the runtime, which is there until it is given back."""
         with self._lock:
             if self._runtime is None:
-                self._runtime = actors.runtime("local", preload=("numpy", "gymnasium"))
+                self._runtime = actors.runtime("local", preload=("numpy", "torch", "gymnasium"))
             self._users += 1
             return self._runtime
 
@@ -62,7 +62,7 @@ class _SharedRuntime:
                 self._runtime = None
 
 
-_shared_runtime = _SharedRuntime()
+shared_runtime = _SharedRuntime()
 _numbers = count()
 
 
@@ -95,17 +95,18 @@ class ProcessEnvs:
         num_workers = min(num_processes, num_envs)
         self._shares = list(pairwise(num_envs * worker // num_workers for worker in range(num_workers + 1)))
         self._workers: list[actors.ActorHandle] = []
-        self._runtime = _shared_runtime.take()
+        self._runtime = shared_runtime.take()
         self._fd = os.memfd_create("rlx-envs", os.MFD_CLOEXEC)
         try:
             for first, last in self._shares:
                 self._workers.append(self._spawn(first, last))
             for worker in self._workers:
                 worker.ready(START_TIMEOUT_S)
-            self.observation_space, self.action_space, obs = self._workers[0].describe.call().result(START_TIMEOUT_S)
+            self.observation_space, self.action_space = self._workers[0].spaces.call().result(START_TIMEOUT_S)
             self.layout, self.actions = layouts(self.observation_space, self.action_space, name)
-            self._shape = (num_envs, obs, (self.actions.shape, np.dtype(self.actions.dtype)))
-            self._memory = StepMemory.map(self._fd, *self._shape)
+            rows = ((self.layout.shape, self.layout.dtype), (self.actions.shape, self.actions.dtype))
+            self._memory_arguments = (num_envs, *rows)
+            self._memory = StepMemory.map(self._fd, *self._memory_arguments)
             for worker in self._workers:
                 self._attach(worker)
         except BaseException:
@@ -207,7 +208,7 @@ class ProcessEnvs:
             self._runtime.kill(worker)
         os.close(self._fd)
         self._fd = -1
-        _shared_runtime.give_back()
+        shared_runtime.give_back()
 
     def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, calls: int = 0) -> list[Any]:
         """Return each worker's answer; None where it was lost and another one stands in its place.
@@ -271,4 +272,4 @@ class ProcessEnvs:
         return self._runtime.spawn(*(EnvWorker, self._make, first, last, *options), name=f"env_worker/{next(_numbers)}")
 
     def _attach(self, worker: actors.ActorHandle) -> None:
-        worker.attach.call(f"/proc/{os.getpid()}/fd/{self._fd}", *self._shape).result(START_TIMEOUT_S)
+        worker.attach.call(f"/proc/{os.getpid()}/fd/{self._fd}", *self._memory_arguments).result(START_TIMEOUT_S)
