@@ -57,8 +57,6 @@ def build_runners(
         num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
         atari=s.atari.model_dump(),
         callbacks=callbacks,
-        num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
-        atari=s.atari.model_dump(),
         **s.environment.model_dump(exclude={"id"}),
     )
 

@@ -272,3 +272,7 @@ class VectorEnvAdapter:
     def _row(self, observation: Any) -> np.ndarray:
         """Return a final observation as a row."""
         return self.layout.encode(observation, np.empty_like(self.obs_B[0]))
+
+    def _count_lives(self, info: dict[str, Any]) -> None:
+        if self.lives_B is not None:
+            self.lives_B = np.asarray(info["lives"])
