@@ -283,6 +283,7 @@ class Curriculum(Callback):
         self.level = state["level"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_env_runners, max_age", [(0, 0), (2, 0), (2, 1)])
 def test_a_curriculum_raises_the_level_and_a_resumed_run_goes_on_exactly(tmp_path, num_env_runners, max_age):
     made = config(Curriculum, InRunner, num_env_runners=num_env_runners).env_runners(rollout_fragment_length=6)
@@ -311,6 +312,7 @@ def test_going_back_in_the_same_algorithm_goes_back_in_the_level(tmp_path):
     assert rows[-1]["episode_return_max"] == 8.0
 
 
+@pytest.mark.slow
 def test_a_killed_runner_comes_back_with_the_level_and_is_told_of():
     class Restarts(Callback):
         counts: list[int] = []  # noqa: RUF012
@@ -326,6 +328,7 @@ def test_a_killed_runner_comes_back_with_the_level_and_is_told_of():
     assert (row["runner_restarts"], row["episode_return_min"]) == (1, 20.0) and Restarts.counts == [1]
 
 
+@pytest.mark.slow
 def test_runners_that_nobody_waits_for_are_changed_and_listened_to_as_well():
     made = IMPALAConfig().environment(Levels).reporting(progress="none").callbacks([Curriculum, InRunner])
     made.env_runners(num_env_runners=2, num_envs_per_env_runner=2, rollout_fragment_length=6)

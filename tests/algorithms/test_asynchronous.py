@@ -37,6 +37,7 @@ def train(made, iterations):
         return [computed(algorithm.train()) for _ in range(iterations)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["impala", "appo"])
 def test_age_0_is_the_synchronous_algorithm(name):
     """The same numbers where runners are in processes, in the driver's own, and where nothing can run at once."""
@@ -56,6 +57,7 @@ def test_one_version_behind_is_reproducible(name):
     assert first != train(config(name, max_age=0), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "impala", "appo"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_version_behind_resumes_exactly(name, normalize, tmp_path):
@@ -74,6 +76,7 @@ def test_one_version_behind_resumes_exactly(name, normalize, tmp_path):
     assert kept == resumed == straight[3:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_age", [2, 5])
 @pytest.mark.parametrize("name", ["impala", "appo"])
 def test_no_sample_is_older_than_allowed(name, max_age):
@@ -94,6 +97,7 @@ def test_batches_of_several_fragments_and_of_fewer_than_there_are_runners():
         config("ppo", num_env_runners=0, max_age=1).build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"minibatch_size": 48, "epochs": 2, "target_update_interval": 2}])
 @pytest.mark.parametrize("name", ["impala", "appo"])
 def test_two_learners_make_the_steps_of_one(name, options):

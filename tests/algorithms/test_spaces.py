@@ -72,6 +72,7 @@ def test_a_run_on_nested_spaces_resumes_exactly(tmp_path):
                 assert of_learning(resumed.train()) == of_learning(straight.train())
 
 
+@pytest.mark.slow
 def test_ppo_learns_the_switchboard():
     """A random policy gets 6.7, the best one 16; without the screen, the target or the mask it stays below 13."""
     made = PPOConfig().environment(Switchboard).reporting(progress="none").model(log_std_init=-0.5, share_encoder=True)

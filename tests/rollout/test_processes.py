@@ -103,6 +103,7 @@ def test_processes_give_the_rows_of_one_loop_bit_for_bit(env, kwargs):
         assert expected.trajectory.truncated.any() or expected.trajectory.terminated.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("in_place", "processes"), ("processes", "in_place"), ("processes", "processes")])
 def test_either_goes_on_exactly_from_a_state_of_the_other(order):
     first, second = order
@@ -119,6 +120,7 @@ def seed_of(index, episode=0):
     return episode_seed(SEED, index, episode)
 
 
+@pytest.mark.slow
 def test_an_environment_that_raises_is_built_anew_in_its_worker_as_in_a_loop():
     options = {"kwargs": {"trouble": "raise", "at": seed_of(1)}, **REBUILD}
     with runner_of(Story, 4, "in_place", **options) as loop, runner_of(Story, 4, **options) as processes:
@@ -129,6 +131,7 @@ def test_an_environment_that_raises_is_built_anew_in_its_worker_as_in_a_loop():
             assert sample.episodes == expected.episodes
 
 
+@pytest.mark.slow
 def test_an_error_that_ends_the_run_names_environment_action_and_the_lines_of_its_process():
     with runner_of(Story, 4, kwargs={"trouble": "raise", "at": seed_of(3)}) as runner:
         with pytest.raises(OSError, match="no luck") as caught:
@@ -138,6 +141,7 @@ def test_an_error_that_ends_the_run_names_environment_action_and_the_lines_of_it
         assert "in make_trouble" in notes and "at step 2 of fragment 0" in notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["kill", "stop"])
 def test_a_worker_that_is_lost_costs_its_environments_one_row(trouble):
     """Environments 0 and 1 share it: row 2 fails, and from row 3 on both play their next episodes."""
@@ -155,6 +159,7 @@ def test_a_worker_that_is_lost_costs_its_environments_one_row(trouble):
         assert (sample.env_failures, runner.sample(3).env_failures) == (1, 0)
 
 
+@pytest.mark.slow
 def test_nothing_of_the_step_before_shows_in_a_row_that_is_lost():
     """All episodes end in row 5, and a worker dies in row 6."""
     trouble = {"trouble": "kill", "at": seed_of(1, 1), "when": 1}
@@ -165,6 +170,7 @@ def test_nothing_of_the_step_before_shows_in_a_row_that_is_lost():
     np.testing.assert_array_equal(t.reward[6, :2], [0, 0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_where_failures_do_and_says_what_it_did():
     with runner_of(Story, 4, kwargs={"trouble": "kill", "at": seed_of(2)}) as runner:
         with pytest.raises(ActorDied, match=r"SIGKILL.*step\(\)") as caught:
@@ -174,6 +180,7 @@ def test_a_worker_that_dies_ends_the_run_where_failures_do_and_says_what_it_did(
         assert "environment 3 was" in notes and "environment 1 was" not in notes
 
 
+@pytest.mark.slow
 def test_python_code_that_hangs_is_interrupted_in_its_worker():
     options = {"kwargs": {"trouble": "hang", "at": seed_of(0)}, "env_step_timeout_s": 0.3}
     with runner_of(Story, 2, **options, **REBUILD) as runner:
@@ -189,12 +196,14 @@ class Doomed(Story):
         os.abort()
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_worked_is_not_tried_again():
     with runner_of(Doomed, 2, **REBUILD) as runner, pytest.raises(ActorDied, match="SIGABRT") as caught:
         runner.sample(1)
     assert "times in a row" not in "\n".join(caught.value.__notes__)
 
 
+@pytest.mark.slow
 def test_changes_reach_every_worker_and_those_that_follow_it():
     level = (EnvChange("set", "level", (4,)),)
     with runner_of(Story, 4, kwargs={"trouble": "kill", "at": seed_of(1)}, **REBUILD) as runner:
@@ -214,6 +223,7 @@ def first_ready(env, num_envs, num_processes=2, **options):
     return contextlib.closing(runner)
 
 
+@pytest.mark.slow
 def test_first_ready_collects_what_as_many_runners_collect():
     options = {"normalize_reward": True}
     with (
@@ -230,6 +240,7 @@ def test_first_ready_collects_what_as_many_runners_collect():
             assert sample.return_moments.count == sum(part.return_moments.count for part in parts)
 
 
+@pytest.mark.slow
 def test_first_ready_goes_on_exactly_and_survives_a_kill_and_an_error():
     with first_ready(Story, 4) as one, first_ready(Story, 4) as other:
         one.sample(7)
@@ -283,6 +294,7 @@ class Listener:
         return {"end": episode.info["end"], "env": episode.env_index}
 
 
+@pytest.mark.slow
 def test_callbacks_hear_of_environments_and_episodes_as_in_a_loop():
     def listeners():
         return [Listener()]
@@ -296,6 +308,7 @@ def test_callbacks_hear_of_environments_and_episodes_as_in_a_loop():
     assert set(sample.trajectory.obs[..., 3].ravel()) == {8, 9, 10, 11} and expected.episode_metrics["env"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_step_leaves_envs_that_can_be_reset():
     envs = make_envs(Story, 2, vectorization="processes", num_processes=2, kwargs={"step_s": 0.3})
     try:
@@ -322,6 +335,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_runner_that_is_killed():
     with subprocess.Popen(
         [sys.executable, "-c", ORPHANS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -335,6 +349,7 @@ def test_no_worker_outlives_a_runner_that_is_killed():
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_vector_environments_do_not_go_into_processes():
     with pytest.raises(EnvError, match="made a VectorEnv, which steps its environments itself"):
         make_envs(lambda: SyncVectorEnv([Story]), 2, vectorization="processes", num_processes=2)
@@ -357,6 +372,7 @@ class OnlyHere(Story):
             raise OSError("no display")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "kwargs", "kind", "text"),
     [
@@ -380,6 +396,7 @@ def test_auto_measures_and_tells_the_figures(env, kwargs, kind, text, caplog):
         envs.close()
 
 
+@pytest.mark.slow
 def test_one_core_or_one_environment_is_not_measured(caplog):
     caplog.set_level(logging.INFO)
     for num_envs, num_cores in ((4, 1), (1, 2)):
