@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from rlx import actors
+from rlx.actors.future import as_completed
 from rlx.errors import ActorError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -59,6 +60,20 @@ def test_nobody_reads_the_answers_of_ten_thousand_calls_to_two_actors_and_none_i
     payload = b"x" * 1000
     futures = [workers[n % 2].echo.call((n, payload)) for n in range(10_000)]
     assert {future.result(T)[0] for future in reversed(futures)} == set(range(10_000))
+
+
+def test_a_flood_that_begins_while_the_reader_thread_reads_is_answered_though_no_caller_reads(rt):
+    """The link is full in both directions: who stopped watching for replies here would never write the calls."""
+    worker = rt.spawn(Worker)
+    pid = worker.pid.call().result(T)
+    reading, flooded = threading.Event(), threading.Event()
+    os.kill(pid, signal.SIGSTOP)  # so that the answer comes after the callback, which the reader thread then runs
+    worker.pid.call().when_done(lambda: (reading.set(), flooded.wait(T)))
+    os.kill(pid, signal.SIGCONT)
+    assert reading.wait(T)
+    futures = [worker.echo.call((n, b"x" * 1000)) for n in range(5_000)]
+    flooded.set()
+    assert sum(1 for _ in as_completed(futures, T)) == 5_000  # it waits and does not read itself
 
 
 def test_a_stream_that_is_read_slowly_is_only_its_credits_ahead(rt, until):

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from rlx.errors import ActorDied, CallTimeout
 
 T = TypeVar("T")
+NAMED = 8  # of the calls that are late, in an error
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,10 @@ def as_completed(futures: Iterable[Future[T]], timeout_s: float | None = None) -
             try:
                 number = arrived.get(timeout=None if deadline is None else _seconds_to(deadline))
             except queue.Empty:
-                names = ", ".join(f"{future.actor}.{future.method}()" for future in late.values())
+                names = list(dict.fromkeys(f"{future.actor}.{future.method}()" for future in late.values()))
+                some = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} others" if len(names) > NAMED else "")
                 raise CallTimeout(
-                    f"{len(late)} of {len(callbacks)} calls have not answered within {timeout_s:g} s: {names}; "
+                    f"{len(late)} of {len(callbacks)} calls have not answered within {timeout_s:g} s: {some}; "
                     f"they go on: wait for them again, or kill() their actors."
                 ) from None
             if number in late:  # else its callback has been called twice: see when_done

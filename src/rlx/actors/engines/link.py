@@ -246,5 +246,7 @@ class Link:
     def _arm(self) -> None:
         """Tell the reactor what to watch for. Holds the lock."""
         if self._watched:
-            reading = 0 if self._leader is not None else READ
+            # While the reactor reads, too: it would not begin again, and an actor whose replies nobody reads does not
+            # read either, so that what is to be written would wait for ever.
+            reading = READ if self._leader in (None, self._reactor.ident) else 0
             self._reactor.watch(self._fd, reading | (WRITE if self._backlogged else 0))

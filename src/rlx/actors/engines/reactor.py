@@ -31,6 +31,11 @@ class Reactor:
         self._thread = threading.Thread(target=self._run, name="rlx-actor-reader", daemon=True)
         self._thread.start()
 
+    @property
+    def ident(self) -> int | None:
+        """The thread's number."""
+        return self._thread.ident
+
     def register(self, fd: int, handler: Callable[[int], object]) -> None:
         """Call `handler(events)` whenever fd can be read."""
         self._handlers[fd] = handler
