@@ -84,9 +84,10 @@ class EnvironmentSection(Section):
     """Normalised observations are cut to [-obs_clip, obs_clip]; in standard deviations."""
     reward_clip: float = Field(default=10.0, gt=0)
     """Normalised rewards are cut to [-reward_clip, reward_clip]; in standard deviations."""
-    vectorization: Literal["auto", "native", "in_place", "processes"] = "auto"
+    vectorization: Literal["auto", "native", "in_place", "processes", "first_ready"] = "auto"
     """native: the environment's own vector version; in_place: a loop in the runner; processes: loops in processes of
-    their own; auto: native where there is one, else what a short measurement finds faster, which is logged."""
+    their own; first_ready: such that do not wait for each other, for steps of uneven length; auto: native where there
+    is one, else in_place or processes, which give equal numbers, as a short measurement finds faster; it is logged."""
     num_processes: int | None = Field(default=None, gt=0)
     """Processes that the environments of one runner are shared out to; null: one for each core that it may use. More
     pay only where environments wait for something else than the CPU."""

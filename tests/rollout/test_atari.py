@@ -99,7 +99,7 @@ def rows(trajectory):
 def test_a_life_is_lost_where_the_game_goes_on_with_another_one():
     """By hand, one game: 3 lives, one lost, the last ones gone without the game ending at once, then a new game."""
     envs = make_envs("ALE/Pong-v5", 1, atari=protocol(), counts_lives=True)
-    fragment = Fragment.empty(6, envs, envs.observation_space, False)
+    fragment = Fragment.empty(6, envs, False)
     fragment.lives[:, 0] = [3, 3, 2, 2, 0, 3, 2]
     for array in (fragment.terminated, fragment.truncated):
         array[:] = False

@@ -16,14 +16,16 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
 
-from rlx.errors import ActorDied, EnvError
+from rlx.errors import ActorDied, CheckpointError, EnvError
 from rlx.nets.policy import build_policy
 from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.env_runner import EnvRunner
+from rlx.rollout.first_ready import make_runner
 from rlx.rollout.in_place import InPlaceEnvs, episode_seed
 from rlx.rollout.processes import ProcessEnvs
 from rlx.rollout.vector import make_envs
+from rlx.trajectory import Trajectory
 
 # A worker that imported this module would import torch and pytest with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -201,6 +203,76 @@ def test_changes_reach_every_worker_and_those_that_follow_it():
         np.testing.assert_array_equal(obs[..., 3], np.full((6, 4), 4))
 
 
+# First ready ---------------------------------------------------------------------------------------------------------
+
+
+def first_ready(env, num_envs, num_processes=2, **options):
+    runner = make_runner(
+        *(env, num_envs, build_policy), vectorization="first_ready", num_processes=num_processes, seed=SEED, **options
+    )
+    runner.set_weights(0, np.full_like(runner._runners[0]._parameters.numpy(), 0.01))
+    return contextlib.closing(runner)
+
+
+def test_first_ready_collects_what_as_many_runners_collect():
+    options = {"normalize_reward": True}
+    with (
+        first_ready(Story, 5, **options) as runner,
+        runner_of(Story, 2, "in_place", first_env_index=0, **options) as first,
+        runner_of(Story, 3, "in_place", first_env_index=2, **options) as second,
+    ):
+        for _ in range(2):
+            sample, parts = runner.sample(9), [first.sample(9), second.sample(9)]
+            expected = Trajectory.concatenate([part.trajectory for part in parts])
+            for name, array in expected.arrays().items():
+                np.testing.assert_array_equal(getattr(sample.trajectory, name), array, err_msg=name)
+            assert sample.episodes == parts[0].episodes + parts[1].episodes
+            assert sample.return_moments.count == sum(part.return_moments.count for part in parts)
+
+
+def test_first_ready_goes_on_exactly_and_survives_a_kill_and_an_error():
+    with first_ready(Story, 4) as one, first_ready(Story, 4) as other:
+        one.sample(7)
+        other.set_state(one.get_state())
+        assert_same(other.sample(7), one.sample(7))
+        with pytest.raises(CheckpointError, match="in 2 shares and this runner has 3"), first_ready(Story, 4, 3) as odd:
+            odd.set_state(one.get_state())
+    with first_ready(Story, 4, kwargs={"trouble": "kill", "at": seed_of(1)}, **REBUILD) as runner:
+        sample = runner.sample(8)
+        assert sample.trajectory.mask[2].tolist() == [False, False, True, True] and sample.env_failures == 1
+    with first_ready(Story, 4, kwargs={"trouble": "raise", "at": seed_of(1)}) as runner:
+        with pytest.raises(OSError, match="no luck"):
+            runner.sample(8)
+        sample = runner.sample(8)
+        np.testing.assert_array_equal(sample.trajectory.obs[0, :, 1], np.zeros(4))  # all begin new episodes
+
+
+class Uneven(Story):
+    """40 ms in every fourth step, and in another one than its neighbours."""
+
+    def __init__(self):
+        super().__init__(trouble="raise", at=-1)
+
+    def step(self, action):
+        if (self.seed + self.steps) % 4 == 0:
+            time.sleep(0.04)
+        return super().step(action)
+
+
+@pytest.mark.slow
+def test_first_ready_does_not_wait_for_the_slowest_of_every_step():
+    """One of four sleeps in nearly every step, and each of them in a quarter of its own."""
+    seconds = {}
+    for way, make in (("processes", runner_of), ("first_ready", first_ready)):
+        with make(Uneven, 4, num_processes=4) as runner:
+            runner.sample(2)
+            seconds[way] = min(runner.sample(24).busy_s for _ in range(3))
+    assert seconds["first_ready"] < 0.75 * seconds["processes"], seconds
+
+
+# Callbacks, interrupts, ends -----------------------------------------------------------------------------------------
+
+
 class Listener:
     """Gives every environment its number as level, and measures with which position an episode ends."""
 
@@ -273,7 +345,7 @@ def test_vector_environments_do_not_go_into_processes():
 
 class Slow(Story):
     def __init__(self):
-        super().__init__(step_s=0.003)
+        super().__init__(step_s=0.03)
 
 
 class OnlyHere(Story):

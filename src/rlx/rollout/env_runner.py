@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from rlx.actors import Published
 from rlx.actors.interface import AnyChannel
-from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.observation import Space
 from rlx.nets.policy import Policy
 from rlx.rollout.atari import is_atari
+from rlx.rollout.checks import FragmentChecks
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
@@ -43,13 +43,12 @@ class EnvRunner:
 
     env, kwargs, vectorization, num_processes, num_cores: see `make_envs`. first_env_index: number of the first
     environment among all runners' ones; with `seed` it decides every random draw. gamma: of the discounted returns
-    that rewards are scaled by. Of observations only the numbers of a Box are normalised, and no uint8
-    image. policy_channel: where weights,
-    statistics and changes of the environments are published, as {"weights", "normalizer", "env_changes"}; a sample
-    begins with the newest. on_env_error, max_env_failures, env_step_timeout_s: see `Failures`; the row of a step that
-    failed is masked, and the one before it truncated. atari: see `rlx.settings.AtariSection`; episodes are accounted
-    for before lives and clipping come in. callbacks: makes those that hear of environments and episodes, see
-    `EnvHooks`.
+    that rewards are scaled by. Of observations only the numbers of a Box are normalised, and no uint8 image.
+    policy_channel: where weights, statistics and changes of the environments are published, as {"weights",
+    "normalizer", "env_changes"}; a sample begins with the newest. on_env_error, max_env_failures, env_step_timeout_s:
+    see `Failures`; the row of a step that failed is masked, and the one before it truncated. atari: see
+    `rlx.settings.AtariSection`; episodes are accounted for before lives and clipping come in. callbacks: makes those
+    that hear of environments and episodes, see `EnvHooks`.
     """
 
     def __init__(
@@ -97,6 +96,7 @@ class EnvRunner:
             counts_lives=bool(games["episodic_life"]),
             hooks=self._hooks,
         )
+        self._checks = FragmentChecks(self._envs, first_env_index)
         self._layout = self._envs.layout
         policy = build_policy(*self.spaces())
         self._parameters = FlatParameters(policy)
@@ -149,7 +149,7 @@ class EnvRunner:
         if self._hooks is not None:
             self._hooks.forget()
         fragment = self._collect(num_steps)
-        self._check_finite(fragment)
+        self._checks.finite(fragment, self._fragment - 1)
         inference_started = perf_counter()
         logp_T_B, value_T_B = self._acting.finish(fragment.obs, fragment.action)
         next_value_T_B = self._next_values(fragment, value_T_B)
@@ -158,7 +158,7 @@ class EnvRunner:
         done_T_B = fragment.terminated | fragment.truncated
         first_T_B = self._firsts(done_T_B, fragment.failed)
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
-        self._check_legal(fragment, mask_T_B)
+        self._checks.legal(fragment, mask_T_B, self._fragment - 1)
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
         episode_metrics: dict[str, list[float]] = {}
@@ -201,6 +201,10 @@ class EnvRunner:
             env_failures=self._failures.take_count(),
             episode_metrics=episode_metrics,
         )
+
+    def cut(self) -> None:
+        """Begin new episodes with the next sample, as after an interrupt: nobody has seen the last one."""
+        self._intact = False
 
     def get_state(self, call: int = 0) -> State:
         """Return all that `set_state` needs to go on exactly, as plain values and arrays; the weights stand apart.
@@ -275,7 +279,7 @@ class EnvRunner:
         inference_s, env_s = clock() - started, 0.0
         raw_B = envs.obs_B
         step = envs.step if acting.state_B is None else self._step_and_forget
-        self._resets_B = self._ended_B
+        self._done_B = self._ended_B
         for t in range(num_steps):
             obs_B = fragment.raw[t]
             obs_B[...] = raw_B
@@ -308,9 +312,13 @@ class EnvRunner:
         _, _, terminated_B, truncated_B, final_obs = step = self._envs.step(action_B)
         done_B = np.logical_or(terminated_B, truncated_B)
         failed_B = np.array([final_obs.get(index) is FAILED for index in range(len(done_B))])
-        self._acting.forget((self._resets_B if self._envs.resets_on_next_step else done_B) | failed_B)
-        self._resets_B = done_B
+        self._acting.forget(self._over(done_B, failed_B, self._done_B))
+        self._done_B = done_B
         return step
+
+    def _over(self, done: np.ndarray, failed: np.ndarray, done_before: np.ndarray) -> np.ndarray:
+        """Return True where the observation after a row begins an episode, given what the row and the last one are."""
+        return (done_before if self._envs.resets_on_next_step else done) | failed
 
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
@@ -326,12 +334,10 @@ class EnvRunner:
         return next_value_T_B
 
     def _firsts(self, done_T_B: np.ndarray, failed_T_B: np.ndarray) -> np.ndarray:
-        """Return True where an episode begins: after one ended, was reset or failed, also across the border."""
-        resets_T_B = (
-            np.concatenate([self._ended_B[None], done_T_B[:-1]]) if self._envs.resets_on_next_step else done_T_B
-        )
+        """Return True where an episode begins, also across the border."""
+        over_T_B = self._over(done_T_B, failed_T_B, np.concatenate([self._ended_B[None], done_T_B[:-1]]))
         begins_B = (self._length_B == 0) & ~self._ended_B
-        return np.concatenate([begins_B[None], (resets_T_B | failed_T_B)[:-1]])
+        return np.concatenate([begins_B[None], over_T_B[:-1]])
 
     def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
         """Return False where the row only resets: after an ended episode, also across the fragment's border."""
@@ -370,44 +376,3 @@ class EnvRunner:
         if self._discounted is None:
             return obs_moments, None
         return obs_moments, self._discounted.moments(fragment.reward, done_T_B, mask_T_B)
-
-    def _check_finite(self, fragment: Fragment) -> None:
-        """Raise EnvError if an observation or a reward of the fragment is NaN or infinite."""
-        end, floats = len(fragment.reward), self._layout.floats
-        # Field, first step of the array, and which action came before: observation t follows action t - 1.
-        fields = (
-            ("reward", fragment.reward, 0, 0),
-            ("observation", floats(fragment.raw), 0, -1),
-            ("observation", floats(self._envs.obs_B)[None], end, -1),
-        )
-        for name, values, first, shift in fields:
-            if not np.isfinite(values).all():
-                t, index = (int(i) for i in np.argwhere(~np.isfinite(values))[0][:2])
-                self._raise_not_finite(
-                    name, values[t, index], first + t, index, fragment.action[: first + t + shift + 1]
-                )
-        for t, index, obs in fragment.cuts:
-            if not np.isfinite(floats(obs)).all():
-                self._raise_not_finite("final observation", floats(obs), t, index, fragment.action[: t + 1])
-
-    def _check_legal(self, fragment: Fragment, mask_T_B: np.ndarray) -> None:
-        """Raise EnvError where an observation that was acted on leaves nothing legal to do."""
-        legal = self._layout.mask(fragment.raw)
-        if legal is None:
-            return
-        for t, index in np.argwhere(self._envs.actions.is_stuck(legal) & mask_T_B).tolist():
-            raise EnvError(
-                f"{self._envs.name}, environment {self._first + index}: the action mask {legal[t, index]} at step {t} "
-                f"of fragment {self._fragment - 1} leaves no legal action; end the episode there, or allow one."
-            )
-
-    def _raise_not_finite(self, name: str, value: Any, t: int, index: int, actions_T_B: np.ndarray) -> NoReturn:
-        blame = "clip or repair it in the environment or a wrapper."
-        if len(actions_T_B) and not np.isfinite(actions_T_B[-1, index]).all():
-            blame = (
-                f"the action before it was {actions_T_B[-1, index]}: the policy has diverged; lower the learning rate."
-            )
-        raise EnvError(
-            f"{self._envs.name}, environment {self._first + index}: {name} {value} at step {t} of fragment "
-            f"{self._fragment - 1}; it must be finite: {blame}"
-        )

@@ -8,25 +8,23 @@ both give the same rows bit for bit, and each can go on from a state of the othe
 from __future__ import annotations
 
 import logging
-import mmap
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from rlx import actors
 from rlx.errors import ActorDied, ActorError, CallTimeout
-from rlx.nets.observation import Space
 from rlx.rollout.deadline import EnvTimeout
 from rlx.rollout.env_changes import Changes
+from rlx.rollout.env_worker import STEP_FAILED, EnvWorker, MakeEnvs, StepMemory
 from rlx.rollout.failures import Failures
 from rlx.rollout.hooks import EnvHooks
-from rlx.rollout.in_place import FAILED, NO_FINALS, InPlaceEnvs, State, Step, check_state, episode_seed
+from rlx.rollout.in_place import FAILED, NO_FINALS, State, Step, check_state, episode_seed
 from rlx.rollout.spaces import layouts
 
 log = logging.getLogger(__name__)
@@ -35,147 +33,37 @@ START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 5.0
 RENEWAL_CALLS = 3
 """close, __init__ and reset: what a worker may spend on one environment that fails, beside the steps of all."""
-EPISODE_ENDED, STEP_FAILED = 1, 2
-"""Values of `StepMemory.outcome`; 0 is an ordinary step."""
-ALIGNMENT = 64
 LISTS = ("episode", "rebuilds", "length", "changes")
 """Parts of the state that hold an item for each environment."""
 
-Row = tuple[tuple[int, ...], np.dtype[Any]]
-MakeEnvs = Callable[[int], list[gymnasium.Env[Any, Any]]]
-"""make(count) returns so many new environments."""
+
+class _SharedRuntime:
+    """The actor runtime of all environments of this process; there is none while nobody has one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runtime: actors.Runtime | None = None
+        self._users = 0
+
+    def take(self) -> actors.Runtime:
+        """Return the runtime, which is there until it is given back."""
+        with self._lock:
+            if self._runtime is None:
+                self._runtime = actors.runtime("local", preload=("numpy", "torch", "gymnasium"))
+            self._users += 1
+            return self._runtime
+
+    def give_back(self) -> None:
+        """Close the runtime if nobody else has it."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._runtime is not None:
+                self._runtime.close()
+                self._runtime = None
 
 
-@dataclass
-class StepMemory:
-    """What a step exchanges: arrays [B, ...] in memory that several processes map."""
-
-    action: np.ndarray
-    """The policy's actions."""
-    obs: np.ndarray
-    final_obs: np.ndarray
-    """The last observation of an episode that ended in this step."""
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    outcome: np.ndarray
-    lives: np.ndarray
-    episode: np.ndarray
-    """Number of the running episode."""
-
-    @classmethod
-    def map(cls, fd: int, num_envs: int, obs: Row, action: Row) -> StepMemory:
-        """Return the arrays in the file `fd`, which is made large enough; a row is (shape, dtype)."""
-        scalars = {name: ((), np.dtype(kind)) for name, kind in SCALARS.items()}
-        rows: dict[str, Row] = {"action": action, "obs": obs, "final_obs": obs, **scalars}
-        sizes = [num_envs * int(np.prod(shape)) * dtype.itemsize for shape, dtype in rows.values()]
-        starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
-        os.ftruncate(fd, starts[-1])
-        memory = mmap.mmap(fd, starts[-1])
-        arrays = {
-            name: np.ndarray((num_envs, *shape), dtype, memory, start)
-            for (name, (shape, dtype)), start in zip(rows.items(), starts, strict=False)
-        }
-        return cls(**arrays)
-
-    def share(self, first: int, last: int) -> StepMemory:
-        """Return the rows of the environments from `first` up to `last`."""
-        return StepMemory(**{name: array[first:last] for name, array in vars(self).items()})
-
-
-SCALARS = {
-    "reward": "f8",
-    "terminated": "?",
-    "truncated": "?",
-    "outcome": "u1",
-    "lives": "i8",
-    "episode": "i8",
-}
-
-
-class EnvWorker:
-    """The actor: it owns the environments from `first` up to `last`, counted within the runner."""
-
-    def __init__(
-        self,
-        make: MakeEnvs,
-        first: int,
-        last: int,
-        name: str,
-        seed: int,
-        first_env_index: int,
-        failures: dict[str, Any],
-        counts_lives: bool,
-        make_callbacks: Callable[[], Sequence[Any]] | None,
-    ) -> None:
-        self._failures = Failures(last - first, **failures)
-        self._failures.watchdog.watch()
-        self._hooks = None if make_callbacks is None else EnvHooks(make_callbacks)
-        self._envs = InPlaceEnvs(
-            make(last - first),
-            *(name, seed, first_env_index + first),
-            lambda: make(1)[0],
-            self._failures,
-            counts_lives,
-            self._hooks,
-        )
-        self._first, self._last = first, last
-
-    def describe(self) -> tuple[Space, Space, Row]:
-        """Return the observation space, the action space, and a row of observations."""
-        envs = self._envs
-        return envs.observation_space, envs.action_space, (envs.obs_B.shape[1:], envs.obs_B.dtype)
-
-    def attach(self, path: str, num_envs: int, obs: Row, action: Row) -> None:
-        """Keep what a step exchanges in the memory at `path`."""
-        fd = os.open(path, os.O_RDWR)
-        try:
-            self._memory = StepMemory.map(fd, num_envs, obs, action).share(self._first, self._last)
-        finally:
-            os.close(fd)
-        m = self._memory
-        self._envs.keep_in(m.obs, m.reward, m.terminated, m.truncated, m.lives, m.episode)
-
-    def reset(self) -> int:
-        """Begin a new episode everywhere; return the number of failures."""
-        self._envs.reset()
-        return self._failures.take_count()
-
-    def step(self) -> tuple[int, list[tuple[int, dict[str, Any]]]] | None:
-        """Take the actions in memory; return the number of failures and what hooks want to know, if any."""
-        memory = self._memory
-        final_obs = self._envs.step(memory.action)[4]
-        for index, obs in final_obs.items():
-            if obs is FAILED:
-                memory.outcome[index] = STEP_FAILED
-            else:
-                memory.outcome[index], memory.final_obs[index] = EPISODE_ENDED, obs
-        failures, infos = self._failures.take_count(), [] if self._hooks is None else self._hooks.take_infos()
-        return (failures, infos) if failures or infos else None
-
-    def step_at_random(self) -> None:
-        """Take a random action in every environment; of a worker that only measures."""
-        self._envs.step_at_random()
-
-    def record(self, action_T_B: np.ndarray, done_T_B: np.ndarray) -> None:
-        """As `InPlaceEnvs.record`."""
-        self._envs.record(action_T_B, done_T_B)
-
-    def change(self, changes: Changes) -> None:
-        """As `InPlaceEnvs.change`."""
-        self._envs.change(changes)
-
-    def get_state(self) -> State:
-        """As `InPlaceEnvs.get_state`."""
-        return self._envs.get_state()
-
-    def set_state(self, state: State) -> tuple[np.ndarray, int]:
-        """As `InPlaceEnvs.set_state`, and the number of failures."""
-        return self._envs.set_state(state), self._failures.take_count()
-
-    def close(self) -> None:
-        """Close the environments."""
-        self._envs.close()
+shared_runtime = _SharedRuntime()
+_numbers = count()
 
 
 class ProcessEnvs:
@@ -202,20 +90,23 @@ class ProcessEnvs:
         self._make, self._seed, self._first, self._failures = make, seed, first_env_index, failures
         self._counts_lives, self._hooks = counts_lives, hooks
         self._changes: Changes = ()
-        self._steps_begun = self._workers_made = 0
+        self._steps_begun = 0
         self._has_worked = False
-        count = min(num_processes, num_envs)
-        self._shares = list(pairwise(num_envs * worker // count for worker in range(count + 1)))
-        self._runtime = actors.runtime("local", preload=("numpy", "gymnasium"))
+        num_workers = min(num_processes, num_envs)
+        self._shares = list(pairwise(num_envs * worker // num_workers for worker in range(num_workers + 1)))
+        self._workers: list[actors.ActorHandle] = []
+        self._runtime = shared_runtime.take()
         self._fd = os.memfd_create("rlx-envs", os.MFD_CLOEXEC)
         try:
-            self._workers = [self._spawn(first, last) for first, last in self._shares]
+            for first, last in self._shares:
+                self._workers.append(self._spawn(first, last))
             for worker in self._workers:
                 worker.ready(START_TIMEOUT_S)
-            self.observation_space, self.action_space, obs = self._workers[0].describe.call().result(START_TIMEOUT_S)
+            self.observation_space, self.action_space = self._workers[0].spaces.call().result(START_TIMEOUT_S)
             self.layout, self.actions = layouts(self.observation_space, self.action_space, name)
-            self._shape = (num_envs, obs, (self.actions.shape, np.dtype(self.actions.dtype)))
-            self._memory = StepMemory.map(self._fd, *self._shape)
+            rows = ((self.layout.shape, self.layout.dtype), (self.actions.shape, self.actions.dtype))
+            self._memory_arguments = (num_envs, *rows)
+            self._memory = StepMemory.map(self._fd, *self._memory_arguments)
             for worker in self._workers:
                 self._attach(worker)
         except BaseException:
@@ -308,15 +199,16 @@ class ProcessEnvs:
 
     def close(self) -> None:
         """Close the environments and end the processes."""
-        workers, self._workers = self._workers, []
-        outcomes = self._runtime.group(workers).close.call().result(CLOSE_TIMEOUT_S)
-        for outcome in outcomes:
+        if self._fd < 0:
+            return
+        outcomes = self._runtime.group(self._workers).close.call().result(CLOSE_TIMEOUT_S)
+        for worker, outcome in zip(self._workers, outcomes, strict=True):
             if isinstance(outcome, actors.Err) and not isinstance(outcome.error, ActorError):
                 log.warning("%s could not close its environments: %r", self.name, outcome.error)
-        self._runtime.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            self._runtime.kill(worker)
+        os.close(self._fd)
+        self._fd = -1
+        shared_runtime.give_back()
 
     def _ask(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None, calls: int = 0) -> list[Any]:
         """Return each worker's answer; None where it was lost and another one stands in its place.
@@ -375,12 +267,9 @@ class ProcessEnvs:
         made.reset.call().result(START_TIMEOUT_S)
 
     def _spawn(self, first: int, last: int) -> actors.ActorHandle:
-        self._workers_made += 1
         callbacks = None if self._hooks is None else self._hooks.make_callbacks
         options = (self.name, self._seed, self._first, self._failures.options, self._counts_lives, callbacks)
-        return self._runtime.spawn(
-            *(EnvWorker, self._make, first, last, *options), name=f"env_worker/{self._workers_made - 1}"
-        )
+        return self._runtime.spawn(*(EnvWorker, self._make, first, last, *options), name=f"env_worker/{next(_numbers)}")
 
     def _attach(self, worker: actors.ActorHandle) -> None:
-        worker.attach.call(f"/proc/{os.getpid()}/fd/{self._fd}", *self._shape).result(START_TIMEOUT_S)
+        worker.attach.call(f"/proc/{os.getpid()}/fd/{self._fd}", *self._memory_arguments).result(START_TIMEOUT_S)

@@ -15,6 +15,7 @@ from rlx.errors import ActorDied, ActorError, CallTimeout
 from rlx.nets.observation import Space
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.env_runner import EnvRunner
+from rlx.rollout.first_ready import FirstReadyRunner, make_runner
 from rlx.rollout.normalizers import State
 
 log = logging.getLogger(__name__)
@@ -237,10 +238,10 @@ class RunnerActors:
         log.warning("%s It was started again and begins new episodes.", self._late.pop(handle.name, None) or error)
 
 
-def _make_runner(*arguments: Any, **options: Any) -> EnvRunner | _FailedRunner:
+def _make_runner(*arguments: Any, **options: Any) -> EnvRunner | FirstReadyRunner | _FailedRunner:
     """Return a runner; where its making raises, that is an answer and not a death, for no restart would cure it."""
     try:
-        return EnvRunner(*arguments, **options)
+        return make_runner(*arguments, **options)
     except Exception as error:
         return _FailedRunner(error)
 

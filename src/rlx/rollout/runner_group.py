@@ -14,6 +14,7 @@ from rlx.nets.observation import Space
 from rlx.rollout.arrivals import Arrivals
 from rlx.rollout.env_changes import Changes, EnvChange, changes_from_state, changes_to_state, with_change
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner
+from rlx.rollout.first_ready import FirstReadyRunner, make_runner
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
 from rlx.rollout.runner_actors import Call, RunnerActors
 from rlx.rollout.sample import Sample
@@ -54,13 +55,13 @@ class RunnerGroup:
         self.env_changes: Changes = ()
         self._wall_s = self._alone_s = 0.0
         self._samples = 0
-        self._local: EnvRunner | None = None
+        self._local: EnvRunner | FirstReadyRunner | None = None
         self._actors: RunnerActors | None = None
         self._arrivals: Arrivals | None = None
         self._begun: list[Call] = []
         self._waiting: list[Sample] = []  # a fragment that was collected and not yet taken
         if num_runners == 0:
-            self._local = EnvRunner(env, num_envs, build_policy, **runner_options)
+            self._local = make_runner(env, num_envs, build_policy, **runner_options)
             self._spaces = self._local.spaces()
         else:
             assert runtime is not None, "runners in processes of their own need a runtime"

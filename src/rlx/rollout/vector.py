@@ -18,7 +18,7 @@ from rlx.errors import EnvError
 from rlx.nets.actions import ActionLayout
 from rlx.nets.observation import ObservationLayout, Space
 from rlx.rollout.atari import AtariEnv, atari_vector_env, is_atari
-from rlx.rollout.choice import processes_pay
+from rlx.rollout.choice import processes_if_they_pay
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.hooks import EnvHooks
@@ -136,10 +136,11 @@ def make_envs(
     first = make()
     if isinstance(first, VectorEnv):
         return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives, hooks)
-    may_pay = vectorization == "auto" and min(num_processes, num_cores) > 1
-    if may_pay and processes_pay(make_many, num_envs, num_processes, name, failures.options):
-        first.close()
-        return ProcessEnvs(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
+    if vectorization == "auto" and min(num_processes, num_cores) > 1:
+        several = processes_if_they_pay(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
+        if several is not None:
+            first.close()
+            return several
     return InPlaceEnvs(make_many(num_envs, first), *common, make, failures, counts_lives, hooks)
 
 
