@@ -77,6 +77,7 @@ TWO_THREADS = {"runners": 0, "threads": 2, "compile": False}
 TWO_RUNNERS = {"runners": 2, "threads": 1, "compile": False}
 IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4} | TWO_RUNNERS
 HALF = {"precision": "bfloat16"}
+ONE_BEHIND = {"runners": 1, "max_age": 1}
 ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
     "impala": {"rlx": IMPALA | {"script": "rlx_train"}, "rllib": IMPALA | {"script": "rllib_impala"}},
     "appo": {"rlx": APPO | {"script": "rlx_train"}, "sample factory": APPO | {"script": "sample_factory_appo"}},
@@ -88,8 +89,9 @@ ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ppo pong": {
         "rlx": PONG | TWO_THREADS | {"script": "rlx_train"},
-        "rlx 2 runners, one behind": PONG | TWO_RUNNERS | {"script": "rlx_train", "max_age": 1},
-        "rlx bfloat16, 2 runners, one behind": PONG | TWO_RUNNERS | {"script": "rlx_train", "max_age": 1} | HALF,
+        "rlx bfloat16": PONG | TWO_THREADS | HALF | {"script": "rlx_train"},
+        "rlx 1 runner, one behind": PONG | TWO_THREADS | ONE_BEHIND | {"script": "rlx_train"},
+        "rlx 1 runner, one behind, bfloat16": PONG | TWO_THREADS | ONE_BEHIND | HALF | {"script": "rlx_train"},
         "sb3": PONG | TWO_THREADS | {"script": "sb3_ppo"},
     },
     "impala pong": {
