@@ -74,8 +74,7 @@ PONG = PPO | {
     "entropy_coef": 0.01,
 }
 TWO_THREADS = {"runners": 0, "threads": 2, "compile": False}
-TWO_RUNNERS = {"runners": 2, "threads": 1, "compile": False}
-IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4} | TWO_RUNNERS
+IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4, "runners": 1}
 HALF = {"precision": "bfloat16"}
 ONE_BEHIND = {"runners": 1, "max_age": 1}
 ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
