@@ -52,7 +52,7 @@ def page(record: dict[str, Any]) -> str:
                 *_rates(runs),
                 "" if is_first else f"{median(ratios):.1f}",
                 "" if is_first else span(ratios, ".1f"),
-                "" if is_first else _judged(f"{aim:g}", median(ratios) >= aim),
+                "" if runs[0]["system"] == "rlx" else _judged(f"{aim:g}", median(ratios) >= aim),
                 *_ages(runs),
                 span([run["returns"] for run in runs if run["returns"] is not None] or [float("nan")], ",.0f"),
             ]
