@@ -16,21 +16,25 @@ from report import describe, machine, markdown_table, publish
 from turns import Round, Run, add_options, rounds_of, span, versions
 from workloads import ASYNCHRONOUS
 
-FASTER_BY = {"impala": 8.0, "appo": 6.0}
+FASTER_BY = {"impala": 8.0, "appo": 6.0, "ppo pong": 1.6}
 """The aims: how many times the env steps/s of the other library."""
 SHARE_KEPT = {"PPO": None, "IMPALA": 0.75}
 """The aims: what is left of the env steps/s while one of four runners is slow."""
 
+SHARE_OF_LIMIT = 0.6
+"""The aim: what part of the env steps/s that emulator and arithmetic alone would leave on all cores."""
+
 
 def main() -> None:
     """Run the benchmark."""
+    make = {"slow runner": slow_runner_page, "impala pong": limit_page}
     options = _parse()
     for work in options.work:
         conditions = machine()
         more = {"work": work, "seconds": options.seconds}
         for rounds in rounds_of({name: job | more for name, job in ASYNCHRONOUS[work].items()}, options):
             record = {"job": more, "machine": conditions, "rounds": rounds}
-            publish(options.out, work, record, (slow_runner_page if work == "slow runner" else page)(record))
+            publish(options.out, work, record, make.get(work, page)(record))
 
 
 def page(record: dict[str, Any]) -> str:
@@ -48,7 +52,7 @@ def page(record: dict[str, Any]) -> str:
                 *_rates(runs),
                 "" if is_first else f"{median(ratios):.1f}",
                 "" if is_first else span(ratios, ".1f"),
-                "" if is_first else _judged(f"{aim:g}", median(ratios) >= aim),
+                "" if runs[0]["system"] == "rlx" else _judged(f"{aim:g}", median(ratios) >= aim),
                 *_ages(runs),
                 span([run["returns"] for run in runs if run["returns"] is not None] or [float("nan")], ",.0f"),
             ]
@@ -75,6 +79,34 @@ def slow_runner_page(record: dict[str, Any]) -> str:
             ]
         )
     header = ["algorithm", "env steps/s", "with a slow runner", "share that is left", "range", "aim"]
+    return f"{markdown_table(header, rows)}\n\n{_facts(record)}"
+
+
+def limit_page(record: dict[str, Any]) -> str:
+    """Return the table of how near rlx comes to what the machine can do, and what it was measured with, as markdown.
+
+    A step takes its time in the emulator and its share of a gradient step, of each as one core does it alone, and the
+    limit has all cores at that without a break; with "acting", a forward pass for every action as well.
+    """
+    cores = record["machine"]["cores"]
+    rounds: list[Round] = record["rounds"]
+    rates = {name: [one[name]["steps_per_s"] for one in rounds] for name in rounds[0]}
+    rows = []
+    for name in ("emulator", "arithmetic", "acting"):
+        rows.append([f"{name}, one core", *_rates([one[name] for one in rounds]), "", "", ""])
+    for names, aim in ((("emulator", "arithmetic"), SHARE_OF_LIMIT), (("emulator", "arithmetic", "acting"), None)):
+        limits = [cores / sum(1 / rates[name][number] for name in names) for number in range(len(rounds))]
+        shares = [rate / limit for rate, limit in zip(rates["rlx"], limits, strict=True)]
+        judged = "" if aim is None else _judged(f"{aim}", median(shares) >= aim)
+        rows.append(
+            [
+                f"limit: {' and '.join(names)}, {cores} cores",
+                *(f"{median(limits):,.0f}", span(limits, ",.0f"), f"{median(shares):.2f}", span(shares, ".2f"), judged),
+            ]
+        )
+    runs = [one["rlx"] for one in rounds]
+    rows.append([f"rlx, {runs[0]['version']}", *_rates(runs), "", "", ""])
+    header = ["", "env steps/s", "lowest to highest", "rlx's share of it", "range", "aim"]
     return f"{markdown_table(header, rows)}\n\n{_facts(record)}"
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 PACKAGES = {
-    "sb3": ["torch==2.13.0", "stable-baselines3==2.9.2", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0"],
+    "sb3": [
+        *("torch==2.13.0", "stable-baselines3==2.9.2", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0"),
+        *("ale-py==0.12.1", "opencv-python-headless==5.0.0.93"),
+    ],
     # Ray pins gymnasium to 1.2.2.
     "rllib": ["torch==2.13.0", "ray[rllib]==2.60.0", "gymnasium[classic-control,mujoco]==1.2.2", "mujoco==4.0.0"],
     # Sample Factory needs a gymnasium below 1.0 and a numpy below 2.

@@ -61,6 +61,22 @@ APPO = TOGETHER | {
 SLEEPY = {"env": "SleepyCartPole", "runners": 4, "envs": 16, "fragment_length": 32, "script": "rlx_train"}
 SYNCHRONOUS = CARTPOLE | SLEEPY | {"threads": 1, "compile": False}
 NOBODY_WAITS = IMPALA | SLEEPY
+PONG = PPO | {
+    "env": "ALE/Pong-v5",
+    # What Stable-Baselines3 does to an Atari game.
+    "atari": {"sticky_actions": 0.0, "noop_max": 30, "fire_reset": True, "episodic_life": True},
+    "envs": 8,
+    "fragment_length": 128,
+    "epochs": 4,
+    "minibatch_size": 256,
+    "lr": 2.5e-4,
+    "clip_range": 0.1,
+    "entropy_coef": 0.01,
+}
+TWO_THREADS = {"runners": 0, "threads": 2, "compile": False}
+IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4, "runners": 1}
+HALF = {"precision": "bfloat16"}
+ONE_BEHIND = {"runners": 1, "max_age": 1}
 ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
     "impala": {"rlx": IMPALA | {"script": "rlx_train"}, "rllib": IMPALA | {"script": "rllib_impala"}},
     "appo": {"rlx": APPO | {"script": "rlx_train"}, "sample factory": APPO | {"script": "sample_factory_appo"}},
@@ -69,6 +85,19 @@ ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
         "PPO, one slow": SYNCHRONOUS | {"slow_runners": 1},
         "IMPALA": NOBODY_WAITS | {"slow_runners": 0},
         "IMPALA, one slow": NOBODY_WAITS | {"slow_runners": 1},
+    },
+    "ppo pong": {
+        "rlx 1 runner, one behind": PONG | TWO_THREADS | ONE_BEHIND | {"script": "rlx_train"},
+        "rlx": PONG | TWO_THREADS | {"script": "rlx_train"},
+        "rlx bfloat16": PONG | TWO_THREADS | HALF | {"script": "rlx_train"},
+        "rlx 1 runner, one behind, bfloat16": PONG | TWO_THREADS | ONE_BEHIND | HALF | {"script": "rlx_train"},
+        "sb3": PONG | TWO_THREADS | {"script": "sb3_ppo"},
+    },
+    "impala pong": {
+        "emulator": IMPALA_PONG | {"script": "rlx_limit", "of": "emulator"},
+        "arithmetic": IMPALA_PONG | {"script": "rlx_limit", "of": "arithmetic"},
+        "acting": IMPALA_PONG | {"script": "rlx_limit", "of": "acting"},
+        "rlx": IMPALA_PONG | {"script": "rlx_train"},
     },
 }
 """Of benchmarks/asynchronous.py: by work and system."""

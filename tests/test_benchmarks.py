@@ -116,6 +116,17 @@ def test_a_run_that_slips_after_its_goal_is_told_from_one_that_stays(monkeypatch
     assert "| `impala` | 1 of 2 | 4.0 (4.0 to 4.0) | 20 | 410 | 490 | 40 | 3.0, 4 |" in stays_solved.page(record)
 
 
+def test_the_limit_is_what_all_cores_could_do_one_thing_after_the_other(monkeypatch):
+    """2 cores at 1/1000 + 1/250 s a step: 400 steps/s; with acting at 1/200 s on top of it, 200."""
+    asynchronous = load("asynchronous.py", monkeypatch)
+    rates = {"emulator": 1000, "arithmetic": 250, "acting": 200, "rlx": 300}
+    rounds = [{name: run_of(rate, "1") | {"system": name} for name, rate in rates.items()}]
+    record = {"machine": load("report.py", monkeypatch).machine() | {"cores": 2}, "job": {"seconds": 60}}
+    page = asynchronous.limit_page(record | {"rounds": rounds})
+    assert "| limit: emulator and arithmetic, 2 cores | 400 | 400 to 400 | 0.75 | 0.75 to 0.75 | 0.6 |" in page
+    assert "| limit: emulator and arithmetic and acting, 2 cores | 200 | 200 to 200 | 1.50 |" in page
+
+
 def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeypatch):
     report = load("report.py", monkeypatch)
     (tmp_path / "benchmarks.md").write_text("# A\n<!-- begin a -->\nold\n<!-- end a -->\n# B\n")

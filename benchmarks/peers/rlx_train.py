@@ -96,12 +96,13 @@ def config(job: SimpleNamespace) -> Any:
     return (
         CONFIGS[job.algorithm]()
         .environment(**environment)
+        .atari(**getattr(job, "atari", {}))
         .env_runners(
             num_env_runners=job.runners,
             num_envs_per_env_runner=job.envs // max(1, job.runners),
             rollout_fragment_length=job.fragment_length,
         )
-        .model(hidden=tuple(job.hidden), activation=job.activation)
+        .model(hidden=tuple(job.hidden), activation=job.activation, precision=getattr(job, "precision", "float32"))
         .training(**{name: value for name, value in vars(job).items() if name in TRAINING})
         .learners(compile=job.compile, torch_threads=job.threads, device="cpu")
         .runtime(seed=job.seed)

@@ -1,9 +1,10 @@
 """Adam on one buffer is torch's Adam."""
 
+import numpy as np
 import pytest
 import torch
 
-from rlx.learner.adam import FlatAdam
+from rlx.learner.adam import LARGE, FlatAdam
 
 
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-5])
@@ -46,3 +47,23 @@ def test_adam_continues_bit_for_bit_from_its_state():
     for gradient in gradients[3:]:
         resumed.step(gradient, 0.01)
     assert torch.equal(resumed.data, straight.data)
+
+
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_steps_are_those_of_the_formula_and_go_on_from_a_state(size):
+    """Kingma & Ba, algorithm 1, in float64; the third step is made by another optimizer that got the state."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=generator) for _ in range(3)]
+    data = torch.randn(size, generator=generator)
+    expected, mean, square = data.double().numpy().copy(), np.zeros(size), np.zeros(size)
+    adam = FlatAdam(data, epsilon=1e-5)
+    for step, (gradient, lr) in enumerate(zip(gradients, (0.1, 0.2, 0.05), strict=True), 1):
+        if step == 3:
+            state, adam = adam.get_state(), FlatAdam(data, epsilon=1e-5)
+            adam.set_state(state)
+        adam.step(gradient.clone(), lr)
+        g = gradient.double().numpy()
+        mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
+        expected -= lr * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + 1e-5)
+    np.testing.assert_allclose(data.numpy(), expected, rtol=0, atol=2e-6)
+    assert adam.get_state()["steps"] == 3
