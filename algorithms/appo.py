@@ -24,6 +24,7 @@ from rlx.functional.advantages import next_values, vtrace
 from rlx.functional.kl import k3
 from rlx.functional.losses import clipped_surrogate, squared_error
 from rlx.functional.masking import standardize, weighted_sum
+from rlx.learner.gradient import with_derivatives
 from rlx.learner.replay import CircularReplay
 from rlx.metrics import Metrics, mean_metrics
 from rlx.settings import Schedule, Settings, TrainingSection
@@ -86,6 +87,34 @@ class APPOConfig(AlgorithmConfig, training=APPOTraining):
             )
 
 
+def loss_derivatives(
+    new_logp: np.ndarray,
+    entropy: np.ndarray,
+    value: np.ndarray,
+    minibatch: Any,
+    coefficients: Mapping[str, float],
+    training: APPOTraining,
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
+    """Return the derivatives of `APPO.loss` by new_logp, entropy and value, all [N], and its stats; see ppo.py."""
+    clip_range, weight = coefficients["clip_range"], minibatch.weight
+    log_ratio = new_logp - minibatch.old_logp
+    ratio = np.exp(log_ratio)
+    surrogate = ratio * minibatch.advantage
+    bound = minibatch.advantage + clip_range * np.abs(minibatch.advantage)
+    error = value - minibatch.return_
+    stats = {
+        "policy_loss": -float(np.vdot(np.minimum(surrogate, bound), weight)),
+        "value_loss": float(np.vdot(error * error, weight)),
+        "entropy": float(np.vdot(entropy, weight)),
+        "kl": float(np.vdot(ratio - 1 - log_ratio, weight)),
+        "clip_fraction": float(np.vdot(np.abs(ratio - 1) > clip_range, weight)),
+    }
+    loss = stats["policy_loss"] + training.value_coef * stats["value_loss"] - training.entropy_coef * stats["entropy"]
+    by_new_logp = (training.kl_coef * (ratio - 1) - surrogate * (surrogate <= bound)) * weight
+    derivatives = by_new_logp, -training.entropy_coef * weight, 2 * training.value_coef * error * weight
+    return derivatives, {"loss": loss + training.kl_coef * stats["kl"]} | stats
+
+
 class APPO(Algorithm, config=APPOConfig):
     """Take what has arrived, update with it and with what is left of the last ones, publish."""
 
@@ -135,6 +164,7 @@ class APPO(Algorithm, config=APPOConfig):
         return batch.evaluable("obs", "action", "mask", old_logp=old_logp, advantage=advantage.T, return_=vs.T)
 
     @staticmethod
+    @with_derivatives(loss_derivatives)
     def loss(
         policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: APPOTraining
     ) -> tuple[Tensor, dict[str, Tensor]]:

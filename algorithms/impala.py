@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -24,6 +25,7 @@ from rlx.functional.advantages import next_values, vtrace
 from rlx.functional.kl import k3
 from rlx.functional.losses import squared_error
 from rlx.functional.masking import weighted_sum
+from rlx.learner.gradient import with_derivatives
 from rlx.metrics import Metrics, mean_metrics
 from rlx.settings import Settings, TrainingSection
 from rlx.trajectory import Batch
@@ -89,6 +91,47 @@ def fragments_per_batch(settings: Settings) -> int:
     return batch_size // fragment
 
 
+def corrected(new_logp: Tensor, value: Tensor, minibatch: Batch, training: IMPALATraining) -> tuple[Tensor, Tensor]:
+    """Return V-trace's targets and advantages by the policy of `new_logp` and `value`, all of sequences [S, T]."""
+    value = value.detach()
+    t = minibatch.map(lambda field: field.transpose(0, 1))  # time-major, as V-trace takes it
+    vs, advantage = vtrace(
+        *(t.logp, new_logp.T, t.reward, value.T),
+        next_values(value.T, t.next_value, t.terminated | t.truncated),
+        *(t.terminated, t.truncated, training.gamma),
+        lambda_=training.lambda_,
+        rho_clip=training.rho_clip,
+        c_clip=training.c_clip,
+        pg_rho_clip=training.pg_rho_clip,
+    )
+    return vs.T, advantage.T
+
+
+def loss_derivatives(
+    new_logp: np.ndarray,
+    entropy: np.ndarray,
+    value: np.ndarray,
+    minibatch: Any,
+    coefficients: Mapping[str, float],
+    training: IMPALATraining,
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, float]]:
+    """Return the derivatives of `IMPALA.loss` by new_logp, entropy and value, all [S, T], and its stats; see ppo.py."""
+    weight, log_ratio = minibatch.weight, new_logp - minibatch.logp
+    tensors = torch.from_numpy(new_logp), torch.from_numpy(value), minibatch.map(torch.from_numpy)
+    vs, advantage = (target.numpy() for target in corrected(*tensors, training))
+    error = value - vs
+    stats = {
+        "policy_loss": -float(np.vdot(new_logp * advantage, weight)),
+        "value_loss": float(np.vdot(error * error, weight)),
+        "entropy": float(np.vdot(entropy, weight)),
+        "kl": float(np.vdot(np.exp(log_ratio) - 1 - log_ratio, weight)),
+        "rho_clip_fraction": float(np.vdot(log_ratio > 0, weight)),
+    }
+    loss = stats["policy_loss"] + training.value_coef * stats["value_loss"] - training.entropy_coef * stats["entropy"]
+    derivatives = -advantage * weight, -training.entropy_coef * weight, 2 * training.value_coef * error * weight
+    return derivatives, {"loss": loss} | stats
+
+
 class IMPALA(Algorithm, config=IMPALAConfig):
     """Take what has arrived, update, publish."""
 
@@ -105,22 +148,15 @@ class IMPALA(Algorithm, config=IMPALAConfig):
         return mean_metrics(history)
 
     @staticmethod
+    @with_derivatives(loss_derivatives)
     def loss(
         policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: IMPALATraining
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return IMPALA's loss and stats, of sequences [S, T]; every mean is a sum weighted by `minibatch.weight`."""
         new_logp, entropy, value = policy.evaluate(minibatch)
-        t = minibatch.map(lambda field: field.transpose(0, 1))  # time-major, as V-trace takes it
-        next_value = next_values(value.detach().T, t.next_value, t.terminated | t.truncated)
-        vs, advantage = vtrace(
-            *(t.logp, new_logp.T, t.reward, value.T, next_value, t.terminated, t.truncated, training.gamma),
-            lambda_=training.lambda_,
-            rho_clip=training.rho_clip,
-            c_clip=training.c_clip,
-            pg_rho_clip=training.pg_rho_clip,
-        )
-        policy_loss = -weighted_sum(new_logp * advantage.T, minibatch.weight)
-        value_loss = weighted_sum(squared_error(value, vs.T), minibatch.weight)
+        vs, advantage = corrected(new_logp, value, minibatch, training)
+        policy_loss = -weighted_sum(new_logp * advantage, minibatch.weight)
+        value_loss = weighted_sum(squared_error(value, vs), minibatch.weight)
         entropy = weighted_sum(entropy, minibatch.weight)
         with torch.no_grad():
             stats = {

@@ -9,6 +9,11 @@ PACKAGES = {
     "sb3": ["torch==2.13.0", "stable-baselines3==2.9.2", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0"],
     # Ray pins gymnasium to 1.2.2.
     "rllib": ["torch==2.13.0", "ray[rllib]==2.60.0", "gymnasium[classic-control,mujoco]==1.2.2", "mujoco==4.0.0"],
+    # Sample Factory needs a gymnasium below 1.0 and a numpy below 2.
+    "sample_factory": [
+        *("torch==2.13.0", "sample-factory==2.1.1", "gymnasium[classic-control]==0.29.1", "numpy==1.26.4"),
+        "setuptools==80.9.0",  # whose pkg_resources it imports
+    ],
     "rlox": ["torch==2.13.0", "rlox==1.2.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0"],
 }
 INSTALL_TIMEOUT_S = 1800

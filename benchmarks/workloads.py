@@ -2,15 +2,8 @@
 
 from typing import Any
 
-PPO = {
-    "gamma": 0.99,
-    "lambda_": 0.95,
-    "clip_range": 0.2,
-    "value_coef": 0.5,
-    "max_grad_norm": 0.5,
-    "hidden": [64, 64],
-    "activation": "tanh",
-}
+NETS = {"hidden": [64, 64], "activation": "tanh", "gamma": 0.99, "value_coef": 0.5}
+PPO = NETS | {"algorithm": "ppo", "lambda_": 0.95, "clip_range": 0.2, "max_grad_norm": 0.5}
 CARTPOLE = PPO | {
     "envs": 16,
     "fragment_length": 128,
@@ -25,17 +18,57 @@ WORK: dict[str, dict[str, Any]] = {
     "halfcheetah": CHEETAH | {"env": "HalfCheetah-v5", "iterations": 20},
     "costly": CARTPOLE | {"env": "CostlyCartPole", "iterations": 8},
 }
+"""Of benchmarks/ppo.py."""
+
 ALONE = {"runners": 0, "threads": 1, "compile": False}
+RLX, SB3, RLLIB = (ALONE | {"script": script} for script in ("rlx_train", "sb3_ppo", "rllib_ppo"))
 SYSTEMS: dict[str, dict[str, Any]] = {
-    "rlx": ALONE,
-    "rlx compiled": ALONE | {"compile": True},
-    "rlx 1 runner": ALONE | {"runners": 1},
-    "rlx 2 runners": ALONE | {"runners": 2},
-    "sb3": ALONE,
-    "sb3 2 threads": ALONE | {"threads": 2},
-    "rllib": ALONE,
-    "rllib 2 runners": ALONE | {"runners": 2},
-    "rlox": ALONE,
+    "rlx": RLX,
+    "rlx compiled": RLX | {"compile": True},
+    "rlx 1 runner": RLX | {"runners": 1},
+    "rlx 2 runners": RLX | {"runners": 2},
+    "rlx 1 runner, one behind": RLX | {"runners": 1, "max_age": 1},
+    "rlx 2 runners, one behind": RLX | {"runners": 2, "max_age": 1},
+    "sb3": SB3,
+    "sb3 2 threads": SB3 | {"threads": 2},
+    "rllib": RLLIB,
+    "rllib 2 runners": RLLIB | {"runners": 2},
+    "rlox": ALONE | {"script": "rlox_ppo"},
 }
 RUNS_ONLY = {"costly": ("rlx", "rlx 1 runner", "rlx 2 runners")}
 """Workloads that ask about env runners alone, with the systems that answer."""
+
+TOGETHER = NETS | {"runners": 2, "threads": 1, "compile": False, "env": "CartPole-v1", "envs": 16, "entropy_coef": 0.01}
+IMPALA = TOGETHER | {
+    "algorithm": "impala",
+    "fragment_length": 32,
+    "batch_size": 512,
+    "lr": 5e-4,
+    "max_grad_norm": 40.0,
+}
+APPO = TOGETHER | {
+    "algorithm": "appo",
+    "fragment_length": 128,
+    "batch_size": 2048,
+    "epochs": 4,
+    "minibatch_size": 256,
+    "lr": 1e-3,
+    "lambda_": 0.95,
+    "clip_range": 0.2,
+    "max_grad_norm": 0.5,
+}
+# Every step sleeps a millisecond, as if its environment were on another machine; those of one runner ten.
+SLEEPY = {"env": "SleepyCartPole", "runners": 4, "envs": 16, "fragment_length": 32, "script": "rlx_train"}
+SYNCHRONOUS = CARTPOLE | SLEEPY | {"threads": 1, "compile": False}
+NOBODY_WAITS = IMPALA | SLEEPY
+ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
+    "impala": {"rlx": IMPALA | {"script": "rlx_train"}, "rllib": IMPALA | {"script": "rllib_impala"}},
+    "appo": {"rlx": APPO | {"script": "rlx_train"}, "sample factory": APPO | {"script": "sample_factory_appo"}},
+    "slow runner": {
+        "PPO": SYNCHRONOUS | {"slow_runners": 0},
+        "PPO, one slow": SYNCHRONOUS | {"slow_runners": 1},
+        "IMPALA": NOBODY_WAITS | {"slow_runners": 0},
+        "IMPALA, one slow": NOBODY_WAITS | {"slow_runners": 1},
+    },
+}
+"""Of benchmarks/asynchronous.py: by work and system."""

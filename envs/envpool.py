@@ -6,6 +6,7 @@ kwargs. The `atari` section of the settings does not reach them.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -22,10 +23,7 @@ class EnvPool(VectorEnv[Any, Any, Any]):
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
 
     def __init__(self, task: str, num_envs: int, **options: Any) -> None:
-        try:
-            import envpool
-        except ImportError as error:
-            raise MissingExtra("rlx.envs.envpool needs envpool: pip install 'rlx[envpool]'.") from error
+        envpool = _envpool()
         if task not in envpool.list_all_envs():
             raise EnvError(f"EnvPool has no task {task!r}; envpool.list_all_envs() lists those that it has.")
         if "batch_size" in options:
@@ -45,12 +43,10 @@ class EnvPool(VectorEnv[Any, Any, Any]):
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Return the first observations of new episodes."""
-        import envpool
-
         if seed is not None or self._pool is None:
             task, arguments = self._arguments
             self.close()
-            self._pool = envpool.make(task, **arguments, seed=0 if seed is None else seed)
+            self._pool = _envpool().make(task, **arguments, seed=0 if seed is None else seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as above, when its spaces are first asked for
             return self._pool.reset()
@@ -64,3 +60,10 @@ class EnvPool(VectorEnv[Any, Any, Any]):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+
+def _envpool() -> Any:
+    try:
+        return importlib.import_module("envpool")
+    except ImportError as error:
+        raise MissingExtra("rlx.envs.envpool needs envpool: pip install 'rlx[envpool]'.") from error

@@ -1,7 +1,7 @@
 """CartPole-v1 without its velocities: what is seen is where things are, not where they go.
 
 Two successive observations tell what one does not, so a policy needs a memory. The best return is CartPole's, 500;
-policies without a memory stay below about 60.
+PPO without a memory stays at 45 after 200,000 steps.
 """
 
 from __future__ import annotations

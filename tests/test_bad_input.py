@@ -220,7 +220,7 @@ def test_every_wrong_setting_is_named_at_once(capsys):
 
 
 YAML_FILES = {
-    "empty": (b"", "algorithm is not given; write algorithm: NAME, where the shipped ones are ppo"),
+    "empty": (b"", "algorithm is not given; write algorithm: NAME, where the shipped ones are appo, impala, ppo"),
     "binary": (b"\xff\xfe\x00", "bad.yaml cannot be read"),
     "a list": (b"- 1", "bad.yaml is [1]; it must be a mapping of sections"),
     "a tab": (b"algorithm: ppo\n\tx: 3\n", "bad.yaml:2: this is not YAML"),
@@ -324,7 +324,7 @@ def test_an_error_in_the_middle_leaves_an_algorithm_that_trains_on():
                 raise ZeroDivisionError("once")
             return super().step(action)
 
-    config = PPOConfig().environment(RaisesOnce).training(epochs=1, minibatch_size=32)
+    config = PPOConfig().environment(RaisesOnce, vectorization="in_place").training(epochs=1, minibatch_size=32)
     config.env_runners(num_envs_per_env_runner=2, rollout_fragment_length=20).fault_tolerance(on_env_error="raise")
     with config.build() as algorithm:
         assert algorithm.train()["env_steps"] == 40

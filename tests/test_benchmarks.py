@@ -56,8 +56,64 @@ def test_the_clock_leaves_the_first_iteration_out(monkeypatch, capsys):
 def test_a_system_that_ends_early_reports_nothing(monkeypatch):
     clock = load("peers/measured.py", monkeypatch).Clock(SimpleNamespace(iterations=2, work="cartpole"))
     clock.end_iteration(10)
-    with pytest.raises(SystemExit, match="rlx ended after 1 iterations, not 3"):
+    with pytest.raises(SystemExit, match="rlx ended after 1 iterations, before 2 were measured"):
         clock.report("rlx", "1", threads=1, returns=None)
+
+
+def test_a_countdown_ends_with_the_first_iteration_after_its_seconds(monkeypatch, capsys):
+    """The first iteration is left out here, too: 30 steps in the 6 seconds after it."""
+    measured = load("peers/measured.py", monkeypatch)
+    now = iter([100.0, 104.5, 106.0])
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: next(now))
+    clock = measured.clock_of(SimpleNamespace(seconds=5, work="impala"))
+    assert [clock.end_iteration(env_steps) for env_steps in (10, 18)] == [False, False]
+    with pytest.raises(SystemExit, match="rlx ended after 2 iterations, before 5 s had passed"):
+        clock.report("rlx", "1", threads=1, returns=None)
+    assert clock.end_iteration(40)
+    clock.report("rlx", "1", threads=1, returns=None)
+    assert json.loads(capsys.readouterr().out)["steps_per_s"] == 5.0
+
+
+def test_an_aim_is_judged_by_the_median_of_the_ratios(monkeypatch):
+    """Ratios 4, 9 and 20 have the median 9, which meets 8; the best of them would not count, nor the worst."""
+    asynchronous = load("asynchronous.py", monkeypatch)
+    record = {"machine": load("report.py", monkeypatch).machine(), "job": {"work": "impala", "seconds": 60}}
+    ages = {"age_mean": 2.25, "age_max": 5, "max_age": 8, "system": "rlx"}
+    rates = [(4000, 1000), (9000, 1000), (20000, 1000)]
+    rounds = [{"rlx": run_of(a, "1") | ages, "rllib": run_of(b, "2") | {"system": "rllib"}} for a, b in rates]
+    page = asynchronous.page(record | {"rounds": rounds})
+    assert "| rlx, 1 | 9,000 | 4,000 to 20,000 |  |  |  | 2.2 | 5 | 8 | 20 to 20 |" in page
+    assert "| rllib, 2 | 1,000 | 1,000 to 1,000 | 9.0 | 4.0 to 20.0 | 8 |  |  |  | 20 to 20 |" in page
+    page = asynchronous.page(record | {"rounds": rounds[:1]})
+    assert "| 4.0 | 4.0 to 4.0 | 8, missed |" in page
+
+
+def test_what_a_slow_runner_leaves_is_a_share_of_each_algorithms_own_rate(monkeypatch):
+    asynchronous = load("asynchronous.py", monkeypatch)
+    rates = {"PPO": 1000, "PPO, one slow": 100, "IMPALA": 2000, "IMPALA, one slow": 1400}
+    rounds = [{name: run_of(rate, "1") | {"system": "rlx"} for name, rate in rates.items()}]
+    record = {"machine": load("report.py", monkeypatch).machine(), "job": {"seconds": 60}, "rounds": rounds}
+    page = asynchronous.slow_runner_page(record)
+    assert "| PPO | 1,000 | 100 | 0.10 | 0.10 to 0.10 |  |" in page
+    assert "| IMPALA | 2,000 | 1,400 | 0.70 | 0.70 to 0.70 | 0.75, missed |" in page
+
+
+def test_a_run_that_slips_after_its_goal_is_told_from_one_that_stays(monkeypatch):
+    stays_solved = load("stays_solved.py", monkeypatch)
+    returns = [None, 300.0, 480.0, 410.0, 500.0]
+    rows = [
+        {"episode_return_mean": value, "time/total_s": 2.0 * n, "env_steps": 10 * n, "dropped_env_steps": 0}
+        | {"age_mean": 1.0 + n, "age_max": n}
+        for n, value in enumerate(returns)
+    ]
+    said = stays_solved.summary(rows, 475)
+    assert (said["solved_s"], said["solved_env_steps"], said["lowest_after"], said["last"]) == (4.0, 20, 410.0, 500.0)
+    assert (said["age_mean"], said["age_max"]) == (3.0, 4)
+    missed = stays_solved.summary(rows, 501)
+    assert missed["solved_s"] is missed["lowest_after"] is None
+    runs = [{"config": "impala", "evaluation": 490.0, "busy_cores_before": 0.1, **one} for one in (said, missed)]
+    record = {"machine": load("report.py", monkeypatch).machine(), "seconds": 60, "runs": runs}
+    assert "| `impala` | 1 of 2 | 4.0 (4.0 to 4.0) | 20 | 410 | 490 | 40 | 3.0, 4 |" in stays_solved.page(record)
 
 
 def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeypatch):

@@ -473,6 +473,19 @@ def test_a_run_of_the_command_line_stops_at_the_callback_s_word_and_resumes(modu
     assert main(["eval", "run", "--episodes", "1"]) == 0
 
 
+def test_the_command_line_names_the_callback_that_made_a_mistake(module, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "patient.py").write_text(
+        MODULE.replace('algo.request_stop("patience is over")', 'algo.call_envs("set_task", {1})')
+    )
+    text = "algorithm: ppo\nenvironment: {id: CartPole-v1}\ncallbacks: [patient:Patience]\nstop: {iterations: 3}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    assert main(["train", "tiny.yaml", "--run-dir", "run"]) == 2
+    printed = capsys.readouterr().err
+    assert "rlx: error: set_task of the environments cannot be changed" in printed
+    assert "\nin the callback Patience.on_train_result()\n" in printed
+
+
 @pytest.mark.parametrize(
     "written, sentence",
     [
@@ -494,6 +507,10 @@ def test_what_is_no_callback_is_one_sentence(module, written, sentence):
 def test_what_makes_no_callback_is_refused_at_the_start():
     with pytest.raises(ConfigError, match=r"callbacks: .*:Levels made a Levels, not a rlx\.Callback\."):
         config(Levels).build()
+    with pytest.raises(
+        ConfigError, match=r"callbacks: .*:Report cannot be made with {'nme': 3}: got an unexpected keyw"
+    ):
+        config(report(nme=3)).build()
 
 
 def test_two_callbacks_of_a_class_have_states_of_their_own(tmp_path):

@@ -27,14 +27,14 @@ training: {minibatch_size: 16, epochs: 1}
 
 
 def test_every_metric_of_a_ppo_iteration_is_in_the_schema_and_the_other_way_round(tmp_path):
-    """time/evaluation_s is measured by `fit`, around the evaluation; frames are in Atari runs only."""
+    """time/evaluation_s is measured by `fit`, around the evaluation; the others are of Atari runs and of IMPALA."""
     (tmp_path / "small.yaml").write_text(SMALL_PPO)
     algorithm = load_config(tmp_path / "small.yaml").build()
     try:
         metrics = algorithm.train() | algorithm.evaluate(1)
     finally:
         algorithm.close()
-    assert metrics.keys() | {"time/evaluation_s", "frames"} == METRICS.keys()
+    assert metrics.keys() | {"time/evaluation_s", "frames", "learner/rho_clip_fraction"} == METRICS.keys()
 
 
 def test_the_window_holds_the_last_episodes_only():

@@ -104,6 +104,7 @@ KILLED = {
         6,
         {"learners": "{num_learners: 2}", "training": "{epochs: 2, minibatch_size: 32, lr: 1.0e-3}"},
     ),
+    "memory": (CARTPOLE, 7, {"model": "{hidden: [8], memory: lstm, memory_size: 8, sequence_length: 12}"}),
 }
 
 

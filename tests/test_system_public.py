@@ -244,7 +244,7 @@ def test_every_metric_of_a_run_is_documented():
     with made.build("run") as algorithm:
         algorithm.fit()
     for row in read_metrics(Path("run/metrics.jsonl")):
-        assert row.keys() == METRICS.keys()
+        assert row.keys() == METRICS.keys() - {"frames", "learner/rho_clip_fraction"}  # of Atari, of IMPALA
         parts = [row[f"time/{part}_s"] for part in ("env", "inference", "learn", "transfer", "wait", "other")]
         assert sum(parts) == pytest.approx(row["time/iteration_s"], rel=0.05, abs=1e-3)
 

@@ -23,7 +23,7 @@ from rlx.errors import ConfigError, RlxError
 from rlx.fitting import fit
 from rlx.inference import Evaluator, policy_builder
 from rlx.learner.learner_group import LearnersLost
-from rlx.metrics import Clock, EpisodeWindow, Metrics
+from rlx.metrics import COUNTERS, Clock, EpisodeWindow, Metrics
 from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.sample import Sample
@@ -35,17 +35,6 @@ from rlx.section import plain
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
-
-COUNTERS = (
-    "iteration",
-    "env_steps",
-    "dropped_env_steps",
-    "episodes",
-    "env_failures",
-    "runner_restarts",
-    "learner_restarts",
-)
-"""Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
 
 
 class Algorithm(ABC):

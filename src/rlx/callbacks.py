@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -169,9 +170,13 @@ def make_callbacks(specs: Sequence[CallbackSpec]) -> list[Callback]:
         if isinstance(make, str):
             module, _, name = make.partition(":")
             make = attrgetter(name)(importlib.import_module(module))
+        try:
+            inspect.signature(make).bind(**spec.kwargs)
+        except TypeError as error:
+            raise ConfigError(f"callbacks: {spelled(make)} cannot be made with {spec.kwargs}: {error}.") from error
         callback = make(**spec.kwargs)
         if not isinstance(callback, Callback):
-            raise ConfigError(f"callbacks: {spelled(spec.make)} made a {type(callback).__name__}, not a rlx.Callback.")
+            raise ConfigError(f"callbacks: {spelled(make)} made a {type(callback).__name__}, not a rlx.Callback.")
         made.append(callback)
     return made
 

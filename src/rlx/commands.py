@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlx.errors import CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
+from rlx.errors import CALLBACK_NOTE, CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
 
 if TYPE_CHECKING:
     from rlx.config import AlgorithmConfig
@@ -125,7 +125,8 @@ def plot(options: argparse.Namespace) -> None:
 
 def report(error: RlxError) -> int:
     """Print an error without its traceback; return the exit code."""
-    print(f"rlx: error: {error}", file=sys.stderr)
+    blame = [note for note in getattr(error, "__notes__", ()) if note.startswith(CALLBACK_NOTE)]
+    print("\n".join([f"rlx: error: {error}", *blame]), file=sys.stderr)
     return 2 if isinstance(error, BAD_INPUT) else 1
 
 

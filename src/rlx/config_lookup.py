@@ -168,7 +168,8 @@ def _check_gymnasium_id(id: str, subject: str) -> None:
     # What gymnasium dropped stays registered, with a function that raises in place of the class.
     alive = [name for name, spec in registry.items() if not getattr(spec.entry_point, "__name__", "").startswith("_")]
     if id not in alive:
-        raise ConfigError(f"{subject}; gymnasium has no such environment.{did_you_mean(id, alive, count=3)}")
+        near = [name for name in alive if ("/" in name) == ("/" in id)]  # a thousand ids of games are like anything
+        raise ConfigError(f"{subject}; gymnasium has no such environment.{did_you_mean(id, near, count=3)}")
     for prefix, (package, cure) in _PACKAGES.items():
         if str(registry[id].entry_point).startswith(prefix) and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{subject}; it needs {package}, which is not installed: {cure}.")

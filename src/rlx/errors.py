@@ -18,7 +18,11 @@ RlxError
 A message is one sentence that says what is wrong, the value seen, what is allowed, and what to do.
 An exception raised inside an actor's method arrives as itself, with the remote traceback as a note;
 `RemoteError` stands in only where the original cannot be unpickled.
+An exception in a callback arrives as itself, too, with a note that names callback and point.
 """
+
+CALLBACK_NOTE = "in the callback"
+"""How that note begins."""
 
 
 class RlxError(Exception):

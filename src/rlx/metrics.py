@@ -77,6 +77,18 @@ def mean_metrics(rows: Sequence[Metrics]) -> Metrics:
     return {name: fmean(value for row in rows if (value := row.get(name)) is not None) for name in names}
 
 
+COUNTERS = (
+    "iteration",
+    "env_steps",
+    "dropped_env_steps",
+    "episodes",
+    "env_failures",
+    "runner_restarts",
+    "learner_restarts",
+)
+"""Attributes of an Algorithm that every row of metrics and every checkpoint holds."""
+
+
 class EpisodeWindow:
     """Returns and lengths of the last `size` episodes."""
 

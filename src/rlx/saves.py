@@ -79,7 +79,7 @@ class Saves:
             )
             restarts = a.runner_restarts, a.learner_restarts + 1
             try:
-                a.set_state(state)
+                a.set_state(copy.deepcopy(state))  # who continues may go on with the very objects
                 return
             except LearnersLost as again:
                 lost = again

@@ -87,7 +87,8 @@ class EnvironmentSection(Section):
     vectorization: Literal["auto", "native", "in_place", "processes", "first_ready"] = "auto"
     """native: the environment's own vector version; in_place: a loop in the runner; processes: loops in processes of
     their own; first_ready: such that do not wait for each other, for steps of uneven length; auto: native where there
-    is one, else in_place or processes, which give equal numbers, as a short measurement finds faster; it is logged."""
+    is one, else in_place or processes, which give equal numbers, as a short measurement finds faster; it is logged.
+    What is passed in Python and not by name is not measured, but stepped in_place."""
     num_processes: int | None = Field(default=None, gt=0)
     """Processes that the environments of one runner are shared out to; null: one for each core that it may use. More
     pay only where environments wait for something else than the CPU."""
@@ -158,6 +159,9 @@ class ModelSection(Section):
     images; impala_cnn: the deeper one of Espeholt et al. 2018. Images beside numbers also have the hidden layers."""
     share_encoder: bool | Literal["auto"] = "auto"
     """Whether policy and value function share one encoder; auto: where there are images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What convolutions are computed in; parameters and all else stay float32. bfloat16 is several times faster where
+    the processor has instructions for it, and rounds features to three digits."""
     custom: Annotated[
         str | Callable[..., Any] | None,
         Allowed("an import path pkg.module:Class, or a class of a torch module"),

@@ -11,6 +11,7 @@ from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPO, PPOConfig, PPOTraining
 from rlx.envs.masked_cartpole import MaskedCartPole
 from rlx.envs.recall import Recall
+from rlx.envs.switchboard import Switchboard
 from rlx.errors import ConfigError, EnvError
 
 
@@ -103,6 +104,21 @@ def test_the_ratio_of_every_minibatch_is_one_before_the_first_step(vectorization
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
     assert inner_resets > 20
     assert sum(minibatch.mask.sum().item() for minibatch, _ in Probe.seen) == metrics["env_steps"]
+
+
+def test_a_memory_stands_between_any_observation_and_any_action():
+    """Image, numbers and action mask; an index and a number; 10 steps as three sequences of 4, padded with zeros."""
+    Probe.seen.clear()
+    made = config(Switchboard, kind=ProbeConfig, lr=0.0, epochs=1, minibatch_size=64).model(sequence_length=4)
+    made.environment(kwargs={"length": 7}).env_runners(rollout_fragment_length=10, num_envs_per_env_runner=8)
+    with made.build() as algorithm:
+        for _ in range(2):
+            assert algorithm.train()["learner/kl"] == pytest.approx(0, abs=1e-6)
+    masks = torch.cat([minibatch.mask for minibatch, _ in Probe.seen])
+    assert masks.shape == (2 * 3 * 8, 4) and (~masks[:, :2]).sum() == 0 and (~masks[:, 2:]).sum() == 2 * 2 * 8
+    for minibatch, new_logp in Probe.seen:
+        assert new_logp.isfinite().all(), "also where an observation of zeros forbids every action"
+        torch.testing.assert_close(new_logp[minibatch.mask], minibatch.logp[minibatch.mask], rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_with_a_memory_goes_on_from_its_checkpoint_as_if_never_interrupted(tmp_path):

@@ -189,7 +189,7 @@ def test_masked_steps_count_nowhere():
 
 def test_actions_are_stored_as_sampled_and_clipped_only_for_the_environment():
     """C13: Pendulum takes [-2, 2]; a standard deviation of e^2 leaves it most of the time."""
-    with config(Recorder).model(log_std_init=2.0).build() as algorithm:
+    with config(Recorder).environment(vectorization="in_place").model(log_std_init=2.0).build() as algorithm:
         sampled = algorithm.sample()
         stored = sampled.action.reshape(-1)
         received = np.array(Recorder.actions).reshape(-1)
@@ -254,7 +254,7 @@ def test_the_reported_return_is_that_of_the_episodes_played():
                 self.total = 0.0
             return obs, reward, terminated, truncated, info
 
-    made.environment(Counting).reporting(window_episodes=10)
+    made.environment(Counting, vectorization="in_place").reporting(window_episodes=10)
     with made.build() as algorithm:
         for _ in range(3):
             metrics = algorithm.train()

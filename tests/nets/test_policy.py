@@ -174,3 +174,27 @@ def test_pictures_without_channels_and_stacks_of_pictures_are_seen_as_planes(sha
     planes = pixels[:, None] if len(shape) == 2 else pixels.movedim(2 if shape[1] == 3 else -1, 2).flatten(1, 2)
     expected = encoder.layers(planes.float() / 255)
     torch.testing.assert_close(encoder(pixels), expected)
+
+
+@pytest.mark.parametrize("encoder", ["cnn", "impala_cnn"])
+def test_bfloat16_is_near_float32_forwards_and_backwards_and_leaves_float32(encoder):
+    pixels = torch.randint(0, 256, (6, 40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    outputs, gradients = [], []
+    for precision in ("float32", "bfloat16"):
+        policy = build_policy(image_space(40, 40, 3), DISCRETE, encoder=encoder, precision=precision, seed=2)
+        features = policy.encoder(pixels)
+        assert features.dtype == torch.float32
+        outputs.append(features)
+        first = layers_of(policy.encoder)[0].weight
+        gradients.append(torch.autograd.grad(features.sum(), first)[0])
+    assert not torch.equal(*outputs)
+    for exact, near in (outputs, gradients):
+        assert (near - exact).norm() < 0.05 * exact.norm()  # 15 layers of rounding to 3 digits
+
+
+def test_the_first_convolution_scales_pixels_by_its_weights():
+    encoder = image_encoder(9, 9, 3)
+    pixels = torch.randint(0, 256, (2, 9, 9, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    convolution = encoder.layers[0]
+    plain = nn.functional.conv2d(pixels.permute(0, 3, 1, 2).float() / 255, convolution.weight, convolution.bias)
+    torch.testing.assert_close(convolution(pixels.permute(0, 3, 1, 2)), plain)

@@ -167,8 +167,8 @@ class RecurrentActing(TorchActing):
         return head, value
 
     def _state_of(self, num_envs: int) -> np.ndarray:
-        """Return the state: empty before the first call, and where there are other environments than before."""
-        if self.state_B is None or len(self.state_B) != num_envs:
+        """Return the state, an empty one before the first call."""
+        if self.state_B is None:
             return np.zeros((num_envs, self.policy.state_size), np.float32)
         return self.state_B
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rlx.errors import ConfigError
 
@@ -22,13 +23,17 @@ MIN_SIDE = 5
 class ImageEncoder(nn.Module):
     """Convolutions over an image, then one linear layer; `kind` is "cnn" (512 features) or "impala_cnn" (256).
 
+    precision "bfloat16" computes them in that type, the features are float32 again; parameters always are.
     uint8 pixels are scaled to [0, 1]. Images are [N, H, W, C] or [N, C, H, W]: the channels are the last axis if it
     is shorter than the first, else the first. [N, H, W] has one channel, a stack of S images [N, S, ...] S x C.
     """
 
-    def __init__(self, shape: tuple[int, ...], generator: torch.Generator, kind: str = "cnn") -> None:
+    def __init__(
+        self, shape: tuple[int, ...], generator: torch.Generator, kind: str = "cnn", precision: str = "float32"
+    ) -> None:
         super().__init__()
         self.planes = Planes(shape)
+        self.is_half = precision == "bfloat16"
         if not self.planes.are_large:
             raise ConfigError(
                 f"an image of shape {shape} is too small for the convolutional encoder (at least {MIN_SIDE} x "
@@ -41,7 +46,27 @@ class ImageEncoder(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """Return features [N, features]."""
-        return self.layers(self.planes(scaled(obs)))
+        planes = self.planes(obs)
+        if not self.is_half:
+            return self.layers(planes)
+        with torch.autocast(obs.device.type, torch.bfloat16):
+            return self.layers(planes).float()
+
+
+class PixelConvolution(nn.Conv2d):
+    """The first convolution of a network: uint8 pixels are scaled to [0, 1] by its weights.
+
+    So no pass over the batch is needed for it, and bfloat16, which holds all integers to 256, holds pixels exactly.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the output for planes [N, C, H, W], uint8 or float32."""
+        device = input.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        weight = self.weight / 255 if input.dtype == torch.uint8 else self.weight
+        # Channels last, the layout for which CPUs and GPUs have the fast kernels: all layers after this one keep it.
+        planes = input.to(dtype, memory_format=torch.channels_last)
+        return functional.conv2d(planes, weight, self.bias, self.stride, self.padding)
 
 
 class Planes(nn.Module):
@@ -106,7 +131,8 @@ def _nature(shape: tuple[int, int, int], generator: torch.Generator) -> tuple[li
     channels, height, width = shape
     layers: list[nn.Module] = []
     for kernel, stride, outputs in NATURE_CONVOLUTIONS if min(height, width) >= 36 else SMALL_CONVOLUTIONS:
-        layers += [orthogonal(nn.Conv2d(channels, outputs, kernel, stride), math.sqrt(2), generator), nn.ReLU()]
+        convolution = (nn.Conv2d if layers else PixelConvolution)(channels, outputs, kernel, stride)
+        layers += [orthogonal(convolution, math.sqrt(2), generator), nn.ReLU()]
         channels, height, width = outputs, (height - kernel) // stride + 1, (width - kernel) // stride + 1
     return layers, channels * height * width
 
@@ -116,8 +142,8 @@ def _impala(shape: tuple[int, int, int], generator: torch.Generator) -> tuple[li
     channels, height, width = shape
     layers: list[nn.Module] = []
     for outputs in IMPALA_SECTIONS:
-        convolution = orthogonal(nn.Conv2d(channels, outputs, 3, padding=1), math.sqrt(2), generator)
-        layers += [convolution, nn.MaxPool2d(3, stride=2, padding=1)]
+        convolution = (nn.Conv2d if layers else PixelConvolution)(channels, outputs, 3, padding=1)
+        layers += [orthogonal(convolution, math.sqrt(2), generator), nn.MaxPool2d(3, stride=2, padding=1)]
         layers += [ResidualBlock(outputs, generator) for _ in range(2)]
         channels, height, width = outputs, (height + 1) // 2, (width + 1) // 2
     return [*layers, nn.ReLU()], channels * height * width

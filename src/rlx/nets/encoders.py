@@ -22,18 +22,24 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def build_encoder(
-    layout: ObservationLayout, kind: str, hidden: Sequence[int], activation: str, generator: torch.Generator
+    layout: ObservationLayout,
+    kind: str,
+    hidden: Sequence[int],
+    activation: str,
+    generator: torch.Generator,
+    precision: str = "float32",
 ) -> tuple[nn.Module, int]:
     """Return an encoder of rows and the number of its features.
 
     kind: "mlp", "cnn", "impala_cnn" or "auto": "cnn" for every image that is large enough for it. One image is encoded
-    by convolutions alone, images beside anything else by a multilayer perceptron on top of all features.
+    by convolutions alone, images beside anything else by a multilayer perceptron on top of all features. precision: of
+    the convolutions, "float32" or "bfloat16".
     """
     if not layout.images:
         if kind not in ("auto", "mlp"):
             raise ConfigError(f"model.encoder={kind} needs images of 3 axes, not {layout.shape}; set model.encoder=mlp")
         return mlp(layout.vector_size, hidden, activation, generator), hidden[-1] if hidden else layout.vector_size
-    encoders = [_image_encoder(image.shape, kind, generator) for image in layout.images.values()]
+    encoders = [_image_encoder(image.shape, kind, generator, precision) for image in layout.images.values()]
     if layout.is_one_image and isinstance(encoders[0], ImageEncoder):
         return encoders[0], encoders[0].features
     sizes = [
@@ -76,7 +82,9 @@ class PartsEncoder(nn.Module):
         return self.joint(torch.cat(features if vector is None else [*features, vector], -1))
 
 
-def _image_encoder(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> FlatImage | ImageEncoder:
+def _image_encoder(
+    shape: tuple[int, ...], kind: str, generator: torch.Generator, precision: str
+) -> FlatImage | ImageEncoder:
     if kind == "mlp" or (kind == "auto" and not Planes(shape).are_large):
         return FlatImage()
-    return ImageEncoder(shape, generator, "cnn" if kind == "auto" else kind)
+    return ImageEncoder(shape, generator, "cnn" if kind == "auto" else kind, precision)

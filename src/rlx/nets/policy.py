@@ -140,6 +140,7 @@ def build_policy(
     activation: str = "tanh",
     encoder: str = "auto",
     share_encoder: bool | str = "auto",
+    precision: str = "float32",
     custom: Custom | None = None,
     custom_kwargs: Mapping[str, Any] | None = None,
     log_std_init: float = 0.0,
@@ -164,7 +165,7 @@ def build_policy(
 
     def make_encoder() -> tuple[nn.Module, int | None]:
         if custom is None:
-            return build_encoder(layout, encoder, hidden, activation, generator)
+            return build_encoder(layout, encoder, hidden, activation, generator, precision)
         return build_custom(custom, custom_kwargs or {}, layout, action_space, distribution.head_size)
 
     with torch.random.fork_rng(devices=[]):  # layers draw their default init from the global generator: leave it alone

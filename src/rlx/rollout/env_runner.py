@@ -278,7 +278,7 @@ class EnvRunner:
         inference_s, env_s = clock() - started, 0.0
         raw_B = envs.obs_B
         step = envs.step if acting.state_B is None else self._step_and_forget
-        self._resets_B = self._ended_B
+        self._done_B = self._ended_B
         for t in range(num_steps):
             obs_B = fragment.raw[t]
             obs_B[...] = raw_B
@@ -311,9 +311,13 @@ class EnvRunner:
         _, _, terminated_B, truncated_B, final_obs = step = self._envs.step(action_B)
         done_B = np.logical_or(terminated_B, truncated_B)
         failed_B = np.array([final_obs.get(index) is FAILED for index in range(len(done_B))])
-        self._acting.forget((self._resets_B if self._envs.resets_on_next_step else done_B) | failed_B)
-        self._resets_B = done_B
+        self._acting.forget(self._over(done_B, failed_B, self._done_B))
+        self._done_B = done_B
         return step
+
+    def _over(self, done: np.ndarray, failed: np.ndarray, done_before: np.ndarray) -> np.ndarray:
+        """Return True where the observation after a row begins an episode, given what the row and the last one are."""
+        return (done_before if self._envs.resets_on_next_step else done) | failed
 
     def _next_values(self, fragment: Fragment, value_T_B: np.ndarray) -> np.ndarray:
         """Return V of the observations that followed, before any reset; 0 where terminated."""
@@ -329,12 +333,10 @@ class EnvRunner:
         return next_value_T_B
 
     def _firsts(self, done_T_B: np.ndarray, failed_T_B: np.ndarray) -> np.ndarray:
-        """Return True where an episode begins: after one ended, was reset or failed, also across the border."""
-        resets_T_B = (
-            np.concatenate([self._ended_B[None], done_T_B[:-1]]) if self._envs.resets_on_next_step else done_T_B
-        )
+        """Return True where an episode begins, also across the border."""
+        over_T_B = self._over(done_T_B, failed_T_B, np.concatenate([self._ended_B[None], done_T_B[:-1]]))
         begins_B = (self._length_B == 0) & ~self._ended_B
-        return np.concatenate([begins_B[None], (resets_T_B | failed_T_B)[:-1]])
+        return np.concatenate([begins_B[None], over_T_B[:-1]])
 
     def _mask(self, done_T_B: np.ndarray) -> np.ndarray:
         """Return False where the row only resets: after an ended episode, also across the fragment's border."""

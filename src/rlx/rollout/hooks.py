@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from rlx.errors import CALLBACK_NOTE
+
 StepFunction = Callable[[Any], Any]
 
 
@@ -99,16 +101,13 @@ def call(callback: Any, point: str, *arguments: Any) -> Any:
     try:
         return getattr(callback, point)(*arguments)
     except Exception as error:
-        error.add_note(f"{_BLAME} {type(callback).__qualname__}.{point}()")
+        error.add_note(f"{CALLBACK_NOTE} {type(callback).__qualname__}.{point}()")
         raise
 
 
 def is_from_callback(error: BaseException) -> bool:
     """Return whether an exception has passed through `call`: no environment is to blame."""
-    return any(note.startswith(_BLAME) for note in getattr(error, "__notes__", ()))
-
-
-_BLAME = "in the callback"
+    return any(note.startswith(CALLBACK_NOTE) for note in getattr(error, "__notes__", ()))
 
 
 def _measured(callback: Any, episode: Episode) -> dict[str, float]:

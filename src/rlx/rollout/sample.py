@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from rlx.rollout.normalizers import RunningMoments, State
@@ -68,8 +68,8 @@ class Sample:
         Where they were at work before it, their seconds are scaled down to those of the wait.
         """
         busy_s = [sample.busy_s for sample in samples]
-        env_s, inference_s = mean(sample.env_s for sample in samples), mean(sample.inference_s for sample in samples)
-        wait_s, transfer_s = max(busy_s) - mean(busy_s), max(0.0, wall_s - max(busy_s))
+        env_s, inference_s = fmean(sample.env_s for sample in samples), fmean(sample.inference_s for sample in samples)
+        wait_s, transfer_s = max(busy_s) - fmean(busy_s), max(0.0, wall_s - max(busy_s))
         share = min(1.0, wall_s / max(1e-9, env_s + inference_s + wait_s + transfer_s))
         return cls(
             trajectory=trajectory,
@@ -78,7 +78,7 @@ class Sample:
             return_moments=None,
             env_s=share * env_s,
             inference_s=share * inference_s,
-            busy_s=mean(busy_s),
+            busy_s=fmean(busy_s),
             stepped_one_by_one=samples[0].stepped_one_by_one,
             env_failures=sum(sample.env_failures for sample in samples),
             wait_s=share * wait_s,

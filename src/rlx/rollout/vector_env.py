@@ -239,10 +239,6 @@ class VectorEnvAdapter:
             error.add_note(f"in {method}() of the vector environment {self.name}, called with {args or kwargs}")
             raise
 
-    def _count_lives(self, info: dict[str, Any]) -> None:
-        if self.lives_B is not None:
-            self.lives_B = np.asarray(info["lives"])
-
     def _check_step(self, returned: Any) -> None:
         if not (isinstance(returned, tuple) and len(returned) == 5):
             raise EnvError(
@@ -276,3 +272,7 @@ class VectorEnvAdapter:
     def _row(self, observation: Any) -> np.ndarray:
         """Return a final observation as a row."""
         return self.layout.encode(observation, np.empty_like(self.obs_B[0]))
+
+    def _count_lives(self, info: dict[str, Any]) -> None:
+        if self.lives_B is not None:
+            self.lives_B = np.asarray(info["lives"])

@@ -1,10 +1,12 @@
-"""PPO on an image beside numbers and a mask, with an action of two parts."""
+"""Algorithms on an image beside numbers and a mask, with an action of two parts."""
 
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import rlx
+from rlx.algorithms.appo import APPOConfig
+from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPOConfig
 from rlx.envs.switchboard import Switchboard
 from rlx.errors import EnvError
@@ -35,6 +37,20 @@ def test_nested_spaces_train_in_every_way_of_stepping(environment):
         assert np.isfinite(metrics["learner/loss"]) and metrics["episodes"] >= 12
         assert metrics["episode_length_mean"] == 8 and 0 < metrics["episode_return_mean"] < 16
         assert metrics["learner/entropy"] > 0
+
+
+@pytest.mark.parametrize("made", [PPOConfig, IMPALAConfig, APPOConfig])
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_every_algorithm_takes_nested_spaces_with_and_without_a_memory(made, memory):
+    """Fragments of 16 steps and sequences of at most 5 leave padded steps, of which nothing is legal."""
+    made = made().environment(Switchboard).env_runners(num_envs_per_env_runner=4, rollout_fragment_length=16)
+    made.model(memory=memory, memory_size=8, sequence_length=5).reporting(progress="none").runtime(engine="inline")
+    made.training(minibatch_size=32) if isinstance(made, PPOConfig) else made.training(updates_per_iteration=2)
+    with made.build() as algorithm:
+        for _ in range(2):
+            metrics = algorithm.train()
+        assert np.isfinite(metrics["learner/loss"]) and metrics["learner/grad_norm"] > 0
+        assert np.isfinite(algorithm.learners.weights()).all()
 
 
 def test_a_run_on_nested_spaces_resumes_exactly(tmp_path):
