@@ -54,9 +54,9 @@ def build_runners(
         on_env_error=s.fault_tolerance.on_env_error,
         max_env_failures=s.fault_tolerance.max_env_failures,
         env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
-        callbacks=callbacks,
         num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
         atari=s.atari.model_dump(),
+        callbacks=callbacks,
         **s.environment.model_dump(exclude={"id"}),
     )
 

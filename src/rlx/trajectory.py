@@ -19,9 +19,11 @@ class Trajectory:
     """T steps of B environments, as collected. Arrays are never written to after the runner returned them."""
 
     obs: np.ndarray
-    """[T, B, *obs_shape] float32 (already normalised, as the policy saw it) or uint8 for images."""
+    """[T, B, *row_shape] float32 (already normalised, as the policy saw it) or uint8 where there are uint8 images: the
+    rows of `rlx.nets.observation`."""
     action: np.ndarray
-    """[T, B] int64 for Discrete, [T, B, A] float32 for Box: as sampled, before any clipping towards the env."""
+    """[T, B] int64 for Discrete, [T, B, A] float32 for Box, else the rows of `rlx.nets.actions`: as sampled, before any
+    clipping towards the env."""
     logp: np.ndarray
     """[T, B] float32: log-probability of `action` under the policy that acted."""
     value: np.ndarray

@@ -72,7 +72,8 @@ def test_a_policy_with_a_memory_answers_the_question(memory):
 )
 @pytest.mark.parametrize("num_env_runners", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_asynchronous_algorithms_learn_to_remember_too(kind, options, env_steps, num_env_runners):
-    made = kind().environment(Recall).training(lr=1e-2, updates_per_iteration=4, **options)
+    """In step with their runners, one update behind, so that the outcome is always the same."""
+    made = kind().environment(Recall).training(lr=1e-2, updates_per_iteration=4, max_age=1, **options)
     made.model(memory="lstm", memory_size=16, hidden=[16], share_encoder=True)
     made.env_runners(num_env_runners=num_env_runners, num_envs_per_env_runner=16, rollout_fragment_length=32)
     with made.build() as algorithm:

@@ -53,6 +53,14 @@ def test_every_algorithm_takes_nested_spaces_with_and_without_a_memory(made, mem
         assert np.isfinite(algorithm.learners.weights()).all()
 
 
+def test_a_runner_in_another_process_collects_the_same():
+    rows = []
+    for num_env_runners in (0, 1):
+        with config().env_runners(num_env_runners=num_env_runners).build() as algorithm:
+            rows.append([of_learning(algorithm.train()) for _ in range(2)])
+    assert rows[0] == rows[1]
+
+
 def test_a_run_on_nested_spaces_resumes_exactly(tmp_path):
     with config().build() as straight, config().build() as broken:
         for _ in range(2):

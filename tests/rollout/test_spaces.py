@@ -151,6 +151,34 @@ def test_where_an_episode_has_ended_nothing_has_to_be_legal(mode, make_runner):
     assert np.isfinite(trajectory.logp).all()
 
 
+BITS, TWO = spaces.MultiBinary(2), spaces.Discrete(2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "action"),
+    [
+        (spaces.Box(0, 1, (2, 2), np.int8), spaces.MultiDiscrete([2, 2])),
+        (spaces.MultiBinary(4), spaces.MultiBinary(2)),
+        (spaces.MultiDiscrete([2, 2, 2, 2]), spaces.Tuple([TWO, spaces.Box(-1, 1, (1,)), TWO])),
+        (spaces.Dict({"b": BITS, "a": BITS}), spaces.Dict({"b": TWO, "a": TWO})),
+        (spaces.Tuple([BITS, spaces.Tuple([BITS])]), spaces.Tuple([TWO, spaces.Tuple([TWO])])),
+    ],
+)
+def test_a_mask_is_one_array_or_has_the_action_s_structure(mask, action):
+    space = spaces.Dict({"x": spaces.Box(-1, 1, (1,)), "action_mask": mask})
+    layout, actions = layouts(space, action, "it")
+    assert layout.mask_size == sum(actions.sizes) == 4
+    sample = space.sample()
+    row = layout.encode(sample, np.empty(layout.shape, layout.dtype))
+    entries = np.concatenate([np.ravel(part) for part in flat(sample["action_mask"])])
+    np.testing.assert_array_equal(layout.mask(row), entries != 0)
+
+
+def flat(tree):
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple) else None
+    return [tree] if parts is None else [leaf for part in parts for leaf in flat(part)]
+
+
 def test_evaluation_obeys_the_mask():
     policy = build_policy(Stuck.observation_space, Stuck.action_space)
     for deterministic in (True, False):

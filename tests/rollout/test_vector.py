@@ -214,6 +214,7 @@ def test_discrete_observations_become_one_hot_from_their_start(make_runner):
 
 
 VECTOR, SEQUENCE = spaces.Box(0, 1, (2,)), spaces.Sequence(spaces.Discrete(2))
+BITS, TWO = spaces.MultiBinary(2), spaces.Discrete(2)
 GRAPH = spaces.Graph(spaces.Box(0, 1, (2,)), None)
 
 
@@ -232,7 +233,14 @@ def masked(mask):
         (VECTOR, SEQUENCE, "the action space is Sequence, which has no fixed number of choices; wrap"),
         (VECTOR, spaces.Box(0, 5000, (2,), np.int64), "a Box of integers with 5001 values, .* at most 1024; narrow"),
         (VECTOR, spaces.Tuple([]), "leaves nothing to choose"),
+        (masked(spaces.Tuple([TWO, TWO])), spaces.MultiBinary(2), "'action_mask.0' is Discrete\\(2\\); masks are of"),
         (masked(spaces.MultiBinary(3)), spaces.Discrete(2), "'action_mask' has 3 entries .* has 2 choices, 2; give"),
+        (
+            masked(spaces.Tuple([BITS, BITS])),
+            spaces.Discrete(4),
+            "has 2 at '0' \\+ 2 at '1' entries .* own structure and",
+        ),
+        (masked(spaces.Dict([("b", BITS), ("a", BITS)])), spaces.Dict({"a": TWO, "b": TWO}), "2 at 'b' .* and order"),
         (masked(spaces.MultiBinary(3)), spaces.MultiDiscrete([2, 3]), "has 5 choices, 2 \\+ 3; give one entry"),
         (masked(spaces.MultiBinary(3)), spaces.Box(-1, 1, (3,)), "has none; give one entry for each choice"),
     ],

@@ -39,6 +39,8 @@ class ActionLayout:
         self.sizes: list[int] = []
         """How many choices each integer has."""
         self.num_floats = 0
+        self.parts: list[tuple[tuple[str | int, ...], int]] = []
+        """Path and number of choices of each part that is chosen: what a mask of the same structure has."""
         converters = self._converters(space, ())
         if not self.sizes and not self.num_floats:
             raise EnvError(f"the action space {space} leaves nothing to choose.")
@@ -90,6 +92,7 @@ class ActionLayout:
             return lambda count: _float_converter(space, columns and slice(count + columns[0], count + columns[1]))
         first, (sizes, lowest) = len(self.sizes), _choices(space, path)
         self.sizes += sizes.ravel().tolist()
+        self.parts.append((path, int(sizes.sum())))
         if not path and isinstance(space, spaces.Discrete):
             return lambda count: lambda action_B: action_B + space.start
         last = len(self.sizes)

@@ -18,6 +18,7 @@ floats first, then the images. A Dict's key "action_mask" is no input of the net
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -93,6 +94,9 @@ class ObservationLayout:
         inputs, masks = [], []
         for leaf in _leaves(space):
             (masks if leaf.path[:1] == (MASK_KEY,) else inputs).append(leaf)
+        for leaf in masks:
+            if not isinstance(leaf.space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
+                raise EnvError(f"the observation's {leaf.name!r} is {leaf.space}; masks are of MultiBinary or Box.")
         images = [leaf for leaf in inputs if _is_image(leaf.space)]
         pixels = [leaf for leaf in images if leaf.space.dtype == np.uint8]
         # What a normaliser may touch comes first, and what the vector consists of stands together.
@@ -104,6 +108,8 @@ class ObservationLayout:
         self.num_scalable = sum(leaf.size for leaf in (*pictures, *boxes))
         """How many of the floats, from the first on, are numbers of a Box: those that may be normalised."""
         self.mask_size = sum(leaf.size for leaf in masks)
+        self.mask_parts = [(leaf.path[1:], leaf.size) for leaf in masks]
+        """Path below the mask's key and number of entries of each part of the mask."""
         self.vector_size = sum(leaf.size for leaf in (*boxes, *codes))
         self._pixels = _placed(pixels, FLOAT_BYTES * self.num_floats)
         self.images = {leaf.name: leaf for leaf in (*self._floats[: len(pictures)], *self._pixels)}
@@ -269,7 +275,7 @@ def _writer(space: Space, is_mask: bool = False) -> tuple[int, Writer]:
     if isinstance(space, spaces.Box | spaces.MultiBinary):
         return math.prod(space.shape), _mask_writer(space.shape) if is_mask else _number_writer(space.shape)
     if isinstance(space, spaces.Discrete):
-        return int(space.n), _one_hot_writer(np.array([space.n]), np.array([space.start]))
+        return int(space.n), _discrete_writer(int(space.n), int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
         if is_mask:
             return space.nvec.size, _mask_writer(space.nvec.shape)
@@ -300,6 +306,18 @@ def _mask_writer(shape: tuple[int, ...]) -> Writer:
     return write
 
 
+def _discrete_writer(size: int, start: int) -> Writer:
+    def write(values: Any, out: np.ndarray) -> None:
+        out[...] = 0.0
+        for value, row in zip(values, out, strict=True):  # for one observation three times faster than arrays
+            index = operator.index(value) - start
+            if not 0 <= index < size:  # a negative index would pass in silence
+                raise ValueError(f"{value} is outside of the space")
+            row[index] = 1.0
+
+    return write
+
+
 def _one_hot_writer(sizes: np.ndarray, starts: np.ndarray) -> Writer:
     firsts = np.cumsum(sizes) - sizes
 
@@ -308,7 +326,7 @@ def _one_hot_writer(sizes: np.ndarray, starts: np.ndarray) -> Writer:
         if values.dtype.kind not in "iub":
             raise ValueError(f"dtype {values.dtype} in place of integers")
         index = values.reshape(len(out), len(sizes)).astype(np.int64) - starts
-        if (index < 0).any() or (index >= sizes).any():  # a negative index would pass in silence
+        if (index < 0).any() or (index >= sizes).any():
             raise ValueError(f"{values} is outside of the space")
         out[...] = 0.0
         np.put_along_axis(out, index + firsts, 1.0, axis=-1)

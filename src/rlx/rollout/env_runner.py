@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from rlx.actors import Published
 from rlx.actors.interface import AnyChannel
-from rlx.errors import EnvError
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
 from rlx.nets.observation import Space
 from rlx.nets.policy import Policy
 from rlx.rollout.atari import is_atari
+from rlx.rollout.checks import FragmentChecks
 from rlx.rollout.env_changes import Changes
 from rlx.rollout.failures import Failures
 from rlx.rollout.fragment import Fragment
@@ -96,6 +96,7 @@ class EnvRunner:
             counts_lives=bool(games["episodic_life"]),
             hooks=self._hooks,
         )
+        self._checks = FragmentChecks(self._envs, first_env_index)
         self._layout = self._envs.layout
         policy = build_policy(*self.spaces())
         self._parameters = FlatParameters(policy)
@@ -148,7 +149,7 @@ class EnvRunner:
         if self._hooks is not None:
             self._hooks.forget()
         fragment = self._collect(num_steps)
-        self._check_finite(fragment)
+        self._checks.finite(fragment, self._fragment - 1)
         inference_started = perf_counter()
         logp_T_B, value_T_B = self._acting.finish(fragment.obs, fragment.action)
         next_value_T_B = self._next_values(fragment, value_T_B)
@@ -157,7 +158,7 @@ class EnvRunner:
         done_T_B = fragment.terminated | fragment.truncated
         first_T_B = self._firsts(done_T_B, fragment.failed)
         mask_T_B = self._mask(done_T_B) & ~fragment.failed
-        self._check_legal(fragment, mask_T_B)
+        self._checks.legal(fragment, mask_T_B, self._fragment - 1)
         fragment.reward[~mask_T_B] = 0.0
         episodes = self._ended_episodes(fragment.reward, done_T_B, fragment.failed, mask_T_B)
         episode_metrics: dict[str, list[float]] = {}
@@ -375,44 +376,3 @@ class EnvRunner:
         if self._discounted is None:
             return obs_moments, None
         return obs_moments, self._discounted.moments(fragment.reward, done_T_B, mask_T_B)
-
-    def _check_finite(self, fragment: Fragment) -> None:
-        """Raise EnvError if an observation or a reward of the fragment is NaN or infinite."""
-        end, floats = len(fragment.reward), self._layout.floats
-        # Field, first step of the array, and which action came before: observation t follows action t - 1.
-        fields = (
-            ("reward", fragment.reward, 0, 0),
-            ("observation", floats(fragment.raw), 0, -1),
-            ("observation", floats(self._envs.obs_B)[None], end, -1),
-        )
-        for name, values, first, shift in fields:
-            if not np.isfinite(values).all():
-                t, index = (int(i) for i in np.argwhere(~np.isfinite(values))[0][:2])
-                self._raise_not_finite(
-                    name, values[t, index], first + t, index, fragment.action[: first + t + shift + 1]
-                )
-        for t, index, obs in fragment.cuts:
-            if not np.isfinite(floats(obs)).all():
-                self._raise_not_finite("final observation", floats(obs), t, index, fragment.action[: t + 1])
-
-    def _check_legal(self, fragment: Fragment, mask_T_B: np.ndarray) -> None:
-        """Raise EnvError where an observation that was acted on leaves nothing legal to do."""
-        legal = self._layout.mask(fragment.raw)
-        if legal is None:
-            return
-        for t, index in np.argwhere(self._envs.actions.is_stuck(legal) & mask_T_B).tolist():
-            raise EnvError(
-                f"{self._envs.name}, environment {self._first + index}: the action mask {legal[t, index]} at step {t} "
-                f"of fragment {self._fragment - 1} leaves no legal action; end the episode there, or allow one."
-            )
-
-    def _raise_not_finite(self, name: str, value: Any, t: int, index: int, actions_T_B: np.ndarray) -> NoReturn:
-        blame = "clip or repair it in the environment or a wrapper."
-        if len(actions_T_B) and not np.isfinite(actions_T_B[-1, index]).all():
-            blame = (
-                f"the action before it was {actions_T_B[-1, index]}: the policy has diverged; lower the learning rate."
-            )
-        raise EnvError(
-            f"{self._envs.name}, environment {self._first + index}: {name} {value} at step {t} of fragment "
-            f"{self._fragment - 1}; it must be finite: {blame}"
-        )

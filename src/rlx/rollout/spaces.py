@@ -18,11 +18,14 @@ def layouts(observation_space: Space, action_space: Space, name: str) -> tuple[O
         observations, actions = ObservationLayout(observation_space), ActionLayout(action_space)
     except EnvError as error:
         raise EnvError(f"{name}: {error}") from None
-    if observations.mask_size not in (0, sum(actions.sizes)):
-        choices = f"{sum(actions.sizes)} choices, {' + '.join(map(str, actions.sizes))}" if actions.sizes else "none"
+    mask, total = observations.mask_parts, sum(actions.sizes)
+    if mask and mask not in ([((), total)], actions.parts):
+        choices = f"{total} choices, {' + '.join(map(str, actions.sizes))}" if total else "none"
+        entries = " + ".join(f"{size} at {'.'.join(map(str, path))!r}" if path else f"{size}" for path, size in mask)
         raise EnvError(
-            f"{name}: the observation's {MASK_KEY!r} has {observations.mask_size} entries and the action space "
-            f"{action_space} has {choices}; give one entry for each choice (two for each bit of a MultiBinary)."
+            f"{name}: the observation's {MASK_KEY!r} has {entries} entries and the action space {action_space} has "
+            f"{choices}; give one entry for each choice (two for each bit of a MultiBinary), in one array or in the "
+            "action's own structure and order."
         )
     return observations, actions
 
