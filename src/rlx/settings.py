@@ -87,7 +87,8 @@ class EnvironmentSection(Section):
     vectorization: Literal["auto", "native", "in_place", "processes", "first_ready"] = "auto"
     """native: the environment's own vector version; in_place: a loop in the runner; processes: loops in processes of
     their own; first_ready: such that do not wait for each other, for steps of uneven length; auto: native where there
-    is one, else in_place or processes, which give equal numbers, as a short measurement finds faster; it is logged."""
+    is one, else in_place or processes, which give equal numbers, as a short measurement finds faster; it is logged.
+    What is passed in Python and not by name is not measured, but stepped in_place."""
     num_processes: int | None = Field(default=None, gt=0)
     """Processes that the environments of one runner are shared out to; null: one for each core that it may use. More
     pay only where environments wait for something else than the CPU."""

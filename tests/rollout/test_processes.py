@@ -358,35 +358,44 @@ def test_vector_environments_do_not_go_into_processes():
 # The choice ----------------------------------------------------------------------------------------------------------
 
 
-class Slow(Story):
-    def __init__(self):
-        super().__init__(step_s=0.03)
+SLOW_ENVS = """
+import os, time
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
+class Slow(PendulumEnv):
+    def step(self, action):
+        time.sleep(0.03)
+        return super().step(action)
 
-class OnlyHere(Story):
-    """Cannot be made in another process."""
-
+class OnlyHere(Slow):
     def __init__(self, home):
-        super().__init__(step_s=0.001)
+        super().__init__()
         if home != os.getpid():
             raise OSError("no display")
+"""
+SLOW, ONLY_HERE = "rlx_slow_envs:Slow", "rlx_slow_envs:OnlyHere"
+UNMEASURED = r"no measurement of environment.vectorization, so it is in_place: .*no display"
+
+
+@pytest.fixture
+def slow_envs(tmp_path, monkeypatch):
+    """A module of environments that other processes find, too."""
+    (tmp_path / "rlx_slow_envs.py").write_text(SLOW_ENVS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("rlx_slow_envs", None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("env", "kwargs", "kind", "text"),
     [
-        (Slow, {}, ProcessEnvs, r"in_place: \d+ steps/s, processes\(2\): \d+ steps/s; it is stepped in processes"),
-        (Story, {}, InPlaceEnvs, r"steps/s in_place, too many for processes to pay"),
-        (
-            OnlyHere,
-            {"home": os.getpid()},
-            InPlaceEnvs,
-            r"no measurement of environment.vectorization, so it is in_place: .*no display",
-        ),
+        (SLOW, {}, ProcessEnvs, r"in_place: \d+ steps/s, processes\(2\): \d+ steps/s; it is stepped in processes"),
+        ("Pendulum-v1", {}, InPlaceEnvs, r"steps/s in_place, too many for processes to pay"),
+        (ONLY_HERE, {"home": os.getpid()}, InPlaceEnvs, UNMEASURED),
     ],
 )
-def test_auto_measures_and_tells_the_figures(env, kwargs, kind, text, caplog):
+def test_auto_measures_and_tells_the_figures(env, kwargs, kind, text, slow_envs, caplog):
     caplog.set_level(logging.INFO)
     envs = make_envs(env, 4, num_cores=2, kwargs=kwargs)
     try:
@@ -397,8 +406,8 @@ def test_auto_measures_and_tells_the_figures(env, kwargs, kind, text, caplog):
 
 
 @pytest.mark.slow
-def test_one_core_or_one_environment_is_not_measured(caplog):
+def test_one_core_one_environment_or_what_is_passed_in_python_is_not_measured(slow_envs, caplog):
     caplog.set_level(logging.INFO)
-    for num_envs, num_cores in ((4, 1), (1, 2)):
-        assert isinstance(make_envs(Slow, num_envs, num_cores=num_cores), InPlaceEnvs)
+    for env, num_envs, num_cores in ((SLOW, 4, 1), (SLOW, 1, 2), (Story, 4, 2)):
+        assert isinstance(make_envs(env, num_envs, num_cores=num_cores), InPlaceEnvs)
     assert not caplog.text

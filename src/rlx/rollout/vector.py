@@ -100,9 +100,10 @@ def make_envs(
     vectorization: "native" takes the vector environment that the id registers, "in_place" steps scalar ones in
     a loop, "processes" in `num_processes` loops of their own (None: one for each of num_cores), "auto" prefers the
     native one where it exists and can be made, and measures which of the others is faster where it may use more than
-    one core. failures: what becomes of an environment that fails; by default its error is raised. atari: how Atari
-    games are shown, see `rlx.settings.AtariSection`; None leaves them as gymnasium makes them. counts_lives: keep
-    `lives_B`, of environments whose info has lives. hooks: who hears of environments and of the ends of episodes.
+    one core and `env` is a name. failures: what becomes of an environment that fails; by default its error is raised.
+    atari: how Atari games are shown, see `rlx.settings.AtariSection`; None leaves them as gymnasium makes them.
+    counts_lives: keep `lives_B`, of environments whose info has lives. hooks: who hears of environments and of the
+    ends of episodes.
     """
     source: Any
     source, name = resolve(env)
@@ -136,7 +137,8 @@ def make_envs(
     first = make()
     if isinstance(first, VectorEnv):
         return VectorEnvAdapter(first, num_envs, *common, make, failures, counts_lives, hooks)
-    if vectorization == "auto" and min(num_processes, num_cores) > 1:
+    # What is passed in Python may share state with this program, which a scratch one would disturb: only names.
+    if vectorization == "auto" and isinstance(env, str) and min(num_processes, num_cores) > 1:
         several = processes_if_they_pay(make_many, num_envs, num_processes, *common, failures, counts_lives, hooks)
         if several is not None:
             first.close()
