@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter
 
 import cloudpickle
 import numpy as np
@@ -101,21 +102,26 @@ def test_what_a_reader_keeps_stays_valid_after_its_owner_has_died(rt, lent, unti
 
 
 def test_the_memory_of_a_dead_actor_is_given_back_though_its_handle_is_kept(rt):
-    before, worker = mapped_bytes(), rt.spawn(Worker)
+    others, worker = mapped_memory(), rt.spawn(Worker)
     kept = worker.blob.call(20 * MIB).result(T)
     rt.kill(worker)
     gc.collect()
-    assert mapped_bytes() - before > 20 * MIB  # by the array
+    assert sum((mapped_memory() - others).values()) > 20 * MIB  # by the array
     del kept
     gc.collect()
-    assert mapped_bytes() - before < MIB and rt.state()[worker.name].status == "dead"
+    assert sum((mapped_memory() - others).values()) < MIB and rt.state()[worker.name].status == "dead"
 
 
-def mapped_bytes():
-    """Return how much shared memory is mapped here, touched or not."""
+def mapped_memory():
+    """Return by inode how many bytes of shared memory are mapped here, touched or not."""
+    mapped = Counter()
     with open("/proc/self/maps") as file:
-        ranges = [line.split()[0].split("-") for line in file if "memfd:" in line]
-    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+        for line in file:
+            if "memfd:" in line:
+                span, _, _, _, inode, *_ = line.split()
+                start, end = (int(address, 16) for address in span.split("-"))
+                mapped[inode] += end - start
+    return mapped
 
 
 def test_a_hundred_actors_answer_and_go(gone):
