@@ -32,6 +32,9 @@ install: .venv/installed-dev  ## Make .venv with rlx (editable) and the developm
 
 bench: .venv/installed-dev  ## Measure rlx beside its peers, into docs/benchmarks.md.
 	$(BIN)/python benchmarks/ppo.py
+	$(BIN)/python benchmarks/asynchronous.py
+	$(BIN)/python benchmarks/stays_solved.py
+	$(BIN)/python benchmarks/runner.py
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/time_to_solved.py
 	$(BIN)/python benchmarks/memory.py

@@ -46,7 +46,7 @@ def main() -> None:
     pythons = {"rlx": sys.executable}
     if (python := find_ray(options.ray, options.envs)) is not None:
         pythons["ray"] = python
-    command = " ".join(["python", "benchmarks/core.py", *sys.argv[1:]])
+    command = f"python benchmarks/core.py --rounds {options.rounds} --seconds {options.seconds:g}"
     record: dict[str, Any] = {"command": command, "machine": machine(), "seconds": options.seconds}
     record["versions"], record["rounds"] = {}, [{} for _ in range(options.rounds)]
     record["busy_cores_before"] = busy_cores()
