@@ -23,7 +23,8 @@ def group_advantage(
     group       the size of groups that stand row after row, or [S] integers: rows of equal number are one group
     baseline    what is subtracted: "mean" of the group, of its other samples ("leave_one_out"), of the whole batch
                 ("batch_mean"), or nothing
-    scale       what it is then divided by: the standard deviation of the group or of the batch, plus `epsilon`, or nothing
+    scale       what it is then divided by: the standard deviation of the group or of the batch, or nothing
+    epsilon     is added to that deviation
     mask_S      [S] bool: samples where it is False count nowhere, whatever their score, and get 0
 
     GRPO: mean, group_std (Shao et al. 2024, arXiv:2402.03300, section 4.1.2). Dr. GRPO: mean, none (Liu et al. 2025,
