@@ -4,9 +4,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:
-    """Return the log-probability of each sequence, [...], the sum over its counted tokens: from two [..., L]."""
-    return logp.masked_fill(~mask, 0).sum(-1)
+def sequence_logp(logp: Tensor, mask: Tensor, mean: bool = False) -> Tensor:
+    """Return the log-probability of each sequence, [...], the sum over its counted tokens: from two [..., L].
+
+    With `mean` it is divided by their number. What stands at positions that do not count is not looked at.
+    """
+    total = logp.masked_fill(~mask, 0).sum(-1)
+    return total / mask.sum(-1).clamp(min=1) if mean else total
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0) -> Tensor:
@@ -46,7 +50,7 @@ def dpo(
 def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
     """Return (margin - 1 / (2 beta))^2, [P] (Azar et al. 2023, arXiv:2310.12036, eq. 17, whose tau is beta).
 
-    Log-probabilities are sums over tokens as in `dpo`; given means over tokens it is the length-normalised form that
-    some codebases use.
+    The paper writes the log-probabilities of whole completions. Codebases, TRL among them, take means over tokens, so
+    that one beta suits completions of any length: `sequence_logp(..., mean=True)`.
     """
     return (log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)).square()
