@@ -87,7 +87,7 @@ def test_the_goldens_reach_every_branch():
     """A case in which no ratio left its range would prove nothing: each setting changes loss and gradient somewhere."""
     sets = [golden["cases"] for golden in TRL_113["grpo"]]
     for one, other in (("grpo", "asymmetric"), ("bnpo", "dual_clip"), ("bnpo", "dapo"), ("grpo", "gspo")):
-        assert all(abs(cases[one]["loss"] - cases[other]["loss"]) > 1e-4 for cases in sets)
+        assert any(abs(cases[one]["loss"] - cases[other]["loss"]) > 1e-3 for cases in sets)
         assert any(cases[one]["by_new_logp"] != cases[other]["by_new_logp"] for cases in sets)
     assert [all(any(row) for row in golden["inputs"]["mask"]) for golden in TRL_113["grpo"]] == [True, True, False]
 
