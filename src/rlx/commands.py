@@ -208,9 +208,8 @@ def _print_how_to_go_on(folder: Path, sentence: str) -> None:
 
 def _new_run_folder(wanted: Path | None, config: AlgorithmConfig) -> Path:
     from rlx.run import check_new_run, default_run_folder
-    from rlx.section import spelled
 
-    folder = wanted or default_run_folder(config.settings.algorithm, spelled(config.settings.environment.id) or "env")
+    folder = wanted or default_run_folder(config.settings.algorithm, config.settings.subject or "env")
     check_new_run(folder)  # Run.create checks it too, but only once the processes have started
     return folder
 

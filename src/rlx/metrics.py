@@ -133,9 +133,9 @@ class Clock:
 
     PARTS = ("env_s", "inference_s", "learn_s", "transfer_s", "wait_s")
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str] = PARTS) -> None:
         self.started = time.perf_counter()
-        self.seconds: dict[str, float] = dict.fromkeys(self.PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
 
     def add(self, **seconds: float) -> None:
         """Add seconds to parts, e.g. `add(env_s=0.2)`."""
