@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlx.errors import CALLBACK_NOTE, CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
+from rlx.errors import CALLBACK_NOTE, CheckpointError, ConfigError, DataError, MissingExtra, NotSupported, RlxError
 
 if TYPE_CHECKING:
     from rlx.config import AlgorithmConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rlx")
 
-BAD_INPUT = (ConfigError, CheckpointError, MissingExtra, NotSupported)
+BAD_INPUT = (ConfigError, DataError, CheckpointError, MissingExtra, NotSupported)
 INTERRUPTED = 130
 
 
