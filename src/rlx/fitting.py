@@ -35,6 +35,7 @@ def fit(algo: Trainable) -> Metrics:
             progress.update(metrics)
     algo.stop_reason = reason
     algo.saves.save()
+    algo.finish()
     algo.callbacks("on_stop", algo, reason)
     return metrics
 

@@ -89,7 +89,7 @@ class PromptsSection(Section):
     """Completions of each, which share its prefill and, in GRPO, its baseline."""
     max_prompt_tokens: int | None = Field(default=None, gt=0)
     """Longest prompt; null: what the model's context leaves."""
-    when_too_long: Literal["error", "drop"] = "error"
+    when_too_long: Literal["refuse", "drop"] = "refuse"
     """What becomes of a longer one."""
     shuffle: bool = True
     """A new order in every pass over the rows."""
@@ -108,7 +108,7 @@ class DataSection(Section):
     """Rows that one iteration learns from, once."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Longest example; null: what the model's context allows."""
-    when_too_long: Literal["error", "drop"] = "error"
+    when_too_long: Literal["refuse", "drop"] = "refuse"
     """What becomes of a longer one."""
     train_on_prompt: bool = False
     """Learn the tokens of the prompt, too."""
@@ -161,6 +161,11 @@ class RewardSection(Section):
     sample is not learned from, and reward_failures counts it."""
     truncated_score: float | None = None
     """The score of completions that reached generation.max_new_tokens, in place of their own; null: their own."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is anything to score with."""
+        return self.function is not None or self.model is not None
 
 
 class TokenRunnersSection(Section):
@@ -333,7 +338,7 @@ def _missing(section: str) -> None:
 
 
 def _check_rollouts(s: TextSettings) -> None:
-    if s.reward.function is None and s.reward.model is None:
+    if not s.reward.is_set:
         raise ConfigError("reward.function and reward.model are not set; at least one has to say what is good.")
     g = s.generation
     if g.top_k or g.top_p < 1 or g.min_p or g.temperature == 0:

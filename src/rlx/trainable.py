@@ -175,6 +175,9 @@ class Trainable(ABC):
         """
         return fit(self)
 
+    def finish(self) -> None:  # noqa: B027 - most have nothing to do
+        """Do what `fit` ends with, after its last checkpoint."""
+
     @property
     def run_dir(self) -> Path | None:
         """The run folder, if there is one; `fit` makes it."""

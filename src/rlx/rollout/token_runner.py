@@ -9,8 +9,10 @@ from time import perf_counter
 import numpy as np
 from torch import nn
 
+from rlx.actors import Published
 from rlx.actors.interface import AnyChannel
-from rlx.generation.engine import Completion, Generator, Request, Sampling
+from rlx.generation.generator import Generator
+from rlx.generation.request import Completion, Request, Sampling
 from rlx.nets.flat import FlatParameters
 from rlx.nets.threads import limit_threads
 
@@ -67,11 +69,12 @@ class TokenRunner:
         model = build_model() if is_own else build_model
         self._parameters = FlatParameters(model) if is_own else None
         self._generator = Generator(model, max_slots=max_slots, exact=exact)
+        self._published: Published | None = None  # the last one taken
         self.version = 0
 
-    def spaces(self) -> int:
-        """Return how long a sequence may be: the model's context, in tokens."""
-        return self._generator.max_length
+    def spaces(self) -> int | None:
+        """Return how many weights it wants, the model's learned ones; None where they are somebody else's."""
+        return None if self._parameters is None else self._parameters.data.numel()
 
     def set_weights(self, version: int, weights: np.ndarray | None) -> None:
         """Generate with `weights` (flat float32) from now on; None: they are in the model already."""
@@ -83,8 +86,9 @@ class TokenRunner:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, with the newest weights."""
         published = self._channel.latest() if self._channel is not None else None
-        if published is not None and published.version != self.version:
+        if published is not None and published is not self._published:
             self.set_weights(published.version, published.value["weights"])
+            self._published = published
         started = perf_counter()
         made = [one for samples in self._generator.generate(requests, sampling) for one in samples]
         return _packed(made, self.version, perf_counter() - started)

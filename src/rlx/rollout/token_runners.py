@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from rlx.actors import Restart, Runtime
-from rlx.generation.engine import Request, Sampling
+from rlx.generation.request import Request, Sampling
 from rlx.rollout.runner_actors import Advice, RunnerActors
 from rlx.rollout.token_runner import Completions, TokenRunner
 
@@ -44,33 +44,32 @@ class TokenRunners:
     ) -> None:
         self._local: TokenRunner | None = None
         self._actors: RunnerActors | None = None
-        self._shares_model = local_model is not None
         if num_runners == 0:
             self._local = TokenRunner(build_model if local_model is None else local_model, **runner_options)
-            self.max_length = self._local.spaces()
+            self.num_weights = self._local.spaces()
             return
         assert runtime is not None, "runners in processes of their own need a runtime"
         self._actors = RunnerActors(runtime(), start_timeout_s, generate_timeout_s, restart, TokenRunner, ADVICE)
         try:
             for index in range(num_runners):
                 self._actors.spawn(f"token_runner/{index}", (build_model,), runner_options)
-            self.max_length: int = self._actors.start()
+            self.num_weights: int | None = self._actors.start()
         except BaseException:
             self.close()
             raise
 
-    @property
-    def needs_weights(self) -> bool:
-        """Whether `publish` has to be given the weights: not where the learner's own model is read."""
-        return not (self._local is not None and self._shares_model)
+    def publish(self, version: int, weights: Callable[[], np.ndarray]) -> None:
+        """Have every call that begins from now on generate with what `weights` returns (flat float32).
 
-    def publish(self, version: int, weights: np.ndarray | None) -> None:
-        """Have every call that begins from now on generate with `weights` (flat float32)."""
+        Of those the model's come first; what a value net has beside them is not sent. Where the learner's own model is
+        read there is nothing to send: then a version is all of it.
+        """
+        sent = None if self.num_weights is None else weights()[: self.num_weights]
         if self._local is not None:
-            self._local.set_weights(version, weights)
+            self._local.set_weights(version, sent)
         else:
             assert self._actors is not None
-            self._actors.publish(version, {"weights": weights})
+            self._actors.publish(version, {"weights": sent})
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, in their order."""
