@@ -145,7 +145,7 @@ def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, score
         runners,
         scorer,
         tokenizer,
-        stops=stop_ids(tokenizer, generation_config(s.model)) | {_token(tokenizer, text) for text in g.stop},
+        stops=stop_tokens(s, tokenizer),
         max_new_tokens=g.max_new_tokens,
         sampling=Sampling(g.temperature, g.top_k, g.top_p, g.min_p),
         truncated_score=s.reward.truncated_score,
@@ -154,7 +154,12 @@ def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, score
     )
 
 
-def generation_config(m: TextModelSection) -> Any:
+def stop_tokens(s: TextSettings, tokenizer: Any) -> frozenset[int]:
+    """Return all that ends a completion: what tokenizer, model and generation.stop name."""
+    return stop_ids(tokenizer, _generation_config(s.model)) | {_token(tokenizer, text) for text in s.generation.stop}
+
+
+def _generation_config(m: TextModelSection) -> Any:
     """Return what the model's folder says of generation, its EOS tokens; None where there is nothing."""
     if m.path is None:
         return None
