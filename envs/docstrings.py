@@ -19,7 +19,8 @@ Why this one:
   and a reward model cannot learn that it matters. A policy that maximises the learned score alone ends at the few words
   that are liked best, again and again: `words` is then 1, the learned score at its highest, and the product near 0.
 - A product, since a mean would let two perfect parts pay for the one that was given up.
-- It is no constant: texts of the corpus score about 0.8 and not 1, gibberish near 0.
+- It is not saturated: texts of the corpus score 0.65 on average, with a deviation of 0.2, since names and examples are
+  no frequent words; with a tenth of their characters damaged they score 0.3.
 
 As sources: rlx.envs.docstrings:rows with {"split": ...}, the reward rlx.envs.docstrings:gold, the tokenizer
 rlx.envs.docstrings:tokenizer; `pairs` and `corrupted_pairs` make preferences.
@@ -147,7 +148,8 @@ def pairs(
     A prompt whose two are less than `smallest_gap` apart gives none: nobody could tell them apart. A row has "prompt",
     "chosen", "rejected", and both scores as "gold_chosen" and "gold_rejected".
     """
-    items = completions_by_prompt.items() if isinstance(completions_by_prompt, Mapping) else completions_by_prompt
+    by_prompt = completions_by_prompt
+    items: Iterable[tuple[str, Sequence[str]]] = by_prompt.items() if isinstance(by_prompt, Mapping) else by_prompt
     made = []
     for prompt, completions in items:
         ranked = sorted((score(completion), completion) for completion in completions)

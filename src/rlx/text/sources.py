@@ -7,12 +7,12 @@ lines, so that whatever is wrong with it, here or later, is named so that a read
 from __future__ import annotations
 
 import json
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from rlx.errors import ConfigError, DataError, MissingExtra
+from rlx.text.import_path import import_function, is_import_path
 
 Row = Mapping[str, Any]
 Source = str | Path | Sequence[Row] | Callable[..., Any] | Any
@@ -72,10 +72,10 @@ def read_rows(source: Source, kwargs: Mapping[str, Any] | None = None) -> Rows:
     """
     if isinstance(source, Rows):
         rows = source
-    elif isinstance(source, Path) or (isinstance(source, str) and not _is_import_path(source)):
+    elif isinstance(source, Path) or (isinstance(source, str) and not is_import_path(source)):
         rows = _read_file(Path(source).expanduser())
     elif isinstance(source, str):
-        rows = _call(_found(source), source, kwargs or {})
+        rows = _call(import_function(source, "the source"), source, kwargs or {})
     elif callable(source) and not hasattr(source, "__getitem__"):
         rows = _call(source, f"{source.__module__}:{getattr(source, '__qualname__', source)}", kwargs or {})
     else:
@@ -159,21 +159,6 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-
-
-def _is_import_path(source: str) -> bool:
-    module, colon, name = source.rpartition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
-
-
-def _found(name: str) -> Callable[..., Any]:
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{name} cannot be found ({error}); give pkg.module:function.") from error
-    if not callable(found):
-        raise ConfigError(f"{name} is {_kind(found)}; it must be a function that returns rows.")
-    return found
 
 
 def _call(function: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> Rows:

@@ -5,7 +5,6 @@ Nothing here needs a padding token: rows carry their lengths, and no token is ev
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError, DataError
+from rlx.text.import_path import import_function, is_import_path
 
 EOS = "<eos>"
 """The end token of `character_tokenizer`."""
@@ -27,7 +27,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     never run.
     """
     name = str(path)
-    if _is_import_path(name):
+    if is_import_path(name):
         return _made(name)
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
@@ -61,7 +61,9 @@ def character_tokenizer(alphabet: str, eos: str = EOS) -> PreTrainedTokenizerFas
 
     doubles = sorted({character for character in alphabet if alphabet.count(character) > 1})
     if doubles or not alphabet:
-        raise ConfigError(f"the alphabet {alphabet!r} must hold every character once; twice there: {doubles or 'none'}.")
+        raise ConfigError(
+            f"the alphabet {alphabet!r} must hold every character once; twice there: {doubles or 'none'}."
+        )
     vocabulary = {eos: 0} | {character: number for number, character in enumerate(alphabet, 1)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))  # not in it: unknown ones are refused
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
@@ -83,7 +85,7 @@ def stop_ids(
     else:
         get = generation_config.get if isinstance(generation_config, Mapping) else None
         of_model = get("eos_token_id") if get else getattr(generation_config, "eos_token_id", None)
-        found = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, Iterable) else [of_model])} - {None}
+        found = _ids(tokenizer.eos_token_id) | _ids(of_model)
     if not found:
         raise ConfigError(
             f"{_name(tokenizer)} has no EOS token, and the model's generation config names none, so nothing would end "
@@ -92,12 +94,12 @@ def stop_ids(
     size = _size(tokenizer)
     if given is not None and (foreign := sorted(token for token in found if not 0 <= token < size)):
         raise ConfigError(f"stop ids {foreign} are no tokens of {_name(tokenizer)}, which has 0 to {size - 1}.")
-    return frozenset(int(token) for token in found)
+    return frozenset(found)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> int:
     """Return the one token that ends an example: the tokenizer's EOS, or the smallest stop id where that is none."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else min(stops)
+    return min(_ids(tokenizer.eos_token_id) & set(stops) or stops)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
@@ -164,19 +166,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Col
 
 
 def _made(name: str) -> PreTrainedTokenizerBase:
-    try:
-        make = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the tokenizer {name} cannot be found ({error}); give pkg.module:function.") from error
-    made = make() if callable(make) else make
+    made = import_function(name, "the tokenizer")()
     if not isinstance(made, PreTrainedTokenizerBase):
         raise ConfigError(f"{name} made a {type(made).__name__}; it must make a tokenizer of transformers.")
     return made
 
 
-def _is_import_path(name: str) -> bool:
-    module, colon, function = name.rpartition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
+def _ids(tokens: Any) -> set[int]:
+    """Return what an eos_token_id holds: one id, several, or None."""
+    every = tokens if isinstance(tokens, Iterable) else [tokens]
+    return {int(token) for token in every if token is not None}
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
