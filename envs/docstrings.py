@@ -33,7 +33,7 @@ import re
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -140,18 +140,14 @@ def frequent_words() -> frozenset[str]:
     return frozenset(ordered[:FREQUENT_WORDS])
 
 
-def pairs(
-    completions_by_prompt: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]], smallest_gap: float = 0.1
-) -> list[dict[str, Any]]:
+def pairs(completions_by_prompt: Mapping[str, Sequence[str]], smallest_gap: float = 0.1) -> list[dict[str, Any]]:
     """Return preference rows: for each prompt the best and the worst of its completions by the gold score.
 
     A prompt whose two are less than `smallest_gap` apart gives none: nobody could tell them apart. A row has "prompt",
     "chosen", "rejected", and both scores as "gold_chosen" and "gold_rejected".
     """
-    by_prompt = completions_by_prompt
-    items: Iterable[tuple[str, Sequence[str]]] = by_prompt.items() if isinstance(by_prompt, Mapping) else by_prompt
     made = []
-    for prompt, completions in items:
+    for prompt, completions in completions_by_prompt.items():
         ranked = sorted((score(completion), completion) for completion in completions)
         if len(ranked) > 1 and ranked[-1][0] - ranked[0][0] >= smallest_gap:
             made.append(_pair(prompt, ranked[-1], ranked[0]))
@@ -174,7 +170,7 @@ def corrupted_pairs(
         if len(made) == count:
             return made
         prompt, rest = texts[int(rng.integers(len(texts)))]
-        made += pairs([(prompt, [corrupted(rest, float(rng.random() ** 2), rng) for _ in range(2)])])
+        made += pairs({prompt: [corrupted(rest, float(rng.random() ** 2), rng) for _ in range(2)]})
     raise ConfigError(f"only {len(made)} of {count} pairs differ enough; the windows of {window} characters are short.")
 
 

@@ -27,5 +27,5 @@ def import_function(path: str, what: str) -> Any:
     except AttributeError as error:
         raise ConfigError(f'{what} "{path}": {error}.') from error
     if not callable(found):
-        raise ConfigError(f'{what} "{path}" is a {type(found).__name__}; it must be a function.')
+        raise ConfigError(f'{what} "{path}" is of type {type(found).__name__}; it must be a function.')
     return found

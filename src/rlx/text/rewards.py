@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Reward = Callable[..., Any]
 
+LARGEST = float(np.finfo(np.float32).max)
 SHOWN_CHARACTERS = 200
 MOST_TIMEOUTS = 4
 """How many samples of a batch may be waited for in vain, when those that hang are looked for; then the rest is given
@@ -189,7 +190,7 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     # What float32 cannot hold would be infinite in the batch.
-    return number if math.isfinite(number) and abs(number) <= np.finfo(np.float32).max else None
+    return number if math.isfinite(number) and abs(number) <= LARGEST else None
 
 
 def _no_number(value: Any) -> str:
@@ -216,7 +217,10 @@ def _takes_records(function: Reward, name: str, kwargs: Mapping[str, Any]) -> bo
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # builtins
         return True
-    for count in (3, 2):
+    third = [*signature.parameters.values()][2:3]
+    # A third one with a default is a setting of the function, unless it is called what it gets.
+    is_setting = bool(third) and third[0].default is not inspect.Parameter.empty and third[0].name != "records"
+    for count in (2,) if is_setting else (3, 2):
         try:
             signature.bind(*[None] * count, **kwargs)
             return count == 3

@@ -18,6 +18,7 @@ EOS = "<eos>"
 """The end token of `character_tokenizer`."""
 
 SHOWN_CHARACTERS = 10
+ANCHORS = "\n.0a"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -145,14 +146,21 @@ def encode_continuation(
     """Return the tokens of `text`, which continues `before`, so that those of `before` stay as they are.
 
     They are what the tokenizer makes of both together, if that begins with `tokens_before`: so a tokenizer that begins
-    every text with a space adds none here. Where a token would reach across the seam the text is encoded alone, since
-    whoever generates has `tokens_before` and not the merged token.
+    every text with a space adds none here. Where a token would reach across the seam the text is encoded without what
+    is before it, since whoever generates has `tokens_before` and not the merged token.
     """
     both = encode(tokenizer, before + text, place)
     bare = encode(tokenizer, before, place)
     if both[: len(bare)] == bare and list(tokens_before[len(tokens_before) - len(bare) :]) == bare:
         return both[len(bare) :]
-    return encode(tokenizer, text, place)
+    alone = encode(tokenizer, text, place)
+    if _raw(tokenizer, [*tokens_before, *alone]) == _raw(tokenizer, tokens_before) + text:
+        return alone
+    for anchor in ANCHORS:  # behind something short that does not merge with it: no space is put there
+        short, anchored = encode(tokenizer, anchor, place), encode(tokenizer, anchor + text, place)
+        if short and anchored[: len(short)] == short:
+            return anchored[len(short) :]
+    return alone
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Collection[int] = ()) -> str:
@@ -176,6 +184,12 @@ def _ids(tokens: Any) -> set[int]:
     """Return what an eos_token_id holds: one id, several, or None."""
     every = tokens if isinstance(tokens, Iterable) else [tokens]
     return {int(token) for token in every if token is not None}
+
+
+def _raw(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
