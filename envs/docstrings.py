@@ -37,13 +37,14 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError, DataError
-from rlx.text.tokenizers import character_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 """Line break and printable ASCII: 96 characters. Docstrings with any other one are left out."""
@@ -192,6 +193,8 @@ def corrupted(text: str, share: float, rng: np.random.Generator) -> str:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: 97 tokens, EOS and `ALPHABET`."""
+    from rlx.text.tokenizers import character_tokenizer  # rows and rewards need no transformers, which takes seconds
+
     return character_tokenizer(ALPHABET)
 
 

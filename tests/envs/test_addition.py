@@ -87,5 +87,5 @@ def test_it_is_a_source_for_examples_and_prompts():
 
 @pytest.mark.parametrize("kwargs", [{"split": "test"}, {"split": "sft", "wrong_share": 1.5}, {"wrong_share": 0.3}])
 def test_what_makes_no_sense_is_refused(kwargs):
-    with pytest.raises(ConfigError, match="addition has no split|wrong_share is"):
+    with pytest.raises(ConfigError, match=r"addition has no split|wrong_share is"):
         addition.rows(**kwargs)

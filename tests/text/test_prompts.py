@@ -52,8 +52,8 @@ def test_a_prompt_that_is_too_long_is_refused_by_file_and_number(digits, file):
     with pytest.raises(DataError) as raised:
         load_prompts(source, digits, max_tokens=3)
     assert str(raised.value) == (
-        f"2 of the 3 prompts of {source} have more than 3 tokens; the longest, {source}:3, has 6, the first is {source}:2. "
-        "Raise the limit, or shorten or drop them."
+        f"2 of the 3 prompts of {source} have more than 3 tokens; the longest, {source}:3, has 6, the first is "
+        f"{source}:2. Raise the limit, or shorten or drop them."
     )
 
 

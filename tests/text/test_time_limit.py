@@ -1,5 +1,6 @@
 """Functions that do not return are left behind, and nothing of them is left over."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -17,10 +18,8 @@ def spin():
 
 def spin_stubbornly():
     while True:
-        try:
+        with contextlib.suppress(Exception):
             spin()
-        except Exception:
-            pass
 
 
 def ended(thread):

@@ -129,7 +129,7 @@ def test_a_tokenizer_that_begins_texts_with_a_space_adds_none_in_the_middle(spac
 
 def test_a_tokenizer_is_made_by_an_import_path():
     assert len(load_tokenizer("rlx.envs.addition:tokenizer")) == 13
-    with pytest.raises(ConfigError, match="rlx.envs.addition:rows made a list; it must make a tokenizer"):
+    with pytest.raises(ConfigError, match=r"rlx\.envs\.addition:rows made a list; it must make a tokenizer"):
         load_tokenizer("rlx.envs.addition:rows")
 
 
