@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError
-from rlx.text.tokenizers import character_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ALPHABET = "0123456789+="
 SPLITS = {"eval": 0.1, "sft": 0.3, "rl": 0.6}
@@ -74,6 +75,8 @@ def shuffled_reward(
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: 13 tokens, EOS and `ALPHABET`."""
+    from rlx.text.tokenizers import character_tokenizer  # rows and rewards need no transformers, which takes seconds
+
     return character_tokenizer(ALPHABET)
 
 

@@ -19,7 +19,8 @@ Why this one:
   and a reward model cannot learn that it matters. A policy that maximises the learned score alone ends at the few words
   that are liked best, again and again: `words` is then 1, the learned score at its highest, and the product near 0.
 - A product, since a mean would let two perfect parts pay for the one that was given up.
-- It is no constant: texts of the corpus score about 0.8 and not 1, gibberish near 0.
+- It is not saturated: texts of the corpus score 0.65 on average, with a deviation of 0.2, since names and examples are
+  no frequent words; with a tenth of their characters damaged they score 0.3.
 
 As sources: rlx.envs.docstrings:rows with {"split": ...}, the reward rlx.envs.docstrings:gold, the tokenizer
 rlx.envs.docstrings:tokenizer; `pairs` and `corrupted_pairs` make preferences.
@@ -32,17 +33,18 @@ import re
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError, DataError
-from rlx.text.tokenizers import character_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 """Line break and printable ASCII: 96 characters. Docstrings with any other one are left out."""
@@ -139,17 +141,14 @@ def frequent_words() -> frozenset[str]:
     return frozenset(ordered[:FREQUENT_WORDS])
 
 
-def pairs(
-    completions_by_prompt: Mapping[str, Sequence[str]] | Iterable[tuple[str, Sequence[str]]], smallest_gap: float = 0.1
-) -> list[dict[str, Any]]:
+def pairs(completions_by_prompt: Mapping[str, Sequence[str]], smallest_gap: float = 0.1) -> list[dict[str, Any]]:
     """Return preference rows: for each prompt the best and the worst of its completions by the gold score.
 
     A prompt whose two are less than `smallest_gap` apart gives none: nobody could tell them apart. A row has "prompt",
     "chosen", "rejected", and both scores as "gold_chosen" and "gold_rejected".
     """
-    items = completions_by_prompt.items() if isinstance(completions_by_prompt, Mapping) else completions_by_prompt
     made = []
-    for prompt, completions in items:
+    for prompt, completions in completions_by_prompt.items():
         ranked = sorted((score(completion), completion) for completion in completions)
         if len(ranked) > 1 and ranked[-1][0] - ranked[0][0] >= smallest_gap:
             made.append(_pair(prompt, ranked[-1], ranked[0]))
@@ -172,7 +171,7 @@ def corrupted_pairs(
         if len(made) == count:
             return made
         prompt, rest = texts[int(rng.integers(len(texts)))]
-        made += pairs([(prompt, [corrupted(rest, float(rng.random() ** 2), rng) for _ in range(2)])])
+        made += pairs({prompt: [corrupted(rest, float(rng.random() ** 2), rng) for _ in range(2)]})
     raise ConfigError(f"only {len(made)} of {count} pairs differ enough; the windows of {window} characters are short.")
 
 
@@ -194,6 +193,8 @@ def corrupted(text: str, share: float, rng: np.random.Generator) -> str:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: 97 tokens, EOS and `ALPHABET`."""
+    from rlx.text.tokenizers import character_tokenizer  # rows and rewards need no transformers, which takes seconds
+
     return character_tokenizer(ALPHABET)
 
 

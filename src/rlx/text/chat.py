@@ -39,8 +39,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, place: str, *
     if tokenizer.chat_template is None:
         name = f' "{tokenizer.name_or_path}"' if tokenizer.name_or_path else ""
         raise ConfigError(
-            f"{place} holds messages, and the tokenizer{name} has no chat template; set tokenizer.chat_template, or give "
-            'texts in place of messages ("prompt", "completion").'
+            f"{place} holds messages, and the tokenizer{name} has no chat template; set tokenizer.chat_template, or "
+            'give texts in place of messages ("prompt", "completion").'
         )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows)  # type: ignore[arg-type]
@@ -55,7 +55,8 @@ def answers(
 ) -> list[tuple[str, bool]]:
     """Return a conversation's text in pieces (text, whether it is an answer); joined they are all of it.
 
-    An answer is a message of the assistant, from message `first` on. It begins where generation would begin, so a template's opening belongs to what is before.
+    An answer is a message of the assistant, from message `first` on. It begins where generation would begin, so a
+    template's opening belongs to what is before.
     DataError where the template writes a turn differently once others follow, since then nobody can tell.
     """
     whole = render(tokenizer, messages, place, answer_follows=False)
@@ -69,8 +70,8 @@ def answers(
         after = whole if last else render(tokenizer, messages[: number + 1], place, answer_follows=False)
         if not (whole.startswith(before) and whole.startswith(after) and done <= len(before) <= len(after)):
             raise DataError(
-                f"the chat template writes message {number} of {place} differently when others follow it, so its tokens "
-                "cannot be told apart; end the conversation with it, one row for each answer."
+                f"the chat template writes message {number} of {place} differently when others follow it, so its "
+                "tokens cannot be told apart; end the conversation with it, one row for each answer."
             )
         pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
         done = len(after)

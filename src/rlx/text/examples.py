@@ -143,7 +143,9 @@ def _example(
             return _of_messages(conversation, len(asked), index, place, tokenizer, ends, train_prompt)
         text, from_chat = prompt_text(rows, index, tokenizer)
         before = prompt_tokens(text, from_chat, tokenizer, place)
-        after = _ended(encode_continuation(tokenizer, text, before, rows.text(index, "completion"), place), tokenizer, ends)
+        after = _ended(
+            encode_continuation(tokenizer, text, before, rows.text(index, "completion"), place), tokenizer, ends
+        )
         return _made(index, place, [(before, train_prompt), (after, True)])
     if "messages" in row:
         conversation = check_messages(row["messages"], f'"messages" in {place}')
@@ -165,7 +167,9 @@ def _pair(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase, ends: Coll
     if is_chat(chosen):
         conversations = [_conversation(row, key, place) for key in ("chosen", "rejected")]
         if list(conversations[0][:-1]) != list(conversations[1][:-1]):
-            raise DataError(f'"chosen" and "rejected" in {place} differ before their last message; only that may differ.')
+            raise DataError(
+                f'"chosen" and "rejected" in {place} differ before their last message; only that may differ.'
+            )
         for conversation in conversations:
             first = len(conversation) - 1
             made.append(_of_messages(conversation, first, index, place, tokenizer, ends, train_prompt=False))
@@ -260,8 +264,8 @@ def _cut(example: Example, rows: Rows, max_tokens: int) -> Example:
     cut = Example(example.index, example.tokens[:max_tokens], example.trained[:max_tokens])
     if not cut.trained.any():
         raise DataError(
-            f"nothing to learn is left of {rows.place(example.index)} when it is cut after {max_tokens} tokens: its prompt "
-            "is that long. Raise the limit, or drop what is too long."
+            f"nothing to learn is left of {rows.place(example.index)} when it is cut after {max_tokens} tokens: its "
+            "prompt is that long. Raise the limit, or drop what is too long."
         )
     return cut
 

@@ -56,7 +56,9 @@ def load_prompts(
         )
         if too_long == "refuse" or not fitting:
             first = next(prompt for prompt in prompts if len(prompt.tokens) > max_tokens)
-            raise DataError(f"{what}, the first is {rows.place(first.index)}. Raise the limit, or shorten or drop them.")
+            raise DataError(
+                f"{what}, the first is {rows.place(first.index)}. Raise the limit, or shorten or drop them."
+            )
         log.warning("%s. They are dropped.", what)
     return fitting
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,12 +19,14 @@ from typing import Any, Literal
 import numpy as np
 
 from rlx.errors import ConfigError, RewardError
+from rlx.text.import_path import import_function
 from rlx.text.time_limit import DeadlinePassed, call_within
 
 log = logging.getLogger(__name__)
 
 Reward = Callable[..., Any]
 
+LARGEST = float(np.finfo(np.float32).max)
 SHOWN_CHARACTERS = 200
 MOST_TIMEOUTS = 4
 """How many samples of a batch may be waited for in vain, when those that hang are looked for; then the rest is given
@@ -60,7 +61,7 @@ class RewardFunction:
         on_error: Literal["stop", "mask"] = "stop",
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.function = _found(reward) if isinstance(reward, str) else reward
+        self.function = import_function(reward, "the reward function") if isinstance(reward, str) else reward
         self.name = reward if isinstance(reward, str) else _name(reward)
         self.timeout_s, self.on_error, self.kwargs = timeout_s, on_error, dict(kwargs or {})
         self._takes_records = _takes_records(self.function, self.name, self.kwargs)
@@ -92,7 +93,7 @@ class RewardFunction:
     def _call(self, samples: _Samples, start: int, stop: int) -> list[Any]:
         """Return what the function returns for a slice of the samples: one value for each, whatever it is."""
         # Lists of its own: a function that changes what it is given changes nothing here.
-        arguments = [samples.prompts[start:stop], samples.completions[start:stop]]
+        arguments: list[list[Any]] = [samples.prompts[start:stop], samples.completions[start:stop]]
         if self._takes_records:
             arguments.append([dict(record) for record in samples.records[start:stop]])
         try:
@@ -133,8 +134,8 @@ class RewardFunction:
             scores.append(value or 0.0)
         if not failures:
             message = (
-                f"the reward function {self.name} {_said(error)} for {len(scores)} samples together, and for none of them "
-                "alone; it must score a batch as it scores its samples."
+                f"the reward function {self.name} {_said(error)} for {len(scores)} samples together, and for none "
+                "of them alone; it must score a batch as it scores its samples."
             )
             if self.on_error == "stop":
                 raise RewardError(message) from error
@@ -157,8 +158,8 @@ class RewardFunction:
         said = _said(failure) if isinstance(failure, Exception) else failure
         blamed = RewardError(
             f"the reward function {self.name} {said} for prompt {number} {_short(samples.prompts[index])} with the "
-            f"completion {_short(samples.completions[index])}; correct it, or set on_error to mask to go on without such "
-            "samples."
+            f"completion {_short(samples.completions[index])}; correct it, or set on_error to mask to go on without "
+            "such samples."
         )
         blamed.__cause__ = failure if isinstance(failure, Exception) else None
         return blamed
@@ -189,7 +190,7 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     # What float32 cannot hold would be infinite in the batch.
-    return number if math.isfinite(number) and abs(number) <= np.finfo(np.float32).max else None
+    return number if math.isfinite(number) and abs(number) <= LARGEST else None
 
 
 def _no_number(value: Any) -> str:
@@ -207,16 +208,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
-def _found(name: str) -> Reward:
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"the reward function {name} cannot be found ({error}); give pkg.module:function.") from error
-    if not callable(found):
-        raise ConfigError(f"the reward function {name} is a {type(found).__name__}; it must be a function.")
-    return found
-
-
 def _name(function: Reward) -> str:
     return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
 
@@ -226,7 +217,10 @@ def _takes_records(function: Reward, name: str, kwargs: Mapping[str, Any]) -> bo
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # builtins
         return True
-    for count in (3, 2):
+    third = [*signature.parameters.values()][2:3]
+    # A third one with a default is a setting of the function, unless it is called what it gets.
+    is_setting = bool(third) and third[0].default is not inspect.Parameter.empty and third[0].name != "records"
+    for count in (2,) if is_setting else (3, 2):
         try:
             signature.bind(*[None] * count, **kwargs)
             return count == 3
@@ -234,6 +228,6 @@ def _takes_records(function: Reward, name: str, kwargs: Mapping[str, Any]) -> bo
             continue
     given = f" and {dict(kwargs)}" if kwargs else ""
     raise ConfigError(
-        f"the reward function {name}{signature} cannot be called with (prompts, completions, records) or with (prompts, "
-        f"completions){given}."
+        f"the reward function {name}{signature} cannot be called with (prompts, completions, records) or with "
+        f"(prompts, completions){given}."
     )

@@ -7,17 +7,18 @@ lines, so that whatever is wrong with it, here or later, is named so that a read
 from __future__ import annotations
 
 import json
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from rlx.errors import ConfigError, DataError, MissingExtra
+from rlx.text.import_path import import_function, is_import_path
 
 Row = Mapping[str, Any]
 Source = str | Path | Sequence[Row] | Callable[..., Any] | Any
 
 SHOWN_CHARACTERS = 80
+LONGEST_TOKEN = 8
 
 
 class Rows(Sequence[Row]):
@@ -72,10 +73,10 @@ def read_rows(source: Source, kwargs: Mapping[str, Any] | None = None) -> Rows:
     """
     if isinstance(source, Rows):
         rows = source
-    elif isinstance(source, Path) or (isinstance(source, str) and not _is_import_path(source)):
+    elif isinstance(source, Path) or (isinstance(source, str) and not is_import_path(source)):
         rows = _read_file(Path(source).expanduser())
     elif isinstance(source, str):
-        rows = _call(_found(source), source, kwargs or {})
+        rows = _call(import_function(source, "the source"), source, kwargs or {})
     elif callable(source) and not hasattr(source, "__getitem__"):
         rows = _call(source, f"{source.__module__}:{getattr(source, '__qualname__', source)}", kwargs or {})
     else:
@@ -125,7 +126,7 @@ def _read_json(path: Path) -> Rows:
 
 
 def _json(data: bytes, place: str, torn: bool) -> Any:
-    """Return what JSON says; `torn`: the text ends here, so an error at its end means that the rest is missing."""
+    """Return what JSON says; `torn`: the file ends here, so that an error at its end means that the rest is missing."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,10 +134,13 @@ def _json(data: bytes, place: str, torn: bool) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        at_end = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        cause = "it ends in the middle; the file seems to be cut off there" if torn and at_end else error.msg
+        # A string begins far before the end that it lacks; a number, a word or an escape just before it.
+        written = text.rstrip()
+        near_end = len(written) - error.pos < LONGEST_TOKEN and written[-1] not in "]}"
+        at_end = error.msg.startswith("Unterminated string") or error.pos >= len(written) or near_end
         line = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        raise DataError(f"{place} is no JSON: {cause} ({line}column {error.colno}).") from error
+        cure = "; the file seems to be cut off there" if torn and at_end else ""
+        raise DataError(f"{place} is no JSON: {error.msg} ({line}column {error.colno}){cure}.") from error
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply to be read.") from error
 
@@ -150,7 +154,9 @@ def _read_parquet(path: Path) -> Rows:
     try:
         # One file and not a data set: a folder name such as split=train would become a column.
         return Rows(parquet.ParquetFile(path).read().to_pylist(), str(path))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the system's, and not pyarrow's own
         raise DataError(f"{path} is no Parquet file, or a torn one: {' '.join(str(error).split())}") from error
 
 
@@ -159,21 +165,6 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-
-
-def _is_import_path(source: str) -> bool:
-    module, colon, name = source.rpartition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
-
-
-def _found(name: str) -> Callable[..., Any]:
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{name} cannot be found ({error}); give pkg.module:function.") from error
-    if not callable(found):
-        raise ConfigError(f"{name} is {_kind(found)}; it must be a function that returns rows.")
-    return found
 
 
 def _call(function: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> Rows:
@@ -200,12 +191,12 @@ def _indexed(rows: Any, name: str) -> Rows:
 
 
 def _kind(value: Any) -> str:
-    """Return what a value is, shortened: a list ([1, 2])."""
+    """Return a value and its type, shortened: [1, 2] (list)."""
     if value is None:
-        return "empty (null)"
+        return "null"
     text = repr(value)
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-    return f"a {type(value).__name__} ({shown})"
+    return f"{shown} ({type(value).__name__})"
 
 
 def _quoted(keys: Iterable[Any]) -> str:

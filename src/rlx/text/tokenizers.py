@@ -5,7 +5,6 @@ Nothing here needs a padding token: rows carry their lengths, and no token is ev
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError, DataError
+from rlx.text.import_path import import_function, is_import_path
 
 EOS = "<eos>"
 """The end token of `character_tokenizer`."""
 
 SHOWN_CHARACTERS = 10
+ANCHORS = "\n.0a"
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -27,7 +28,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     never run.
     """
     name = str(path)
-    if _is_import_path(name):
+    if is_import_path(name):
         return _made(name)
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
@@ -61,7 +62,9 @@ def character_tokenizer(alphabet: str, eos: str = EOS) -> PreTrainedTokenizerFas
 
     doubles = sorted({character for character in alphabet if alphabet.count(character) > 1})
     if doubles or not alphabet:
-        raise ConfigError(f"the alphabet {alphabet!r} must hold every character once; twice there: {doubles or 'none'}.")
+        raise ConfigError(
+            f"the alphabet {alphabet!r} must hold every character once; twice there: {doubles or 'none'}."
+        )
     vocabulary = {eos: 0} | {character: number for number, character in enumerate(alphabet, 1)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))  # not in it: unknown ones are refused
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
@@ -83,7 +86,7 @@ def stop_ids(
     else:
         get = generation_config.get if isinstance(generation_config, Mapping) else None
         of_model = get("eos_token_id") if get else getattr(generation_config, "eos_token_id", None)
-        found = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, Iterable) else [of_model])} - {None}
+        found = _ids(tokenizer.eos_token_id) | _ids(of_model)
     if not found:
         raise ConfigError(
             f"{_name(tokenizer)} has no EOS token, and the model's generation config names none, so nothing would end "
@@ -92,12 +95,12 @@ def stop_ids(
     size = _size(tokenizer)
     if given is not None and (foreign := sorted(token for token in found if not 0 <= token < size)):
         raise ConfigError(f"stop ids {foreign} are no tokens of {_name(tokenizer)}, which has 0 to {size - 1}.")
-    return frozenset(int(token) for token in found)
+    return frozenset(found)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> int:
     """Return the one token that ends an example: the tokenizer's EOS, or the smallest stop id where that is none."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else min(stops)
+    return min(_ids(tokenizer.eos_token_id) & set(stops) or stops)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> None:
@@ -143,14 +146,21 @@ def encode_continuation(
     """Return the tokens of `text`, which continues `before`, so that those of `before` stay as they are.
 
     They are what the tokenizer makes of both together, if that begins with `tokens_before`: so a tokenizer that begins
-    every text with a space adds none here. Where a token would reach across the seam the text is encoded alone, since
-    whoever generates has `tokens_before` and not the merged token.
+    every text with a space adds none here. Where a token would reach across the seam the text is encoded without what
+    is before it, since whoever generates has `tokens_before` and not the merged token.
     """
     both = encode(tokenizer, before + text, place)
     bare = encode(tokenizer, before, place)
     if both[: len(bare)] == bare and list(tokens_before[len(tokens_before) - len(bare) :]) == bare:
         return both[len(bare) :]
-    return encode(tokenizer, text, place)
+    alone = encode(tokenizer, text, place)
+    if _raw(tokenizer, [*tokens_before, *alone]) == _raw(tokenizer, tokens_before) + text:
+        return alone
+    for anchor in ANCHORS:  # behind something short that does not merge with it: no space is put there
+        short, anchored = encode(tokenizer, anchor, place), encode(tokenizer, anchor + text, place)
+        if short and anchored[: len(short)] == short:
+            return anchored[len(short) :]
+    return alone
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Collection[int] = ()) -> str:
@@ -164,19 +174,22 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Col
 
 
 def _made(name: str) -> PreTrainedTokenizerBase:
-    try:
-        make = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the tokenizer {name} cannot be found ({error}); give pkg.module:function.") from error
-    made = make() if callable(make) else make
+    made = import_function(name, "the tokenizer")()
     if not isinstance(made, PreTrainedTokenizerBase):
         raise ConfigError(f"{name} made a {type(made).__name__}; it must make a tokenizer of transformers.")
     return made
 
 
-def _is_import_path(name: str) -> bool:
-    module, colon, function = name.rpartition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
+def _ids(tokens: Any) -> set[int]:
+    """Return what an eos_token_id holds: one id, several, or None."""
+    every = tokens if isinstance(tokens, Iterable) else [tokens]
+    return {int(token) for token in every if token is not None}
+
+
+def _raw(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _begin(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> int:
