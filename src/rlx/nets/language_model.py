@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
+import socket
+import textwrap
+import urllib.parse
+import urllib.request
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rlx.errors import ConfigError, MissingExtra
 from rlx.nets.trunk import unwrapped
-
-log = logging.getLogger("rlx")
 
 
 def load_language_model(
@@ -89,25 +92,49 @@ def _from_path(path: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     folder = Path(path).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{path} holds no config.json, so it is no folder of a language model.")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
+        path = str(folder)
+    else:
+        _check_hub(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(str(folder) if folder.is_dir() else path, **options)
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
+
+
+def _check_hub(path: str) -> None:
+    """Raise ConfigError where a model can only be on the hub and the hub cannot be reached: its client tries long."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ConfigError(f"there is no folder {path}; the path of a model is a folder, or a hub id as in org/name.")
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
+            return
+    except ValueError as error:
+        raise ConfigError(f"{path!r} is neither a folder nor a hub id: {_reason(error)}") from error
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if not urllib.request.getproxies():  # through a proxy, names are the proxy's to look up
+            socket.getaddrinfo(host, 443)
+    except OSError as error:
         raise ConfigError(
-            f"no language model can be loaded from {path!r}, which is neither a folder here nor a model that the hub "
-            f"gave: {_first_line(error)}"
-            if not folder.is_dir()
-            else f"the folder {path!r} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"there is no folder {path}, no such model was downloaded before, and {host} cannot be asked for it "
+            f"({error}): give the folder of a model, or go online."
         ) from error
 
 
 def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
 
     settings = dict(config)
     kind = settings.pop("model_type", None)
-    known = [name for name, made in CONFIG_MAPPING.items() if made in MODEL_FOR_CAUSAL_LM_MAPPING]
     if kind not in known:
         near = difflib.get_close_matches(str(kind), known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Usual ones are gpt2, llama, qwen3, gemma2, mistral and phi3."
@@ -115,7 +142,7 @@ def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:
     try:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), **options)
     except Exception as error:  # whatever a configuration that does not fit together raises
-        raise ConfigError(f"no {kind} model can be made from this config: {_first_line(error)}") from error
+        raise ConfigError(f"no {kind} model can be made from this config: {_reason(error)}") from error
 
 
 def _with_adapter(model: Any, lora: Mapping[str, Any]) -> Any:
@@ -126,15 +153,16 @@ def _with_adapter(model: Any, lora: Mapping[str, Any]) -> Any:
     from transformers.pytorch_utils import Conv1D
 
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # of GPT-2
+    # peft asks for a name that transformers has since changed, and transformers warns of it.
     defaults = {"target_modules": "all-linear", "fan_in_fan_out": transposed, "task_type": "CAUSAL_LM"}
     try:
-        return get_peft_model(model, LoraConfig(**(defaults | dict(lora))))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            return get_peft_model(model, LoraConfig(**(defaults | dict(lora))))
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"no adapter can be made from the lora settings {dict(lora)}: {_first_line(error)}"
-        ) from error
+        raise ConfigError(f"no adapter can be made from the lora settings {dict(lora)}: {_reason(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+def _reason(error: Exception) -> str:
+    """Return what an exception says, in one line of some length at most."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)

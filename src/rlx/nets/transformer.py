@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rlx.errors import ConfigError, RlxError
-from rlx.nets.chunked_head import logp_and_entropy
+from rlx.nets.chunked_head import LogitTransform, logp_and_entropy
 from rlx.nets.trunk import Layout, Trunk, logit_transform, positions_within, unwrapped
 from rlx.trajectory import Batch
 
@@ -62,9 +65,7 @@ class TransformerPolicy(nn.Module):
         if reference is not None:
             reference.requires_grad_(False)
             self.reference_trunk = Trunk(reference)
-        for trunk in filter(None, (self.trunk, self.value_trunk)):
-            if activation_checkpointing:
-                checkpoint_activations(trunk)
+        self.activation_checkpointing = activation_checkpointing
         self.eval()
 
     def evaluate(self, minibatch: Batch, *, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,19 +120,17 @@ class TransformerPolicy(nn.Module):
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)
 
     @contextlib.contextmanager
-    def _mode(self) -> Any:
-        """Dropout is on where it was asked for and there are gradients."""
-        if not (self.dropout and torch.is_grad_enabled()):
+    def _mode(self) -> Iterator[None]:
+        """While there are gradients: dropout, and activations computed again, where they were asked for."""
+        with contextlib.ExitStack() as modes:
+            if torch.is_grad_enabled():
+                for trunk in filter(None, (self.trunk, self.value_trunk)):
+                    if self.dropout:
+                        trunk.causal_lm.train()
+                        modes.callback(trunk.causal_lm.eval)
+                    if self.activation_checkpointing:
+                        modes.enter_context(checkpointed_layers(trunk.decoder))
             yield
-            return
-        learned = [model for model in (self.model, self.value_model) if model is not None]
-        try:
-            for model in learned:
-                model.train()
-            yield
-        finally:
-            for model in learned:
-                model.eval()
 
 
 class _Rows:
@@ -168,16 +167,17 @@ def language_head(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def check_head(trunk: Trunk, head: nn.Linear, transform: Any) -> None:
-    """Raise ConfigError where a model does more with its logits than is known here: it would be trained wrongly."""
-    was_training = trunk.causal_lm.training
+def check_head(trunk: Trunk, head: nn.Linear, transform: LogitTransform) -> None:
+    """Raise ConfigError where a model does more with its logits than is known here, or is not causal.
+
+    It would be trained wrongly, and nothing else would tell.
+    """
     trunk.causal_lm.eval()
-    tokens = torch.arange(min(4, len(head.weight)), device=head.weight.device)[None]
+    tokens = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
     logits = trunk.causal_lm(input_ids=tokens, use_cache=False).logits[0].float()
     hidden = trunk.decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
     logp, _ = logp_and_entropy(hidden, head.weight, tokens[0], bias=head.bias, transform=transform)
     expected = logits.log_softmax(-1).gather(1, tokens[0][:, None]).squeeze(1)
-    trunk.causal_lm.train(was_training)
     tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.1
     difference = (logp - expected).abs().max().item()
     if not difference <= tolerance * (1 + expected.abs().max().item()):
@@ -185,8 +185,29 @@ def check_head(trunk: Trunk, head: nn.Linear, transform: Any) -> None:
             f"a {trunk.config.model_type} model does something of its own with its logits, so that log-probabilities "
             f"made here would be wrong by {difference:.3g}. Choose another model."
         )
+    changed = tokens.clone()
+    changed[0, -1] = 0
+    before = trunk.decoder(input_ids=changed, use_cache=False).last_hidden_state[0, :-1]
+    if not torch.allclose(before, hidden[:-1], rtol=tolerance, atol=tolerance):
+        raise ConfigError(
+            f"this {trunk.config.model_type} model is not causal: a token changes what the model makes of those before "
+            "it. Choose a decoder-only model, or set is_decoder in its config."
+        )
 
 
-def checkpoint_activations(trunk: Trunk) -> None:
-    """Have every layer of the decoder compute its activations again in the backward pass rather than keep them."""
-    trunk.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+@contextlib.contextmanager
+def checkpointed_layers(decoder: nn.Module) -> Iterator[None]:
+    """Have each of a decoder's layers keep its input only, and compute the rest again in the backward pass.
+
+    The models' own switch for it would turn on dropout as well, and stay on for whoever else uses the model.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # of this object; that of the class shows again
