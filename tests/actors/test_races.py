@@ -573,6 +573,14 @@ def test_a_fork_of_the_driver_is_refused_and_disturbs_nothing(rt, worker):
     assert list(stream) == list(range(10)) and future.result(T) == 1
 
 
+def test_a_link_lost_before_the_news_of_the_start_ends_the_actor_all_the_same(worker, gate):
+    """An actor may answer, and break its link, before the forkserver has said that it exists."""
+    running, body = worker.wait_for.call(gate[0]), worker._actor.body
+    body._engine.reactor.post(lambda: (body._lose_link("closed its link"), body.on_started(body.pid)))
+    with pytest.raises(ActorDied, match="closed its link"):
+        running.result(T)
+
+
 def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
     own = actors.runtime("local", preload=())
     (tmp_path / "gone").mkdir()

@@ -69,7 +69,7 @@ class LocalActor:
 
     def start(self, settings: str, parcel: Parcel, patience_s: float) -> list[int]:
         """Put the first frame into the link; return the descriptors that the new process needs."""
-        self._engine.reactor.set_deadline(self, patience_s, self._on_no_start)
+        self._engine.reactor.set_deadline(self.ready, patience_s, self._on_no_start)
         self._link.open()
         self.ready.lead = self._link.lead
         self.slot.sent()  # for __init__
@@ -166,7 +166,7 @@ class LocalActor:
         """The process exists."""
         self.pid = pid
         self.slot.update(pid=pid)
-        self._engine.reactor.clear_deadline(self)
+        self._engine.reactor.clear_deadline(self.ready)  # not that of a link lost before this news has come
 
     def look_for_stall(self, now: float) -> None:
         """Tell the listener if one call has run for long; it is told once."""
@@ -190,7 +190,8 @@ class LocalActor:
             self._how = self._killed
         elif self._engine.closing:
             self._how = "was closed with its runtime"
-        self._engine.reactor.clear_deadline(self)
+        for key in (self, self.ready):
+            self._engine.reactor.clear_deadline(key)
         self._link.finish(self._bury)
 
     def _bury(self) -> None:
