@@ -45,7 +45,7 @@ class InlineEngine:
     def put(self, value: Any) -> Ref:
         """Keep a copy, as a process of its own would have it."""
         body, buffers = pickling.dumps(value, "the value")
-        return Ref(bytes(body), [bytes(buffer) for buffer in buffers])
+        return Ref.to_copy_of([body, *buffers])
 
     def channel(self, name: str) -> InlineChannel:
         """Return the channel of that name."""

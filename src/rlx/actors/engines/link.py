@@ -21,7 +21,7 @@ from rlx.actors.engines.wire import Frame, FrameReader, Outbox
 from rlx.actors.future import Future, nothing, wait
 from rlx.errors import ActorError
 
-CORK_BYTES = 32 * 1024  # of frames that wait for company
+CORK_BYTES = 8 * 1024  # of frames that wait for company; more, and the actor has nothing to do meanwhile
 BACKLOG_BYTES = 64 * 2**20  # of frames that the socket has not taken, above which writers wait
 LONGEST_POLL_S = 3600.0  # more milliseconds than fit an int are refused
 
