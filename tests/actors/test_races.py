@@ -581,6 +581,32 @@ def test_a_link_lost_before_the_news_of_the_start_ends_the_actor_all_the_same(wo
         running.result(T)
 
 
+@pytest.mark.parametrize(
+    "step", ["_work.close", "_tasks.close", "_engine._server.wait", "_engine.reactor.close", "_engine.memory.close"]
+)
+def test_a_close_that_an_interrupt_has_cut_short_may_be_called_again(step, monkeypatch):
+    before, own = set(os.listdir("/proc/self/fd")), actors.runtime("local", preload=())
+    actor = own.spawn(Worker)
+    actor.ready(T)
+    server, folder, (*path, name) = own._engine._server, own._engine._folder.path, step.split(".")
+    part = own
+    for attribute in path:
+        part = getattr(part, attribute)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(part, name, _interrupted)
+        own.close()
+    own.close()
+    own.close()
+    assert server.poll() is not None and not folder.exists()
+    assert isinstance(actor.echo.call(1).exception(T), ActorDied)
+    del actor, part, server
+    poll_until(lambda: gc.collect() >= 0 and set(os.listdir("/proc/self/fd")) <= before)
+
+
+def _interrupted(*_, **__):
+    raise Interrupted
+
+
 def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
     own = actors.runtime("local", preload=())
     (tmp_path / "gone").mkdir()
