@@ -48,7 +48,10 @@ def test_age_0_is_the_synchronous_algorithm(name):
     assert train(alone, 4) == train(config(name, num_env_runners=0), 4)  # without runners there is nothing else
 
 
-@pytest.mark.parametrize("name", ["ppo", "impala", "appo"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("ppo", marks=SLOW), pytest.param("impala", marks=SLOW), "appo"])
 def test_one_version_behind_is_reproducible(name):
     first, second = train(config(name, max_age=1), 5), train(config(name, max_age=1), 5)
     assert first == second == train(config(name, max_age=1, engine="inline"), 5)
