@@ -141,6 +141,11 @@ class RunnerGroup:
         if self._arrivals is not None:
             self._arrivals.used()
 
+    @property
+    def ahead(self) -> int:
+        """Fragments being collected, or waiting, that `arrive` has not returned and `used` not freed; 0 without it."""
+        return 0 if self._arrivals is None else self._arrivals.ahead
+
     def _join(self, samples: Sequence[Sample], trajectory: Trajectory, wall_s: float) -> Sample:
         for sample in samples:
             self._normalizer.merge(sample.obs_moments, sample.return_moments)
