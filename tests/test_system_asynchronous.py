@@ -39,7 +39,7 @@ ENDS = {
 
 
 class Walk(gymnasium.Env):
-    """Observations are (process, steps so far, over all episodes); a file has the process end in the middle of a step."""
+    """Observations are (process, steps so far, in all episodes); a file ends the process in the middle of a step."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)

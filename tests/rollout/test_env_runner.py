@@ -288,12 +288,12 @@ def test_an_action_that_is_not_finite_reaches_no_environment(make_runner):
         """Would take NaN without a word, and go on with numbers of its own."""
 
         action_space = spaces.Box(-1, 1, (2,), np.float32)
-        actions = []
 
         def step(self, action):
-            self.actions.append(action)
+            actions.append(action)
             return super().step(action)
 
+    actions = []
     runner = make_runner(Obedient, 2, build_policy, first_env_index=3)
     runner.sample(5)
     weights = runner._parameters.numpy().copy()
@@ -303,7 +303,7 @@ def test_an_action_that_is_not_finite_reaches_no_environment(make_runner):
     )
     with pytest.raises(EnvError, match=sentence):
         runner.sample(5)
-    assert len(Obedient.actions) == 10 and np.isfinite(Obedient.actions).all()
+    assert len(actions) == 10 and np.isfinite(actions).all()
     runner.set_weights(2, weights)
     assert runner.sample(5).trajectory.mask.all()
 

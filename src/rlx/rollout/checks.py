@@ -12,7 +12,10 @@ from rlx.rollout.vector import Envs
 
 
 class FragmentChecks:
-    """Looks at whole fragments, and at actions before they are taken; EnvError says which environment, step and fragment. `number` is the fragment's."""
+    """Looks at whole fragments, and at actions before they are taken.
+
+    EnvError says which environment, step and fragment. `number` is the fragment's.
+    """
 
     def __init__(self, envs: Envs, first_env_index: int) -> None:
         self._envs, self._first = envs, first_env_index
