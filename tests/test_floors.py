@@ -17,7 +17,7 @@ FOLDERS = {
 FLOOR = {
     **dict.fromkeys(["errors", "trajectory"], 0),
     "functional": 1,
-    "nets": 2,
+    **dict.fromkeys(["nets", "text"], 2),
     "actors": 3,
     **dict.fromkeys(["rollout", "learner", "generation"], 4),
     **dict.fromkeys(["algorithms", "envs", "configs"], 6),

@@ -104,8 +104,18 @@ class LearnerGroup:
         self.version += 1
         return stats
 
+    def evaluate(self, batch: Batch, *names: str) -> Batch:
+        """Run `Learner.evaluate`, each learner on its share of the rows; return the columns of all rows, in order."""
+        if self._local is not None:
+            return self._local.evaluate(batch, *names)
+        self._check_state()
+        shares = [rows for rows in torch.arange(len(batch)).tensor_split(len(self._actors)) if len(rows)]
+        calls = zip(self._actors, shares, strict=False)
+        parts = self._answers_with_state([actor.evaluate.call(batch.take(rows), *names) for actor, rows in calls])
+        return Batch(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
     def weights(self) -> np.ndarray:
-        """Return all parameters, float32 [n]."""
+        """Return all learned parameters, float32 [n]."""
         return self._first("weights")
 
     def get_state(self) -> dict[str, Any]:
