@@ -51,7 +51,7 @@ LEAST_GROWTH_COUNT = 1.0
 """Of descriptors and threads."""
 
 
-class Dial(gymnasium.Env[np.ndarray, int]):
+class Dial(gymnasium.Env[np.ndarray, np.int64]):
     """A bright bar in one of four quarters of a noisy image: the action that names the quarter is worth 1."""
 
     observation_space = spaces.Box(0, 255, SHAPE, np.uint8)
@@ -64,7 +64,7 @@ class Dial(gymnasium.Env[np.ndarray, int]):
         self._left = int(self.np_random.integers(64, 192))
         return self._look(), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Return the next image; an episode ends by its length."""
         reward, self._left = float(action == self._quarter), self._left - 1
         return self._look(), reward, False, self._left == 0, {}
