@@ -27,7 +27,8 @@ class DPOTraining(TextTrainingSection):
     """Hyper-parameters of DPO and IPO."""
 
     objective: Literal["dpo", "ipo"] = "dpo"
-    """dpo: a logistic loss of the margin; ipo: its squared distance from 1 / (2 beta), which overfits less."""
+    """dpo: a logistic loss of the margin; ipo: its squared distance from 1 / (2 beta), of mean log-probabilities a
+    token, which overfits less."""
     beta: PositiveFloat = 0.1
     """How much leaving the reference costs: the KL coefficient of the equivalent reward maximisation."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -74,9 +75,10 @@ class DPO(TextAlgorithm, config=DPOConfig):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and stats; every mean is a sum over pairs, weighted by `minibatch.weight` [P]."""
         new_logp, _, _ = policy.evaluate(minibatch, entropy=False)
-        chosen, rejected = sequence_logp(new_logp, minibatch.mask).unbind(1)
-        ref_chosen, ref_rejected = sequence_logp(minibatch.ref_logp, minibatch.mask).unbind(1)
-        if training.objective == "ipo":
+        is_ipo = training.objective == "ipo"
+        chosen, rejected = sequence_logp(new_logp, minibatch.mask, mean=is_ipo).unbind(1)
+        ref_chosen, ref_rejected = sequence_logp(minibatch.ref_logp, minibatch.mask, mean=is_ipo).unbind(1)
+        if is_ipo:
             losses = ipo(chosen, rejected, ref_chosen, ref_rejected, training.beta)
         else:
             losses = dpo(chosen, rejected, ref_chosen, ref_rejected, training.beta, training.label_smoothing)

@@ -59,8 +59,8 @@ class GRPOTraining(TextTrainingSection):
     """Do not learn from completions that were cut at generation.max_new_tokens."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of KL(policy || reference) in the loss; 0 needs no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How that KL is estimated: see rlx.functional.kl; k3 is GRPO's."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """How that KL is estimated, see rlx.functional.kl: k3 is GRPO's, k2 has the right gradient. k1 would have none."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 

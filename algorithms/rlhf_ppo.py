@@ -19,7 +19,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor
 
 from rlx.functional import kl
-from rlx.functional.advantages import gae
+from rlx.errors import ConfigError
+from rlx.functional.advantages import token_gae
 from rlx.functional.losses import clipped_squared_error, clipped_surrogate, squared_error
 from rlx.functional.masking import explained_variance, standardize, weighted_sum
 from rlx.metrics import Metrics
@@ -67,6 +68,15 @@ class RLHFPPOTraining(TextTrainingSection):
 class RLHFPPOConfig(TextConfig, training=RLHFPPOTraining):
     """Settings of a PPO run on text: `RLHFPPOConfig().model("runs/sft").prompts(...).reward(...).build()`."""
 
+    @staticmethod
+    def check(settings: Any) -> None:
+        """Raise ConfigError where the KL term would do nothing."""
+        if settings.training.kl_in == "loss" and settings.training.kl_estimator == "k1":
+            raise ConfigError(
+                "training.kl_estimator=k1 has no gradient in the loss, on average; set it to k2 or k3, or "
+                "training.kl_in=reward."
+            )
+
 
 class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
     """Sample, pay for KL, estimate advantages, update, publish."""
@@ -103,14 +113,9 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
     def advantages(self, batch: Batch, reward: Tensor) -> tuple[Tensor, Tensor]:
         """Return advantages and value targets [S, L], 0 off the mask."""
         training: RLHFPPOTraining = self.training
-        next_value = torch.cat([batch.value[:, 1:], torch.zeros_like(batch.value[:, :1])], 1)
-        terminated, truncated = batch.terminated | batch.truncated, torch.zeros_like(batch.truncated)
-        if training.bootstrap_truncated:
-            terminated, truncated = batch.terminated, batch.truncated
-            next_value = torch.where(batch.truncated, batch.value, next_value)
-        time_major = (one.T for one in (reward, batch.value, next_value, terminated, truncated))
-        advantage, return_ = gae(*time_major, training.gamma, training.lambda_)
-        return advantage.T.masked_fill(~batch.mask, 0), return_.T.masked_fill(~batch.mask, 0)
+        if training.bootstrap_truncated:  # by the value before the last token: that after it was never computed
+            reward = reward + training.gamma * batch.value * batch.truncated
+        return token_gae(reward, batch.value, batch.mask, training.gamma, training.lambda_)
 
     def next_kl_coef(self, batch: Batch, kl_coef: float) -> float:
         """Return the coefficient that brings the KL of a completion nearer to kl_target."""

@@ -17,7 +17,7 @@ from rlx.errors import RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
-from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_microbatches
+from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_microbatches, microbatches
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
@@ -66,7 +66,7 @@ class Learner:
             self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
         else:
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
-        self.prepare = prepare
+        self.prepare, self.loss = prepare, loss
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
@@ -149,6 +149,18 @@ class Learner:
         columns = evaluate_in_microbatches(self.policy, batch, names, self.max_tokens)
         return Batch(**{name: column.cpu() for name, column in columns.items()})
 
+    @torch.no_grad()
+    def measure(self, batch: Batch, coefficients: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+        """Return the loss and its stats on rows of tokens, and learn nothing from them."""
+        batch = self._own(batch)
+        weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
+        sums: dict[str, float] = {}
+        for _, part in microbatches(weighed, self.max_tokens, self.policy.packs(self.device)):
+            total, stats = self.loss(self.policy, part, coefficients)
+            for name, stat in ({"loss": total} | stats).items():
+                sums[name] = sums.get(name, 0.0) + float(stat)
+        return sums
+
     def weights(self) -> np.ndarray:
         """Return all learned parameters, float32 [n] (a copy)."""
         return self.flat.numpy().copy()
@@ -158,18 +170,27 @@ class Learner:
         parameters = zip(self.flat.names, self.flat.parameters, strict=True)
         policy = {name: p.detach().cpu().numpy().copy() for name, p in parameters}
         target = None if self.target is None else self.target.get_state()
-        return {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        state = {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        buffers = {name: buffer.cpu().numpy().copy() for name, buffer in self._buffers().items()}
+        return state | {"buffers": buffers} if buffers else state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(torch.from_numpy(np.array(state["buffers"][name])))
         if self.target is not None:
             self.target.set_state(state["target"])
 
     def _seed(self, seed: int) -> None:
         # torch.manual_seed seeds absent GPUs too, and keeps a stack trace for each kind: half a millisecond a call.
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return what belongs to the policy's state and is no parameter: how a reward model normalises, say."""
+        lasting = self.policy.state_dict().keys()
+        return {name: buffer for name, buffer in self.policy.named_buffers() if name in lasting}
 
     def _own(self, batch: Batch) -> Batch:
         """Return the batch on this learner's device; of rows of tokens, with zeros where nothing counts."""
