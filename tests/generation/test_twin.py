@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlx.generation.attention import NAME
 from rlx.generation.generator import Generator
 from rlx.generation.request import Request
 from rlx.generation.twin import Twin
@@ -100,7 +101,7 @@ def test_attention_that_takes_no_mask_is_replaced_in_the_twin_alone(build):
     model = build("llama")
     model.config._attn_implementation = "flash_attention_2"
     twin = Twin(model).model()
-    assert twin.config._attn_implementation == "sdpa" == twin.model.layers[0].self_attn.config._attn_implementation
+    assert twin.config._attn_implementation == NAME == twin.model.layers[0].self_attn.config._attn_implementation
     assert model.config._attn_implementation == "flash_attention_2"
 
 

@@ -80,7 +80,7 @@ class Slots:
     def copy(self, source: np.ndarray, target: np.ndarray, extent: int) -> None:
         """Copy the first `extent` positions of slots `source` to slots `target`; no slot is in both."""
         assert self._cache is not None
-        self._cache.copy(self._tensor(source), self._tensor(target), min(round_up(extent), self._cache.length))
+        self._cache.copy(self._tensor(source), self._tensor(target), extent)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         longest = max(len(prompt) for prompt in prompts)
