@@ -13,7 +13,9 @@ from rlx.generation.architecture import FULL, SLIDING, Architecture
 from rlx.generation.cache import SlotCache
 
 ROUND = 16
-"""Lengths are rounded up to this: the kernels then have no remainders, whose sums come out in another order."""
+"""Slots, and in exact mode all lengths, are rounded up to this: kernels sum remainders in another order."""
+EXTENT_ROUND = 8
+"""Without exact mode decoding reads this much, rounded up, of the keys and values."""
 EXACT_DECODE_ROWS = 32
 EXACT_PREFILL_ROWS = 8
 PREFILL_ROWS = 64
@@ -102,7 +104,7 @@ class Slots:
         assert self._cache is not None
         plan = self._cache.plan
         plan.first, plan.rows, plan.position = first, len(token_R), self._tensor(position_R)
-        plan.extent = min(round_up(int(position_R.max()) + 1), self._cache.length)
+        plan.extent = round_up(int(position_R.max()) + 1, ROUND if self._exact else EXTENT_ROUND)
         masks = self._masks(plan.position, plan.extent)
         return self._forward(token_R[:, None], plan.position[:, None], masks, None)
 
