@@ -105,6 +105,7 @@ def test_attention_that_takes_no_mask_is_replaced_in_the_twin_alone(build):
     assert model.config._attn_implementation == "flash_attention_2"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_an_adapter_is_part_of_the_model(build, forward_logp, same):
     """A LoRA adapter whose second half is not zero: it counts while it is switched on, and its updates do."""
     peft = pytest.importorskip("peft")
