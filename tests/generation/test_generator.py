@@ -116,7 +116,7 @@ def test_samples_share_a_row_for_as_long_as_they_draw_the_same(build, greedy):
 def test_slots_are_filled_again_as_sequences_end(build):
     """Two slots: the long sequence goes on while four short ones take turns beside it."""
     generator = Generator(build("llama"), max_slots=2)
-    requests = [Request([1] * n, max_new_tokens=limit) for n, limit in [(1, 12), (2, 3), (3, 3), (4, 3), (5, 3)]]
+    requests = [Request([1] * n, max_new_tokens=limit) for n, limit in [(1, 14), (2, 3), (3, 3), (4, 3), (5, 3)]]
     finished = []
     generator.generate(requests, on_finished=lambda request, sample, completion: finished.append(request))
     assert finished[-1] == 0 and sorted(finished[:-1]) == [1, 2, 3, 4]
