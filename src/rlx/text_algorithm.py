@@ -109,7 +109,7 @@ class TextAlgorithm(Trainable):
             self.publish()
         p = self.settings.prompts
         rollout = self.rollouts.sample(p.prompts_per_iteration, p.samples_per_prompt, self._clock)
-        self._rollout = rollout
+        self.rollout = rollout
         length = rollout.completions.length
         self.env_steps += int(length.sum())
         self.episodes += len(length)
@@ -204,7 +204,8 @@ class TextAlgorithm(Trainable):
         self.runners: TokenRunners | None = None
         self.rollouts: Rollouts | None = None
         self._evaluation_rows: Sequence[Any] | None = None
-        self._rollout: Rollout | None = None
+        self.rollout: Rollout | None = None
+        """The newest completions, as texts and tokens, with their prompts and scores: what callbacks read."""
         self._batch: Batch | None = None
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
@@ -223,7 +224,7 @@ class TextAlgorithm(Trainable):
         return type(self).config_class.reads == "data"  # type: ignore[attr-defined]
 
     def _train_once(self) -> Metrics:
-        self._rollout = self._batch = None
+        self.rollout = self._batch = None
         metrics = super()._train_once()
         self._keep_samples()
         return metrics
@@ -250,7 +251,7 @@ class TextAlgorithm(Trainable):
 
     def _row(self) -> Metrics:
         metrics: Metrics = {}
-        rollout, batch = self._rollout, self._batch
+        rollout, batch = self.rollout, self._batch
         if rollout is not None:
             samples = self.settings.prompts.samples_per_prompt
             spread = has_spread(rollout.batch.score, samples, rollout.batch.counts).view(-1, samples).any(1)
@@ -273,7 +274,7 @@ class TextAlgorithm(Trainable):
 
     def _keep_samples(self) -> None:
         """Write some completions of this iteration into the run folder."""
-        count, run, rollout = self.settings.reporting.samples_per_iteration, self.saves.run, self._rollout
+        count, run, rollout = self.settings.reporting.samples_per_iteration, self.saves.run, self.rollout
         if rollout is None or run is None or not count:
             return
         ref = None if self._batch is None else self._batch.tensors.get("ref_logp")
