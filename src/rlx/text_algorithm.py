@@ -109,7 +109,7 @@ class TextAlgorithm(Trainable):
             self.publish()
         p = self.settings.prompts
         rollout = self.rollouts.sample(p.prompts_per_iteration, p.samples_per_prompt, self._clock)
-        self.rollout = rollout
+        self._rollout = rollout
         length = rollout.completions.length
         self.env_steps += int(length.sum())
         self.episodes += len(length)
@@ -138,7 +138,7 @@ class TextAlgorithm(Trainable):
             found = self.learners.evaluate(batch, *names)
         return Batch(**(batch.tensors | found.tensors))
 
-    def update(self, batch: Batch, **options: Any) -> dict[str, float]:
+    def update(self, batch: Batch, **options: Any) -> Metrics:
         """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
         t = self.training
         started = time.perf_counter()
@@ -154,7 +154,7 @@ class TextAlgorithm(Trainable):
         self._batch = batch
         for name in ("busy_s", "gradient_steps", "stopped_early"):
             stats.pop(name)
-        return self._finite(stats | {"lr": t.lr.at(self.env_steps)})
+        return {**self._finite(stats), "lr": t.lr.at(self.env_steps)}
 
     def publish(self) -> None:
         """Have all completions that begin from now on made with the learners' weights."""
@@ -174,6 +174,11 @@ class TextAlgorithm(Trainable):
         metrics = self._evaluate(num_episodes or self.settings.evaluation.num_rows)
         self.callbacks.with_metrics("on_evaluate_end", self, metrics)
         return metrics
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """The completions of this iteration with their prompts and scores, for callbacks; None where none are drawn."""
+        return self._rollout
 
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now, adapter merged, and its tokenizer, as from_pretrained(folder) reads them."""
@@ -204,8 +209,7 @@ class TextAlgorithm(Trainable):
         self.runners: TokenRunners | None = None
         self.rollouts: Rollouts | None = None
         self._evaluation_rows: Sequence[Any] | None = None
-        self.rollout: Rollout | None = None
-        """The newest completions, as texts and tokens, with their prompts and scores: what callbacks read."""
+        self._rollout: Rollout | None = None
         self._batch: Batch | None = None
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
@@ -224,7 +228,7 @@ class TextAlgorithm(Trainable):
         return type(self).config_class.reads == "data"  # type: ignore[attr-defined]
 
     def _train_once(self) -> Metrics:
-        self.rollout = self._batch = None
+        self._rollout = self._batch = None
         metrics = super()._train_once()
         self._keep_samples()
         return metrics
@@ -251,7 +255,7 @@ class TextAlgorithm(Trainable):
 
     def _row(self) -> Metrics:
         metrics: Metrics = {}
-        rollout, batch = self.rollout, self._batch
+        rollout, batch = self._rollout, self._batch
         if rollout is not None:
             samples = self.settings.prompts.samples_per_prompt
             spread = has_spread(rollout.batch.score, samples, rollout.batch.counts).view(-1, samples).any(1)
@@ -274,7 +278,7 @@ class TextAlgorithm(Trainable):
 
     def _keep_samples(self) -> None:
         """Write some completions of this iteration into the run folder."""
-        count, run, rollout = self.settings.reporting.samples_per_iteration, self.saves.run, self.rollout
+        count, run, rollout = self.settings.reporting.samples_per_iteration, self.saves.run, self._rollout
         if rollout is None or run is None or not count:
             return
         ref = None if self._batch is None else self._batch.tensors.get("ref_logp")
