@@ -46,7 +46,11 @@ class DPO(TextAlgorithm, config=DPOConfig):
 
     def training_step(self) -> Metrics:
         """Make one iteration; return the learner's stats."""
-        return self.update(self.with_columns(self.examples(), "ref_logp"))
+        return self.update(self.examples())
+
+    def batch_of(self, rows: Sequence[Pair]) -> Batch:
+        """Return the batch of these pairs, with the reference's log-probabilities."""
+        return self.with_columns(self.collate(rows), "ref_logp")
 
     @staticmethod
     def needs_reference(training: Any) -> bool:

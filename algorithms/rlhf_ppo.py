@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from rlx.functional import kl
 from rlx.errors import ConfigError
+from rlx.functional import kl
 from rlx.functional.advantages import token_gae
 from rlx.functional.losses import clipped_squared_error, clipped_surrogate, squared_error
 from rlx.functional.masking import explained_variance, standardize, weighted_sum

@@ -124,9 +124,13 @@ class TextAlgorithm(Trainable):
         d = self.settings.data
         chosen = order(len(self.rows), self.position, d.rows_per_iteration, self.settings.runtime.seed, d.shuffle)
         self.position += d.rows_per_iteration
-        batch = self.collate([self.rows[int(index)] for index in chosen])
+        batch = self.batch_of([self.rows[int(index)] for index in chosen])
         self.env_steps += int(batch.mask.sum())
         return batch
+
+    def batch_of(self, rows: Sequence[Any]) -> Batch:
+        """Return all that `loss` needs of these rows of `data`."""
+        return self.collate(rows)
 
     def with_columns(self, batch: Batch, *names: str) -> Batch:
         """Return the batch with "logp", "entropy", "value" or "ref_logp" of its rows, by the learners' policy."""
@@ -231,7 +235,7 @@ class TextAlgorithm(Trainable):
         if self.rollouts is None:
             if self._evaluation_rows is None:
                 self._evaluation_rows = self.load_rows(e.source, e.kwargs, self.settings, self.tokenizer)
-            stats = self.learners.measure(self.collate(self._evaluation_rows[:count]))
+            stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
             return {f"evaluation/{name}": value for name, value in stats.items()}
         if self._evaluation_rows is None:
             self._evaluation_rows = load_prompts(e.source, self.tokenizer, kwargs=e.kwargs)

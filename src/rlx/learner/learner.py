@@ -170,18 +170,27 @@ class Learner:
         parameters = zip(self.flat.names, self.flat.parameters, strict=True)
         policy = {name: p.detach().cpu().numpy().copy() for name, p in parameters}
         target = None if self.target is None else self.target.get_state()
-        return {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        state = {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        buffers = {name: buffer.cpu().numpy().copy() for name, buffer in self._buffers().items()}
+        return state | {"buffers": buffers} if buffers else state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(torch.from_numpy(np.array(state["buffers"][name])))
         if self.target is not None:
             self.target.set_state(state["target"])
 
     def _seed(self, seed: int) -> None:
         # torch.manual_seed seeds absent GPUs too, and keeps a stack trace for each kind: half a millisecond a call.
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return what belongs to the policy's state and is no parameter: how a reward model normalises, say."""
+        lasting = self.policy.state_dict().keys()
+        return {name: buffer for name, buffer in self.policy.named_buffers() if name in lasting}
 
     def _own(self, batch: Batch) -> Batch:
         """Return the batch on this learner's device; of rows of tokens, with zeros where nothing counts."""

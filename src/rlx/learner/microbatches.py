@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlx.learner.gradient import Gradient, Loss, Stats
 from rlx.nets.flat import FlatParameters
+from rlx.nets.ragged import parts_by_length, positions_within
 from rlx.trajectory import Batch
 
 
@@ -64,10 +65,8 @@ def microbatches(batch: Batch, max_tokens: int | None, packs: bool = False) -> I
     if max_tokens is None:
         yield torch.arange(len(batch), device=batch.mask.device), batch
         return
-    longest = batch.length.reshape(len(batch), -1).amax(1)  # of the two rows of a pair
-    order = longest.argsort(stable=True)
-    for rows in order.split(_sizes(batch, order, longest, max_tokens, packs)):
-        yield rows, _trimmed(batch, rows, max(1, int(longest[rows[-1]])))
+    for rows in parts_by_length(batch.length, max_tokens, packs):
+        yield rows, _trimmed(batch, rows, max(1, int(batch.length[rows[-1]].max())))
 
 
 def blank(batch: Batch) -> Batch:
@@ -76,7 +75,7 @@ def blank(batch: Batch) -> Batch:
     `obs` counts within `length`, every other column that is shaped like `mask` where the mask is true.
     """
     mask, length = batch.mask, batch.length
-    within = torch.arange(mask.shape[-1], device=mask.device) < length[..., None]
+    within = positions_within(mask, length)
     mask = mask & within
     cleaned = {"mask": mask}
     for name, tensor in batch.tensors.items():
@@ -88,21 +87,6 @@ def blank(batch: Batch) -> Batch:
 
 def _unsqueezed(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(*mask.shape, *(1 for _ in range(like.ndim - mask.ndim)))
-
-
-def _sizes(batch: Batch, order: Tensor, longest: Tensor, max_tokens: int, packs: bool) -> list[int]:
-    """Return how many rows, in this order of growing length, each microbatch takes."""
-    rows_a_row = batch.mask[0].numel() // batch.mask.shape[-1]
-    lengths = longest[order].tolist()
-    packed = batch.length.reshape(len(batch), -1).sum(1)[order].tolist()
-    sizes, count, tokens = [], 0, 0
-    for length, own in zip(lengths, packed, strict=True):
-        tokens = tokens + own if packs else (count + 1) * rows_a_row * length
-        if count and tokens > max_tokens:
-            sizes.append(count)
-            count, tokens = 0, own if packs else rows_a_row * length
-        count += 1
-    return [*sizes, count] if count else sizes
 
 
 def _trimmed(batch: Batch, rows: Tensor, length: int) -> Batch:

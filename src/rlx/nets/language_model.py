@@ -67,7 +67,7 @@ def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) 
     model: a causal language model, or a policy around one. tokenizer: None leaves it out.
     """
     model = getattr(model, "model", model) if not hasattr(model, "save_pretrained") else model
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "get_base_model"):
         model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     # Learners keep all parameters in one buffer, which would be taken for one tensor that all names share.
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
@@ -139,6 +139,12 @@ def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:
         near = difflib.get_close_matches(str(kind), known, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Usual ones are gpt2, llama, qwen3, gemma2, mistral and phi3."
         raise ConfigError(f"model_type {kind!r} of the language model's config is no causal language model. {hint}")
+    made_of = AutoConfig.for_model(kind)
+    for name in settings:
+        if not hasattr(made_of, name):  # transformers would keep it, unused
+            near = difflib.get_close_matches(name, made_of.to_dict(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name!r} is no setting of a {kind} model.{hint}")
     try:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), **options)
     except Exception as error:  # whatever a configuration that does not fit together raises

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlx.errors import ConfigError, RlxError
-from rlx.nets.chunked_head import LogitTransform, logp_and_entropy
-from rlx.nets.trunk import Layout, Trunk, logit_transform, positions_within, unwrapped
+from rlx.nets.chunked_head import logp_and_entropy
+from rlx.nets.ragged import positions_within
+from rlx.nets.trunk import Layout, Trunk, unwrapped
 from rlx.trajectory import Batch
 
 
@@ -52,9 +53,13 @@ class TransformerPolicy(nn.Module):
         self.model, self.value_model, self.reference = model, value_model, reference
         self.temperature, self.layout, self.dropout = temperature, layout, dropout
         self.trunk, head = Trunk(model), language_head(model)
-        self.transform = logit_transform(self.trunk.config)
-        check_head(self.trunk, head, self.transform)
-        self.value_trunk = None if value_model is None else Trunk(value_model)
+        check_head(self.trunk, head)
+        check_trunk(self.trunk)
+        self.value_trunk = None
+        if value_model is not None:
+            self.value_trunk = Trunk(value_model)
+            check_trunk(self.value_trunk)
+            freeze_head(value_model)
         if value != "none":
             values_of = self.trunk if self.value_trunk is None else self.value_trunk
             self.value_head = nn.Linear(values_of.hidden_size, 1, device=head.weight.device)
@@ -73,10 +78,11 @@ class TransformerPolicy(nn.Module):
 
         The log-probability is that of the law with the temperature. `entropy=False` leaves zeros in its place.
         """
-        with self._mode():
-            rows = _Rows(minibatch, self._layout(minibatch.obs))
+        trunks = [trunk for trunk in (self.trunk, self.value_trunk) if trunk is not None]
+        with gradient_modes(trunks, self.dropout, self.activation_checkpointing):
+            rows = _Rows(minibatch, resolved_layout(self.layout, minibatch.obs.device))
             hidden = rows.hidden(self.trunk)
-            new_logp, entropy_M = self._head(self.model, hidden, rows.action)
+            new_logp, entropy_M = self._head(self.trunk, hidden, rows.action)
             if self.value_trunk is not None:
                 hidden = rows.hidden(self.value_trunk)
             value = None if self.value == "none" else self._value(hidden)
@@ -85,13 +91,13 @@ class TransformerPolicy(nn.Module):
     @torch.no_grad()
     def ref_logp(self, minibatch: Batch) -> Tensor:
         """Return the reference's log-probability of every action, shaped like minibatch.action: 0 off the mask."""
-        rows = _Rows(minibatch, self._layout(minibatch.obs))
-        if self.reference is not None and self.reference_trunk is not None:
-            return rows.spread(self._head(self.reference, rows.hidden(self.reference_trunk), rows.action)[0])
-        if not hasattr(self.model, "peft_config"):
+        rows = _Rows(minibatch, resolved_layout(self.layout, minibatch.obs.device))
+        if self.reference_trunk is not None:
+            return rows.spread(self._head(self.reference_trunk, rows.hidden(self.reference_trunk), rows.action)[0])
+        if not hasattr(self.model, "get_base_model"):
             raise RlxError("this policy has no reference: give TransformerPolicy one, or train an adapter (LoRA).")
         with self.model.disable_adapter():  # type: ignore[operator]
-            return rows.spread(self._head(self.model, rows.hidden(self.trunk), rows.action)[0])
+            return rows.spread(self._head(self.trunk, rows.hidden(self.trunk), rows.action)[0])
 
     def columns(self, minibatch: Batch, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Return of "logp", "entropy", "value" and "ref_logp" those that are named, shaped like minibatch.action."""
@@ -105,32 +111,15 @@ class TransformerPolicy(nn.Module):
 
     def packs(self, device: torch.device) -> bool:
         """Return whether rows are packed there, so that padding costs nothing."""
-        return self.layout == "packed" or (self.layout == "auto" and device.type == "cuda")
+        return resolved_layout(self.layout, device) == "packed"
 
-    def _layout(self, obs: Tensor) -> Layout:
-        return "packed" if self.packs(obs.device) else "padded"
-
-    def _head(self, model: nn.Module, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        head = language_head(model)
-        return logp_and_entropy(
-            hidden, head.weight, action, bias=head.bias, transform=self.transform, temperature=self.temperature
-        )
+    def _head(self, trunk: Trunk, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        head, transform = language_head(trunk.causal_lm), trunk.transform
+        options: dict[str, Any] = {"bias": head.bias, "transform": transform, "temperature": self.temperature}
+        return logp_and_entropy(hidden, head.weight, action, **options)
 
     def _value(self, hidden: Tensor) -> Tensor:
         return self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(1)
-
-    @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
-        """While there are gradients: dropout, and activations computed again, where they were asked for."""
-        with contextlib.ExitStack() as modes:
-            if torch.is_grad_enabled():
-                for trunk in filter(None, (self.trunk, self.value_trunk)):
-                    if self.dropout:
-                        trunk.causal_lm.train()
-                        modes.callback(trunk.causal_lm.eval)
-                    if self.activation_checkpointing:
-                        modes.enter_context(checkpointed_layers(trunk.decoder))
-            yield
 
 
 class _Rows:
@@ -155,9 +144,16 @@ class _Rows:
         return values.new_zeros(self.obs.numel()).index_copy(0, self.index, values).view(self.shape)
 
 
+def resolved_layout(layout: Layout | str, device: torch.device) -> Layout:
+    """Return the layout that "auto" means on this device; any other as it is."""
+    if layout in ("padded", "packed"):
+        return layout  # type: ignore[return-value]
+    return "packed" if device.type == "cuda" else "padded"
+
+
 def language_head(model: nn.Module) -> Any:
     """Return the linear layer (weight [V, H], bias [V] or None) that turns hidden states into logits."""
-    head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
+    head: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator, union-attr]
     if not isinstance(head, nn.Linear) or type(head).__module__.startswith("peft"):
         raise ConfigError(
             f"the head of this language model is a {type(head).__name__}, and a plain linear layer is needed; where "
@@ -166,33 +162,68 @@ def language_head(model: nn.Module) -> Any:
     return head
 
 
-@torch.no_grad()
-def check_head(trunk: Trunk, head: nn.Linear, transform: LogitTransform) -> None:
-    """Raise ConfigError where a model does more with its logits than is known here, or is not causal.
+def freeze_head(model: nn.Module) -> None:
+    """Leave the language head, which nothing uses here, out of what is learned; not where the embedding is tied to it.
 
-    It would be trained wrongly, and nothing else would tell.
+    It would be kept by every optimizer, and weight decay would eat it.
     """
+    causal_lm: Any = unwrapped(model)
+    head = causal_lm.get_output_embeddings()
+    if head is not None and head.weight is not causal_lm.get_input_embeddings().weight:
+        head.requires_grad_(False)
+
+
+@torch.no_grad()
+def check_trunk(trunk: Trunk) -> None:
+    """Raise ConfigError where a model is not causal: it would be trained wrongly, and nothing else would tell."""
     trunk.causal_lm.eval()
-    tokens = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
-    logits = trunk.causal_lm(input_ids=tokens, use_cache=False).logits[0].float()
-    hidden = trunk.decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    logp, _ = logp_and_entropy(hidden, head.weight, tokens[0], bias=head.bias, transform=transform)
-    expected = logits.log_softmax(-1).gather(1, tokens[0][:, None]).squeeze(1)
-    tolerance = 1e-3 if hidden.dtype in (torch.float32, torch.float64) else 0.1
-    difference = (logp - expected).abs().max().item()
-    if not difference <= tolerance * (1 + expected.abs().max().item()):
-        raise ConfigError(
-            f"a {trunk.config.model_type} model does something of its own with its logits, so that log-probabilities "
-            f"made here would be wrong by {difference:.3g}. Choose another model."
-        )
-    changed = tokens.clone()
-    changed[0, -1] = 0
-    before = trunk.decoder(input_ids=changed, use_cache=False).last_hidden_state[0, :-1]
-    if not torch.allclose(before, hidden[:-1], rtol=tolerance, atol=tolerance):
+    tokens = _few_tokens(trunk)
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
+    states = [trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1] for ids in (tokens, changed)]
+    if not torch.allclose(*states, rtol=_tolerance(states[0]), atol=_tolerance(states[0])):
         raise ConfigError(
             f"this {trunk.config.model_type} model is not causal: a token changes what the model makes of those before "
             "it. Choose a decoder-only model, or set is_decoder in its config."
         )
+
+
+@torch.no_grad()
+def check_head(trunk: Trunk, head: nn.Linear) -> None:
+    """Raise ConfigError where a model does more with its logits than is known here: its loss would be wrong."""
+    trunk.causal_lm.eval()
+    tokens = _few_tokens(trunk)
+    logits = trunk.causal_lm(input_ids=tokens, use_cache=False).logits[0].float()
+    hidden = trunk.decoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    logp, _ = logp_and_entropy(hidden, head.weight, tokens[0], bias=head.bias, transform=trunk.transform)
+    expected = logits.log_softmax(-1).gather(1, tokens[0][:, None]).squeeze(1)
+    difference = (logp - expected).abs().max().item()
+    if not difference <= _tolerance(hidden) * (1 + expected.abs().max().item()):
+        raise ConfigError(
+            f"a {trunk.config.model_type} model does something of its own with its logits, so that log-probabilities "
+            f"made here would be wrong by {difference:.3g}. Choose another model."
+        )
+
+
+def _few_tokens(trunk: Trunk) -> Tensor:
+    rows = trunk.causal_lm.get_input_embeddings().weight
+    return torch.arange(4, device=rows.device)[None] % len(rows)
+
+
+def _tolerance(states: Tensor) -> float:
+    return 1e-3 if states.dtype in (torch.float32, torch.float64) else 0.1
+
+
+@contextlib.contextmanager
+def gradient_modes(trunks: list[Trunk], dropout: bool, activation_checkpointing: bool) -> Iterator[None]:
+    """While there are gradients: dropout, and activations computed again, where they are asked for."""
+    with contextlib.ExitStack() as modes:
+        for trunk in trunks if torch.is_grad_enabled() else ():
+            if dropout:
+                trunk.causal_lm.train()
+                modes.callback(trunk.causal_lm.eval)
+            if activation_checkpointing:
+                modes.enter_context(checkpointed_layers(trunk.decoder))
+        yield
 
 
 @contextlib.contextmanager

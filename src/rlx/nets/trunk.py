@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlx.errors import ConfigError
 from rlx.nets.chunked_head import LogitTransform
+from rlx.nets.ragged import positions_within
 
 Layout = Literal["padded", "packed"]
 """padded: rows on the right, no mask but the causal one. packed: one row of all tokens that count, no padding."""
@@ -22,6 +23,7 @@ class Trunk:
         self.causal_lm: Any = unwrapped(model)
         self.decoder: Any = self.causal_lm.base_model
         self.config: Any = self.causal_lm.config.get_text_config(decoder=True)
+        self.transform = _logit_transform(self.config)
         self.hidden_size = int(self.config.hidden_size)
         self._windows = _attention_windows(self.config)
 
@@ -61,15 +63,10 @@ class Trunk:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the Hugging Face model inside a peft model, its layers with adapters; any other as it is."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator, union-attr]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, union-attr]
 
 
-def positions_within(obs: Tensor, length: Tensor) -> Tensor:
-    """Return which positions of rows [..., L] are within `length` [...]: bool [..., L]."""
-    return torch.arange(obs.shape[-1], device=obs.device) < length[..., None]
-
-
-def logit_transform(config: Any) -> LogitTransform:
+def _logit_transform(config: Any) -> LogitTransform:
     """Return what a model of this configuration does with its logits."""
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
