@@ -252,6 +252,13 @@ def test_a_generator_that_was_stopped_half_way_can_be_used_again(build, ragged, 
     assert same(before, generator.generate(requests))
 
 
+def test_a_generator_does_one_thing_at_a_time(build):
+    generator, request = Generator(build("llama")), Request([1, 2], max_new_tokens=2)
+    with pytest.raises(RlxError, match="generating already"):
+        generator.generate([request], on_finished=lambda *_: generator.generate([request]))
+    assert len(generator.generate([request])) == 1
+
+
 def test_weights_that_are_not_numbers_are_named_and_leave_no_trace(build, same):
     model = build("llama")
     generator, requests = Generator(model), [Request([1, 2], n=4, max_new_tokens=9)]
