@@ -171,8 +171,8 @@ def page(record: dict[str, Any]) -> str:
     header += ["rlx beside the better one", "range", "in CPU time", "aim"]
     rounds = len(record["cases"][0]["rounds"])
     return (
-        f"{markdown_table(header, rows)}\n\n`{record['command']}`: {rounds} rounds, {record['threads']} torch threads; torch "
-        f"{torch.__version__}, transformers {transformers.__version__}. {describe(record['machine'])} "
+        f"{markdown_table(header, rows)}\n\n`{record['command']}`: {rounds} rounds, {record['threads']} torch threads; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}. {describe(record['machine'])} "
         f"Cores busy with other work before: {record['busy_cores_before'] or 0:.2f}."
     )
 
