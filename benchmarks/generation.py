@@ -124,9 +124,9 @@ def with_continuous_batching(model: LlamaForCausalLM, case: Case) -> int:
     return tokens
 
 
-def measure(model: LlamaForCausalLM, case: Case, rounds: int) -> list[dict[str, float]]:
+def measure(model: LlamaForCausalLM, case: Case, rounds: int, names: list[str]) -> list[dict[str, float]]:
     """Return each round's seconds of every side."""
-    ways = sides(model, case)
+    ways = {name: way for name, way in sides(model, case).items() if name in names}
     found: list[dict[str, float]] = []
     for number in range(-1, rounds):
         results: dict[str, float] = {}
@@ -182,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="who takes part (default: all)")
     parser.add_argument("--only", type=int, nargs="+", default=[0, 1, 2], help="numbers of the cases (default: all)")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.md and .json (default: docs)")
     options = parser.parse_args()
@@ -195,7 +196,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(ALPHABET), max_position_embeddings=128, **SIZES)).eval()
     for case in [cases()[number] for number in options.only]:
-        rounds = measure(model, case, options.rounds)
+        rounds = measure(model, case, options.rounds, options.sides)
         record["cases"].append({"name": case.name, "tokens": case.tokens, "aim": case.aim, "rounds": rounds})
     publish(options.out, "generation", record, page(record))
     print(page(record))
