@@ -204,7 +204,8 @@ def _tokenizer_of(run: Path) -> Any:
     from rlx.config import load_config
     from rlx.text_building import build_tokenizer
 
-    return build_tokenizer(load_config(run / "config.yaml").settings.model)
+    settings: Any = load_config(run / "config.yaml").settings
+    return build_tokenizer(settings.model)
 
 
 def report(error: RlxError) -> int:
