@@ -17,7 +17,7 @@ from rlx.errors import RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
-from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_microbatches
+from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_microbatches, microbatches
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
@@ -66,7 +66,7 @@ class Learner:
             self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
         else:
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
-        self.prepare = prepare
+        self.prepare, self.loss = prepare, loss
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
@@ -148,6 +148,18 @@ class Learner:
         batch = self._own(batch)
         columns = evaluate_in_microbatches(self.policy, batch, names, self.max_tokens)
         return Batch(**{name: column.cpu() for name, column in columns.items()})
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, coefficients: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+        """Return the loss and its stats on rows of tokens, and learn nothing from them."""
+        batch = self._own(batch)
+        weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
+        sums: dict[str, float] = {}
+        for _, part in microbatches(weighed, self.max_tokens, self.policy.packs(self.device)):
+            total, stats = self.loss(self.policy, part, coefficients)
+            for name, stat in ({"loss": total} | stats).items():
+                sums[name] = sums.get(name, 0.0) + float(stat)
+        return sums
 
     def weights(self) -> np.ndarray:
         """Return all learned parameters, float32 [n] (a copy)."""

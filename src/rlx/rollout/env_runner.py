@@ -287,6 +287,7 @@ class EnvRunner:
                 obs_B = normalizer(obs_B, out=fragment.obs[t])
             acting_started = clock()
             action_B = acting.act(t, obs_B)
+            self._checks.action(action_B, t, self._fragment - 1)
             stepping_started = clock()
             fragment.action[t] = action_B
             try:
