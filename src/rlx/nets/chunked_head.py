@@ -40,7 +40,9 @@ def logp_and_entropy(
     hidden, weight and bias. What follows the product is float32 at least, whatever the dtype of the model.
     Memory beyond inputs and gradients: `CHUNK_NUMBERS` and `KEPT_NUMBERS`, however many the tokens.
     """
-    return _ChunkedHead.apply(hidden, weight, bias, target, transform, temperature)  # type: ignore[return-value]
+    # Inside of the function gradients are always off, so what is needed of it is asked here.
+    keep = torch.is_grad_enabled() and len(hidden) * len(weight) <= KEPT_NUMBERS
+    return _ChunkedHead.apply(hidden, weight, bias, target, transform, temperature, keep)  # type: ignore[return-value]
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -53,11 +55,11 @@ class _ChunkedHead(torch.autograd.Function):
         target: Tensor,
         transform: LogitTransform,
         temperature: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         logp, entropy, total = (hidden.new_empty(len(hidden), dtype=accurate) for _ in range(3))
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEPT_NUMBERS
         kept: list[Tensor] = []
         # Two buffers, used again by every chunk: fresh ones of this size would cost more than the arithmetic on them.
         buffers = [_buffer(hidden, weight, accurate) for _ in range(2)]
@@ -70,7 +72,7 @@ class _ChunkedHead(torch.autograd.Function):
             z -= mass.log()  # the log of every token's probability
             total[part] = (largest + mass.log()).squeeze(1)
             logp[part] = z.gather(1, target[part, None]).squeeze(1)
-            entropy[part] = torch.bmm(exp.unsqueeze(1), z.unsqueeze(2)).view(-1) / mass.squeeze(1)
+            entropy[part] = exp.mul_(z).sum(-1) / mass.squeeze(1)
             if keep:
                 kept.append(z)
         entropy.neg_()
@@ -110,6 +112,7 @@ class _ChunkedHead(torch.autograd.Function):
             by_hidden,
             None if by_weight is None else by_weight.to(weight.dtype),
             None if by_bias is None else by_bias.to(bias.dtype),
+            None,
             None,
             None,
             None,

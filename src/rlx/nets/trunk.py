@@ -32,6 +32,8 @@ class Trunk:
 
         obs [S, L] int64, of which the first length [S] positions of a row count: no other can have an influence.
         """
+        if not len(index):
+            return next(self.decoder.parameters()).new_zeros(0, self.hidden_size)
         if layout == "padded":
             states = self._run(obs, None, None)
             return states.flatten(0, 1).index_select(0, index)
