@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rlx.learner.learner import Learner
 from rlx.learner.learner_group import LearnerGroup
 from rlx.learner.microbatches import blank, microbatches
 from rlx.nets.language_model import load_language_model
+from rlx.nets.ragged import parts_by_length
 from rlx.nets.reward_model import RewardModel
 from rlx.nets.transformer import TransformerPolicy
 from rlx.trajectory import Batch
@@ -63,6 +65,9 @@ LAYOUTS: dict[str, tuple[dict, int | None]] = {
     "sorted": ({"layout": "padded"}, 30),
     "packed": ({"layout": "packed"}, 30),
     "one packed batch": ({"layout": "packed"}, 10_000),
+    "shared beginnings": ({"layout": "shared"}, 60),
+    "one batch of shared beginnings": ({"layout": "shared"}, 10_000),
+    "as it pays": ({"layout": "auto"}, 200),
     "single rows": ({"layout": "padded"}, 1),
     "checkpointed": ({"layout": "padded", "activation_checkpointing": True}, 30),
 }
@@ -107,7 +112,7 @@ def make_weights(make: Any) -> np.ndarray:
     return Learner(make, loss).weights()
 
 
-@pytest.mark.parametrize("layout", ["one padded batch", "sorted", "packed"])
+@pytest.mark.parametrize("layout", ["one padded batch", "sorted", "packed", "shared beginnings"])
 def test_garbage_where_nothing_counts_changes_no_weight_and_no_stat_by_a_bit(language_model_configs, layout):
     options, max_tokens = LAYOUTS[layout]
     results = []
@@ -143,7 +148,8 @@ def test_microbatches_hold_every_row_once_trimmed_and_within_their_tokens():
     rows = make_rows(30)
     rows.tensors |= {"number": torch.arange(30)}
     seen = []
-    for index, part in microbatches(rows, 40):
+    policy = SimpleNamespace(parts=lambda batch, max_tokens: parts_by_length(batch.length, max_tokens))
+    for index, part in microbatches(policy, rows, 40):
         longest = int(part.length.max())
         assert torch.equal(part.number, index) and part.obs.shape == part.logp.shape == (len(index), longest)
         assert len(index) * longest <= 40

@@ -33,8 +33,10 @@ def make_rows(count: int = 7, seed: int = 0) -> Batch:
     length = torch.randint(2, 12, (count,), generator=generator)
     length[0] = 11
     tokens = torch.randint(0, 40, (count, 12), generator=generator)
+    tokens[3:, :3] = tokens[2, :3]  # the samples of one prompt
     position = torch.arange(11)
     prompt = torch.randint(0, 2, (count, 1), generator=generator)
+    prompt[2:] = 2
     mask = (position < length[:, None]) & (position >= prompt)
     return Batch(obs=tokens[:, :-1], action=tokens[:, 1:], mask=mask, length=length)
 
@@ -45,7 +47,7 @@ def llama(language_model_configs):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_log_probabilities_are_those_of_the_model_s_own_forward_pass(language_model_configs, family, layout):
     """Each row alone, unpadded, in float64; the eager attention of Gemma 2 has a softmax in float32."""
     tolerance = 1e-6 if family == "gemma2" else 1e-10
@@ -65,7 +67,7 @@ def test_log_probabilities_are_those_of_the_model_s_own_forward_pass(language_mo
         assert not new_logp[row, length:].any() and not entropy[row, length:].any()
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_the_gradient_is_that_of_the_model_s_own_forward_pass(llama, layout):
     policy, rows = TransformerPolicy(llama.double(), layout=layout), make_rows()
     new_logp, entropy, _ = policy.evaluate(rows)
@@ -77,7 +79,7 @@ def test_the_gradient_is_that_of_the_model_s_own_forward_pass(llama, layout):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared"])
 def test_what_stands_where_nothing_counts_has_no_influence_by_a_bit(llama, layout):
     policy, rows = TransformerPolicy(llama, value="shared", layout=layout), make_rows()
     with torch.no_grad():
@@ -110,7 +112,7 @@ def test_entropy_is_left_out_where_nobody_asks(llama):
 def test_rows_without_any_action_give_zeros(llama):
     rows = make_rows()
     rows.mask[:] = False
-    for layout in ("padded", "packed"):
+    for layout in ("padded", "packed", "shared"):
         assert not any(output.any() for output in TransformerPolicy(llama, layout=layout).evaluate(rows))
 
 

@@ -42,7 +42,6 @@ class NetSize(NamedTuple):
         frozen = [p for p in policy.parameters() if not p.requires_grad]
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
         return NetSize(
             learned=sum(p.numel() for p in learned),
             frozen=sum(p.numel() for p in frozen),
@@ -50,7 +49,7 @@ class NetSize(NamedTuple):
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             keys=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-            inner=inner or 4 * config.hidden_size,
+            inner=trunk.inner,
             vocabulary=unwrapped(trunk.causal_lm).get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
             frozen_bytes=max((p.element_size() for p in frozen), default=4),
             trunks=1 if getattr(policy, "value_trunk", None) is None else 2,
