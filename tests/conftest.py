@@ -93,3 +93,30 @@ def _kill(pids: Any) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+_SMALL = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": None,
+}  # fmt: skip
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+_WIDE = _GROUPED | {"head_dim": 8}
+LANGUAGE_MODELS = {
+    "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "llama": _GROUPED | {"model_type": "llama"},
+    "qwen2": _GROUPED
+    | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": _WIDE | {"model_type": "qwen3"},
+    "gemma": _WIDE | {"model_type": "gemma"},
+    "gemma2": _WIDE | {"model_type": "gemma2", "sliding_window": 4, "final_logit_softcapping": 2.0},
+    "gemma3_text": _WIDE | {"model_type": "gemma3_text", "sliding_window": 4},
+    "mistral": _GROUPED | {"model_type": "mistral", "sliding_window": 4},
+    "phi": _SMALL | {"model_type": "phi"},
+    "phi3": _GROUPED | {"model_type": "phi3"},
+}
+"""Small configurations of the usual families; several attend within a window of four tokens in some layers."""
+
+
+@pytest.fixture
+def language_model_configs() -> dict[str, dict[str, Any]]:
+    return LANGUAGE_MODELS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -21,6 +22,8 @@ from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_mi
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
+
+log = logging.getLogger("rlx")
 
 
 class Learner:
@@ -65,6 +68,8 @@ class Learner:
         if max_tokens_per_microbatch is None:
             self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
         else:
+            if compile:
+                log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
         self.prepare = prepare
         self._loss = loss
