@@ -138,6 +138,22 @@ def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeyp
         report.publish(tmp_path, "b", {}, "table")
 
 
+def test_what_some_configs_learn_replaces_their_rows_alone(tmp_path, monkeypatch):
+    learning = load("learning.py", monkeypatch)
+    page, rows = tmp_path / "learning.md", {name: [f"`{name}`", *"abcdefgh"] for name in ("impala", "ppo", "ppo_b")}
+    page.write_text(f"# A\n{learning.BEGIN}\n{learning.END}\n# B\n")
+    learning.write_table([rows["ppo"], rows["ppo_b"]], "old facts", page)
+    learning.write_table([rows["impala"], [*rows["ppo"][:8], "1 2 3"]], "new facts", page)
+    table = page.read_text().splitlines()
+    assert table[4:8] == [
+        "| `impala` | a | b | c | d | e | f | g | h |",
+        "| `ppo` | a | b | c | d | e | f | g | 1 2 3 |",
+        "| `ppo_b` | a | b | c | d | e | f | g | h |",
+        "",
+    ]
+    assert (table[0], table[8:]) == ("# A", ["new facts", learning.END, "# B"])
+
+
 def test_the_page_has_a_section_for_every_workload(monkeypatch):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     workloads = load("workloads.py", monkeypatch)
