@@ -17,9 +17,10 @@ FOLDERS = {
 FLOOR = {
     **dict.fromkeys(["errors", "trajectory"], 0),
     "functional": 1,
-    "nets": 2,
+    **dict.fromkeys(["nets", "text"], 2),
     "actors": 3,
-    **dict.fromkeys(["rollout", "learner", "generation"], 4),
+    "generation": 3,
+    **dict.fromkeys(["rollout", "learner"], 4),
     **dict.fromkeys(["algorithms", "envs", "configs"], 6),
     **dict.fromkeys(["", "cli"], 7),  # "" is rlx/__init__.py, the public names
 }

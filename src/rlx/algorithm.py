@@ -1,100 +1,56 @@
-"""Algorithm: builds runners and learners, and runs iterations; a subclass writes one `training_step()` and a loss."""
+"""Algorithm: training on environments, with runners and learners; a subclass writes a `training_step()` and a loss."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
-from rlx.building import LazyRuntime, build_learners, build_runners
-from rlx.callbacks import PREFIX, Callbacks
-from rlx.checkpoint import load_state, save_checkpoint
-from rlx.config import AlgorithmConfig
-from rlx.errors import ConfigError, RlxError
-from rlx.fitting import fit
+from rlx.building import build_learners, build_runners
+from rlx.callbacks import PREFIX
+from rlx.errors import ConfigError
 from rlx.inference import Evaluator, policy_builder
-from rlx.learner.learner_group import LearnersLost
-from rlx.metrics import COUNTERS, Clock, EpisodeWindow, Metrics
+from rlx.metrics import Metrics
 from rlx.rollout.atari import is_atari
 from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.sample import Sample
 from rlx.rollout.spaces import space_to_state
-from rlx.run import check_resumable
-from rlx.saves import Saves
-from rlx.schedule import Schedule
 from rlx.section import plain
+from rlx.settings import Settings
+from rlx.trainable import Trainable
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
 
 
-class Algorithm(ABC):
-    """One training run: `train()` makes one iteration, `fit()` as many as `stop` allows.
+class Algorithm(Trainable):
+    """One training run on environments: `train()` makes one iteration, `fit()` as many as `stop` allows.
 
     Subclass with `class PPO(Algorithm, config=PPOConfig)` and write `training_step` and `loss`.
     """
 
-    config_class: ClassVar[type[AlgorithmConfig]]
+    settings: Settings
 
-    def __init_subclass__(cls, config: type[AlgorithmConfig] | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if config is not None:
-            owner = vars(config).get("algorithm_class", cls)
-            if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(
-                    f"{config.__name__} builds {owner.__name__} already; give {cls.__name__} a config of its own: "
-                    f"class {cls.__name__}Config({config.__name__}): ..."
-                )
-            cls.config_class = config
-            config.algorithm_class = cls
-
-    def __init__(self, config: AlgorithmConfig, run_dir: str | Path | None = None) -> None:
-        self.config = config
-        self.settings = s = config.settings
+    def _build(self) -> None:
+        s = self.settings
         self._is_atari = is_atari(s.environment.id)
-        self.training: Any = s.training
-        self.iteration = self.env_steps = self.episodes = 0
-        self.env_failures = self.runner_restarts = self.learner_restarts = self.dropped_env_steps = 0
-        self.total_s = 0.0
-        self.best_return: float | None = None
-        self.best_iteration: int | None = None
-        self.window = EpisodeWindow(s.reporting.window_episodes)
-        self.stop_reason = self.stop_request = ""
-        self.callbacks = Callbacks(s.callbacks.classes)
-        self.saves = Saves(self, None if run_dir is None else Path(run_dir))
-        self._runtime = LazyRuntime(s.runtime.engine, self.run_dir)
-        self._weights_are_stale = True
         self._advised = False
-        self._clock = Clock()
         self._max_age = s.training.max_age if s.env_runners.num_env_runners else 0  # the driver cannot do both at once
         self._ages: list[np.ndarray] = []  # of this iteration's samples
         self._episode_metrics: dict[str, list[float]] = {}
-        self._schedules: dict[str, Any] = {}  # those that were changed, as written
         build = policy_builder(s)
-        try:
-            self.runners = build_runners(s, build, self._runtime, self.callbacks.for_runners())
-            self._build_policy = functools.partial(build, *self.runners.spaces())
-            self.learners = build_learners(s, self._build_policy, type(self), self._runtime)
-            self._evaluator = Evaluator(self._build_policy)
-            self.callbacks("on_algorithm_start", self)
-        except BaseException:
-            self.close()
-            raise
+        self.runners = build_runners(s, build, self._runtime, self.callbacks.for_runners())
+        self._build_policy = functools.partial(build, *self.runners.spaces())
+        self.learners = build_learners(s, self._build_policy, type(self), self._runtime)
+        self._evaluator = Evaluator(self._build_policy)
 
     # What a subclass writes -------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def training_step(self) -> Metrics:
-        """Make one iteration, from experience to published weights; return the learner's stats."""
 
     @staticmethod
     @abstractmethod
@@ -182,13 +138,7 @@ class Algorithm(ABC):
         busy_s = stats.pop("busy_s")
         self._clock.add(learn_s=busy_s, transfer_s=time.perf_counter() - started - busy_s)
         stats.pop("gradient_steps")
-        for name, value in stats.items():
-            if not math.isfinite(value):
-                raise RlxError(
-                    f"learner/{name} became {value} in iteration {self.iteration + 1}; checkpoints are untouched. "
-                    "Start again with a lower training.lr, or look for extreme rewards and observations."
-                )
-        return stats
+        return self._finite(stats)
 
     def _without_old(self, batch: Batch) -> Batch:
         columns = dict(batch.tensors)
@@ -209,79 +159,7 @@ class Algorithm(ABC):
             self.runners.publish(self.learners.version, self.learners.weights())
         self._weights_are_stale = False
 
-    def seed(self, purpose: str) -> int:
-        """Return the seed of the next update for `purpose`; it depends on the run's seed and updates so far only."""
-        entropy = [self.settings.runtime.seed, self.learners.version, *purpose.encode()]
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
     # What a user calls ------------------------------------------------------------------------------------------
-
-    def train(self) -> Metrics:
-        """Make one iteration and return its metrics (names and units: rlx.metrics.METRICS).
-
-        An interrupt or an error in the middle leaves the algorithm usable: the next call starts a clean fragment.
-        If the learners are lost and may be started again, it is the iteration after the last checkpoint, or without
-        a run folder after the last of every checkpointing.interval iterations.
-        """
-        while True:
-            try:
-                self.saves.keep_copy()
-                return self._train_once()
-            except LearnersLost as lost:
-                self.saves.go_back(lost)
-
-    def _train_once(self) -> Metrics:
-        self._clock, self._ages, self._episode_metrics = Clock(), [], {}
-        before, window_before = (self.env_steps, self.episodes), self.window.get_state()
-        try:
-            # An interrupt inside torch's own no_grad() may leave gradients off; the next iteration needs them.
-            with torch.inference_mode(False), torch.enable_grad():
-                stats = self.training_step()
-        except BaseException:
-            self.env_steps, self.episodes = before
-            self.window.set_state(window_before)
-            self._weights_are_stale = True
-            raise
-        self.iteration += 1
-        age = np.concatenate([*self._ages, np.zeros(0, np.int64)])
-        times = self._clock.summary()
-        self.total_s += float(times["time/iteration_s"] or 0)
-        metrics = {
-            **{name: getattr(self, name) for name in COUNTERS},
-            **({"frames": self.env_steps * self.settings.atari.frame_skip} if self._is_atari else {}),
-            "gradient_steps": self.learners.gradient_steps,
-            "weights_version": self.learners.version,
-            "env_steps_per_s": (self.env_steps - before[0]) / float(times["time/iteration_s"] or 1),
-            **self.window.summary(),
-            "age_mean": float(age.mean()) if len(age) else 0.0,
-            "age_max": int(age.max(initial=0)),
-            **{f"learner/{name}": value for name, value in stats.items()},
-            **{f"{PREFIX}{name}": fmean(values) for name, values in self._episode_metrics.items()},
-            "time/total_s": self.total_s,
-            **times,
-        }
-        self.callbacks.with_metrics("on_train_result", self, metrics)
-        return metrics
-
-    def fit(self) -> Metrics:
-        """Train until a limit of `stop` is reached; return the last iteration's metrics.
-
-        With a run folder, every iteration is logged and checkpoints are saved. Ctrl-C ends the run after the
-        current iteration, with a checkpoint; a second one at once. So does SIGTERM.
-        """
-        return fit(self)
-
-    @property
-    def run_dir(self) -> Path | None:
-        """The run folder, if there is one; `fit` makes it."""
-        return self.saves.folder
-
-    def request_stop(self, reason: str) -> None:
-        """Have `fit` end after this iteration, with a checkpoint, as at a limit; it gives `reason` for it.
-
-        A loop of your own around `train` can look at `stop_request`.
-        """
-        self.stop_request = reason or "a stop was requested"
 
     def set_env_attribute(self, name: str, value: Any) -> None:
         """Set an attribute of all environments, through their wrappers: see `call_envs`."""
@@ -295,18 +173,6 @@ class Algorithm(ABC):
         so do those of a resumed run: have the method set a state and not add to one.
         """
         self._change_envs("call", method, *arguments)
-
-    def set_schedule(self, name: str, value: Any) -> None:
-        """Change a setting of `training` that may be a schedule, such as lr, for the iterations to come.
-
-        value: a number or {start, end, env_steps}. A resumed run goes on with it; the config stays as it was.
-        """
-        if not isinstance(getattr(self.training, name, None), Schedule):
-            names = ", ".join(key for key, one in self.training if isinstance(one, Schedule))
-            raise ConfigError(f"training.{name} is no schedule, so it cannot change in mid-run; {names} can.")
-        new = getattr(self.config.copy().set(f"training.{name}", value).settings.training, name)
-        self.training = self.training.model_copy(update={name: new})
-        self._schedules[name] = new.written()
 
     def evaluate(self, num_episodes: int | None = None, on_frame: Callable | None = None) -> Metrics:
         """Run evaluation episodes on envs of their own, with a frozen copy of the normalizer; return the metrics.
@@ -326,48 +192,6 @@ class Algorithm(ABC):
             **options,
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Save everything that exact resume needs as the folder `path`; return it."""
-        return save_checkpoint(Path(path), self.get_state())
-
-    def restore(self, path: str | Path) -> None:
-        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder."""
-        path = Path(path)
-        self.set_state(load_state(path))
-        self.saves.restored(path)
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the whole state as a tree of plain values and numpy arrays."""
-        return {
-            "config": self.config.to_dict(),
-            **{name: getattr(self, name) for name in COUNTERS},
-            "total_s": self.total_s,
-            "best_return": self.best_return,
-            "best_iteration": self.best_iteration,
-            "window": self.window.get_state(),
-            "spaces": [space_to_state(space) for space in self.runners.spaces()],
-            "learners": self.learners.get_state(),
-            "runners": self.runners.get_state(),
-            "schedules": dict(self._schedules),
-            "callbacks": self.callbacks.get_state(),
-        }
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `get_state`; CheckpointError if it comes from another config."""
-        check_resumable(type(self.config).from_dict(state["config"]), self.config, "the checkpoint")
-        for name in (*COUNTERS, "total_s", "best_return", "best_iteration"):
-            setattr(self, name, state.get(name, 0))  # older checkpoints lack some counters
-        self.window.set_state(state["window"])
-        self._weights_are_stale = True
-        self.learners.set_state(state["learners"])
-        self.runners.set_state(state["runners"])
-        self.training, self._schedules = self.settings.training, {}
-        for name, value in state.get("schedules", {}).items():
-            self.set_schedule(name, value)
-        self.callbacks.set_state(state.get("callbacks", {}))
-        self.saves.rewind()
-        self.callbacks("on_restore", self)
-
     def close(self) -> None:
         """End every process and file of this algorithm; closing twice is fine."""
         for name in ("runners", "learners"):
@@ -378,6 +202,28 @@ class Algorithm(ABC):
 
     # Inside -----------------------------------------------------------------------------------------------------
 
+    def _train_once(self) -> Metrics:
+        self._ages, self._episode_metrics = [], {}
+        return super()._train_once()
+
+    def _row(self) -> Metrics:
+        age = np.concatenate([*self._ages, np.zeros(0, np.int64)])
+        return {
+            **({"frames": self.env_steps * self.settings.atari.frame_skip} if self._is_atari else {}),
+            "age_mean": float(age.mean()) if len(age) else 0.0,
+            "age_max": int(age.max(initial=0)),
+            **{f"{PREFIX}{name}": fmean(values) for name, values in self._episode_metrics.items()},
+        }
+
+    def _parts_state(self) -> dict[str, Any]:
+        return {
+            "spaces": [space_to_state(space) for space in self.runners.spaces()],
+            "runners": self.runners.get_state(),
+        }
+
+    def _set_parts_state(self, state: Mapping[str, Any]) -> None:
+        self.runners.set_state(state["runners"])
+
     def _change_envs(self, kind: Literal["set", "call"], name: str, *arguments: Any) -> None:
         try:
             change = EnvChange(kind, name, tuple(plain(arguments)))
@@ -387,9 +233,3 @@ class Algorithm(ABC):
             ) from error
         self.runners.change_envs(change)
         self._weights_are_stale = True
-
-    def __enter__(self) -> Algorithm:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()

@@ -50,7 +50,7 @@ def build_runners(
         seed=s.runtime.seed,
         start_timeout_s=s.fault_tolerance.start_timeout_s,
         sample_timeout_s=s.fault_tolerance.sample_timeout_s,
-        restart=_restart_rule(s),
+        restart=restart_rule(s),
         on_env_error=s.fault_tolerance.on_env_error,
         max_env_failures=s.fault_tolerance.max_env_failures,
         env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
@@ -71,13 +71,14 @@ def build_learners(s: Settings, build_policy: Callable, algorithm: Any, runtime:
         runtime=runtime,
         start_timeout_s=s.fault_tolerance.start_timeout_s,
         update_timeout_s=s.fault_tolerance.update_timeout_s,
-        restart=_restart_rule(s),
+        restart=restart_rule(s),
         adam_eps=s.training.adam_eps,
         max_grad_norm=s.training.max_grad_norm,
         **s.learners.model_dump(),
     )
 
 
-def _restart_rule(s: Settings) -> actors.Restart | None:
+def restart_rule(s: Any) -> actors.Restart | None:
+    """Return how often what dies is started again, by the fault_tolerance of these settings."""
     f = s.fault_tolerance
     return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None

@@ -123,7 +123,7 @@ class Callbacks:
             if _overrides(callback, point):
                 call(callback, point, *arguments)
 
-    def with_metrics(self, point: str, algo: Algorithm, metrics: Metrics) -> None:
+    def with_metrics(self, point: str, algo: Any, metrics: Metrics) -> None:
         """Call every callback at a point where it may add to `metrics`; RlxError where that is no metric."""
         for callback in self._all:
             if _overrides(callback, point):

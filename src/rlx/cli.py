@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(group)
     _add_eval(group)
     _add_plot(group)
+    _add_text(group)
     _add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
     _add_config(group)
     _add_inspection(group)
@@ -162,6 +163,54 @@ def _add_plot(group: Any) -> None:
         "-o", "--output", metavar="FILE", type=Path, help="picture to write (default: curve.png in the first run)"
     )
     parser.add_argument("--metric", metavar="NAME", help="what to plot (default: episode_return_mean)")
+
+
+def _add_text(group: Any) -> None:
+    """Commands for language models."""
+    generate = _add_command(
+        group,
+        "generate",
+        commands.generate,
+        "Complete prompts with the language model of RUN.",
+        "rlx generate runs/grpo-addition --prompt '37+58='",
+    )
+    generate.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; repeatable (default: stdin)")
+    generate.add_argument("-n", metavar="N", type=_positive, default=1, help="completions of each (default: 1)")
+    chat = _add_command(
+        group,
+        "chat",
+        commands.chat,
+        "Talk to the language model of RUN, by its tokenizer's chat template; without one, lines are prompts.",
+        "rlx chat runs/grpo-addition",
+    )
+    for parser in (generate, chat):
+        parser.add_argument(
+            "run", metavar="RUN", help="run folder, checkpoint folder, folder of transformers, or hub id"
+        )
+        parser.add_argument("--temperature", metavar="T", type=float, help="0: the likeliest (default: the run's)")
+        parser.add_argument("--max-new-tokens", metavar="N", type=_positive, help="longest answer (default: the run's)")
+        parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of what is drawn (default: 0)")
+    samples = _add_command(
+        group,
+        "samples",
+        commands.samples,
+        "Show completions that RUN has kept, with score, KL and log-probabilities.",
+        "rlx samples runs/grpo-addition --iteration 40 --tokens",
+    )
+    samples.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    samples.add_argument("--iteration", metavar="I", type=int, default=-1, help="which; -1: the last (default)")
+    samples.add_argument("--tokens", action="store_true", help="show every token with its log-probability")
+    samples.add_argument("--json", action="store_true", help="print a JSON object a line")
+    samples.add_argument("-o", "--output", metavar="FILE", type=Path, help="write all samples to a .jsonl or .parquet")
+    export = _add_command(
+        group,
+        "export",
+        commands.export,
+        "Write the language model of RUN as transformers reads it, adapter merged.",
+        "rlx export runs/grpo-addition -o model",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder, or checkpoint folder")
+    export.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder to write (default: RUN/model)")
 
 
 def _add_config(group: Any) -> None:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlx.errors import CALLBACK_NOTE, CheckpointError, ConfigError, MissingExtra, NotSupported, RlxError
+from rlx.errors import CALLBACK_NOTE, CheckpointError, ConfigError, DataError, MissingExtra, NotSupported, RlxError
 
 if TYPE_CHECKING:
     from rlx.config import AlgorithmConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rlx")
 
-BAD_INPUT = (ConfigError, CheckpointError, MissingExtra, NotSupported)
+BAD_INPUT = (ConfigError, DataError, CheckpointError, MissingExtra, NotSupported)
 INTERRUPTED = 130
 
 
@@ -123,6 +123,91 @@ def plot(options: argparse.Namespace) -> None:
     print(plot_runs(options.runs, options.output or options.runs[0] / "curve.png", options.metric or DEFAULT_METRIC))
 
 
+def generate(options: argparse.Namespace) -> None:
+    """Complete prompts with a trained language model."""
+    from rlx.text_inference import load_text_policy
+
+    policy = load_text_policy(options.run)
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
+    completions = policy.generate(
+        prompts,
+        options.n,
+        options.seed,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+    )
+    _page("\n".join(f"{prompt}{text}" for prompt, texts in zip(prompts, completions, strict=True) for text in texts))
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Talk to a trained language model until the input ends."""
+    from rlx.text_inference import load_text_policy
+
+    policy = load_text_policy(options.run)
+    has_template = bool(policy.tokenizer.chat_template)
+    messages: list[dict[str, str]] = []
+    limits = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
+    while (line := _ask("> ")) is not None:
+        seed = options.seed + len(messages)
+        messages.append({"role": "user", "content": line})
+        answer = (
+            policy.chat(messages, seed, **limits) if has_template else policy.generate(line, 1, seed, **limits)[0][0]
+        )
+        messages.append({"role": "assistant", "content": answer})
+        print(answer, flush=True)
+
+
+def samples(options: argparse.Namespace) -> None:
+    """Show the completions that a run has kept, or write them to a file."""
+    import json
+
+    from rlx.samples import read_samples, sample_lines, token_lines, write_parquet
+
+    if options.output is not None:
+        rows = read_samples(options.run)
+        if options.output.suffix == ".parquet":
+            write_parquet(rows, options.output)
+        elif options.output.suffix == ".jsonl":
+            options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            raise ConfigError(f"{options.output} ends in neither .jsonl nor .parquet; rename it.")
+        print(options.output)
+        return
+    rows = read_samples(options.run, options.iteration)
+    if options.json:
+        _page("\n".join(json.dumps(row) for row in rows))
+        return
+    tokenizer = _tokenizer_of(options.run) if options.tokens else None
+    lines = []
+    for row in rows:
+        lines += [*sample_lines([row]), *(token_lines(tokenizer, row) if options.tokens else [])]
+    _page("\n".join(lines))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a run's language model as transformers reads it."""
+    from rlx.text_building import EXPORT
+    from rlx.text_inference import load_text_policy
+
+    folder = options.output or options.run / EXPORT
+    load_text_policy(options.run).export(folder)
+    print(folder)
+
+
+def _ask(sign: str) -> str | None:
+    try:
+        return input(sign if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _tokenizer_of(run: Path) -> Any:
+    from rlx.config import load_config
+    from rlx.text_building import build_tokenizer
+
+    return build_tokenizer(load_config(run / "config.yaml").settings.model)
+
+
 def report(error: RlxError) -> int:
     """Print an error without its traceback; return the exit code."""
     blame = [note for note in getattr(error, "__notes__", ()) if note.startswith(CALLBACK_NOTE)]
@@ -208,9 +293,8 @@ def _print_how_to_go_on(folder: Path, sentence: str) -> None:
 
 def _new_run_folder(wanted: Path | None, config: AlgorithmConfig) -> Path:
     from rlx.run import check_new_run, default_run_folder
-    from rlx.section import spelled
 
-    folder = wanted or default_run_folder(config.settings.algorithm, spelled(config.settings.environment.id) or "env")
+    folder = wanted or default_run_folder(config.settings.algorithm, config.settings.subject or "env")
     check_new_run(folder)  # Run.create checks it too, but only once the processes have started
     return folder
 

@@ -32,7 +32,7 @@ from rlx.config_lookup import (
 from rlx.errors import ConfigError
 from rlx.schedule import Schedule
 from rlx.section import Section, allowed
-from rlx.settings import Settings, TrainingSection
+from rlx.settings import Settings
 
 __all__ = ["AlgorithmConfig", "list_algorithms", "list_configs", "load_config"]
 
@@ -59,18 +59,24 @@ class AlgorithmConfig:
 
     algorithm_class: ClassVar[Callable[..., Any] | None] = None
     """What `build` makes; set by `class PPO(Algorithm, config=PPOConfig)`."""
-    _tree: ClassVar[type[Settings]] = Settings
+    _base: ClassVar[type[Section]] = Settings
+    _tree: ClassVar[type[Section]] = Settings
 
-    def __init_subclass__(cls, training: type[TrainingSection] | None = None, **keywords: Any) -> None:
+    def __init_subclass__(
+        cls, training: type[Section] | None = None, settings: type[Section] | None = None, **keywords: Any
+    ) -> None:
         super().__init_subclass__(**keywords)
+        if settings is not None:
+            cls._base = cls._tree = settings
+            _add_builder_methods(cls, settings)
         if training is not None:
             training()  # a default that is missing or out of range fails here, where the algorithm is defined
             field: Any = (training, Field(default_factory=training, description=training.__doc__))
-            cls._tree = create_model(f"{cls.__name__}Settings", __base__=Settings, training=field)
+            cls._tree = create_model(f"{cls.__name__}Settings", __base__=cls._base, training=field)
             setattr(cls, "training", _builder_method("training", training))  # noqa: B010
 
     def __init__(self) -> None:
-        if type(self)._tree is Settings:
+        if self._tree is self._base:
             raise TypeError(
                 "AlgorithmConfig is only the base; use an algorithm's config, such as PPOConfig(), or load_config()."
             )
@@ -94,8 +100,7 @@ class AlgorithmConfig:
     def validate(self) -> None:
         """Raise ConfigError with everything that stops these settings from running; changes nothing."""
         problems = [
-            *self._not_found("environment.id", check_environment, self.settings.environment.id),
-            *self._not_found("model.custom", check_network, self.settings.model.custom),
+            *self._names_not_found(),
             *_problems(check_callbacks, self.settings.callbacks.classes),
             *_problems(self.settings.evaluation.check),
             *_problems(self.check, self.settings),
@@ -192,6 +197,13 @@ class AlgorithmConfig:
         """Return the JSON schema of the YAML file, for editors."""
         return cls._tree.model_json_schema()
 
+    def _names_not_found(self) -> list[str]:
+        """Return what is wrong with settings that name something."""
+        return [
+            *self._not_found("environment.id", check_environment, self.settings.environment.id),
+            *self._not_found("model.custom", check_network, self.settings.model.custom),
+        ]
+
     def _not_found(self, key: str, check: Callable[..., None], value: Any) -> list[str]:
         return _problems(check, value, f"{key} is {self._written.get(key, _in_python(value))}")
 
@@ -218,7 +230,7 @@ class AlgorithmConfig:
     def _named(cls, document: Document, folder: Path) -> type[Self]:
         """Return the config class that the document's `algorithm:` means; this one where it names none."""
         name = document.values.get("algorithm")
-        if cls._tree is not Settings and name in (None, reference(cls)):
+        if cls._tree is not cls._base and name in (None, reference(cls)):
             return cls
         if name is None:
             names = ", ".join(shipped for shipped, _ in list_algorithms())
@@ -236,14 +248,15 @@ class AlgorithmConfig:
     @classmethod
     def _parse(cls, values: Mapping[str, Any], written: Mapping[str, Written]) -> Settings:
         # `training:` with nothing below it is an empty section.
-        values = {name: {} if value is None and name in _SECTIONS else value for name, value in values.items()}
+        sections = _section_types(cls._tree)
+        values = {name: {} if value is None and name in sections else value for name, value in values.items()}
         try:
             parsed = cls._tree.model_validate({**values, "algorithm": reference(cls)})
         except ValidationError as error:
             name = cls.__name__.removesuffix("Config")
             raise ConfigError("\n".join(_sentences(error, cls._tree, values, written, name))) from error
         # Not an instance of the class made above, which cannot be pickled by name.
-        return Settings.model_construct(**dict(parsed))
+        return cls._base.model_construct(**dict(parsed))  # type: ignore[return-value]
 
     def _change(self, changes: Mapping[str, Any], written: dict[str, Written]) -> Self:
         if self._frozen:
@@ -350,7 +363,7 @@ def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
     """Return the values of every section, with schedules as they are written, so that their parts can be set."""
     return {
         name: {key: value.written() if isinstance(value, Schedule) else value for key, value in getattr(settings, name)}
-        for name in _SECTIONS
+        for name in _section_types(type(settings))
     }
 
 
@@ -375,6 +388,13 @@ def _in_python(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-_SECTIONS = {name: field.annotation for name, field in Settings.model_fields.items() if _is_section(field.annotation)}
-for _name, _section in _SECTIONS.items():
-    setattr(AlgorithmConfig, _name, _builder_method(_name, _section))
+def _section_types(tree: type[Section]) -> dict[str, type[Section]]:
+    return {name: field.annotation for name, field in tree.model_fields.items() if _is_section(field.annotation)}
+
+
+def _add_builder_methods(config: type[AlgorithmConfig], tree: type[Section]) -> None:
+    for name, section in _section_types(tree).items():
+        setattr(config, name, _builder_method(name, section))
+
+
+_add_builder_methods(AlgorithmConfig, Settings)

@@ -116,6 +116,14 @@ def check_network(custom: str | Callable[..., Any] | None, subject: str) -> None
     _check_import_path(module, name, subject)
 
 
+def check_callable(path: str, subject: str) -> None:
+    """Raise ConfigError where the function of an import path pkg.module:name cannot be found."""
+    module, _, name = path.rpartition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ConfigError(f"{subject}; write pkg.module:name, of a function at the top level of a module.")
+    _check_import_path(module, name, subject)
+
+
 def check_callbacks(specs: Iterable[Any]) -> None:
     """Raise ConfigError where a callback cannot be found by its import path."""
     for spec in specs:

@@ -2,7 +2,9 @@
 
 RlxError
 ├── ConfigError        a setting is unknown, mistyped or impossible            (also a ValueError)
+├── DataError          a data file or a row of it does not fit; names file and number  (also a ValueError)
 ├── EnvError           an environment breaks the gymnasium API or returns NaN
+├── RewardError        a reward function raises, hangs, or returns what is no score; names the sample
 ├── CheckpointError    a checkpoint or run folder is missing, torn, foreign or from another config
 ├── MissingExtra       an optional package is needed; the message says which   (also an ImportError)
 ├── NotSupported       this engine cannot do that                              (also a NotImplementedError)
@@ -35,6 +37,14 @@ class ConfigError(RlxError, ValueError):
 
 class EnvError(RlxError):
     """An environment breaks the gymnasium API, or returns NaN."""
+
+
+class DataError(RlxError, ValueError):
+    """A data file is missing or torn, or a row of it does not fit."""
+
+
+class RewardError(RlxError):
+    """A reward function raises, takes too long, or returns something that is no score."""
 
 
 class CheckpointError(RlxError):

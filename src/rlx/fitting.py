@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlx import video
 from rlx.interrupts import deferred_interrupt
@@ -13,13 +13,13 @@ from rlx.metrics import Metrics
 from rlx.progress import progress_display
 
 if TYPE_CHECKING:
-    from rlx.algorithm import Algorithm
+    from rlx.trainable import Trainable
 
 log = logging.getLogger("rlx")
 
 
-def fit(algo: Algorithm) -> Metrics:
-    """Do what `Algorithm.fit` says."""
+def fit(algo: Trainable) -> Metrics:
+    """Do what `Trainable.fit` says."""
     algo.settings.stop.require_limit()
     algo.stop_request = ""
     _check_films(algo)
@@ -35,11 +35,12 @@ def fit(algo: Algorithm) -> Metrics:
             progress.update(metrics)
     algo.stop_reason = reason
     algo.saves.save()
+    algo.finish()
     algo.callbacks("on_stop", algo, reason)
     return metrics
 
 
-def iterate(algo: Algorithm) -> Metrics:
+def iterate(algo: Trainable) -> Metrics:
     """Train, evaluate and checkpoint as their intervals say."""
     metrics = algo.train()
     interval = algo.settings.evaluation.interval
@@ -56,16 +57,16 @@ def iterate(algo: Algorithm) -> Metrics:
     return metrics
 
 
-def reason_to_stop(algo: Algorithm) -> str:
+def reason_to_stop(algo: Trainable) -> str:
     """Return what was requested or which limit is reached, in words, or an empty string."""
     mean = algo.window.summary()["episode_return_mean"] if algo.window.is_full else None
     limits = {"iterations": algo.iteration, "env_steps": algo.env_steps, "time_s": algo.total_s}
     return algo.stop_request or algo.settings.stop.reached(mean, **limits)
 
 
-def _check_films(algo: Algorithm) -> None:
+def _check_films(algo: Any) -> None:
     """Raise, before anything is made, where evaluations shall be recorded and cannot be."""
-    if not algo.settings.evaluation.video:
+    if not getattr(algo.settings.evaluation, "video", 0):  # text has none
         return
     if algo.run_dir is None:
         log.warning("evaluation.video has no effect without a run folder: give one, as in config.build('runs/film').")
@@ -75,17 +76,17 @@ def _check_films(algo: Algorithm) -> None:
     video.check_renders(lambda on_frame: algo.play(1, num_envs=1, on_frame=on_frame))
 
 
-def _film(algo: Algorithm) -> None:
+def _film(algo: Any) -> None:
     """Play the first episodes of an evaluation once more and record them: rendering would slow down all others."""
     e, run = algo.settings.evaluation, algo.saves.run
-    if not e.video or run is None:
+    if run is None or not getattr(e, "video", 0):
         return
     file = run.folder / "videos" / f"iteration-{algo.iteration:06d}.mp4"
     with video.recording(file, video.frames_per_second(algo.settings.environment.id)) as add_frame:
         algo.play(e.video, num_envs=1, on_frame=add_frame)
 
 
-def _track_best(algo: Algorithm, metrics: Metrics) -> None:
+def _track_best(algo: Trainable, metrics: Metrics) -> None:
     """Remember the checkpointed iteration with the highest return: of its evaluation, else of the window."""
     c = algo.settings.checkpointing
     if not (c.keep_best and c.interval and algo.iteration % c.interval == 0):

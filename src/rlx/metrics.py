@@ -41,6 +41,14 @@ METRICS: dict[str, str] = {
     "episode_length_mean": "Mean length in steps over the same window; null until an episode has finished.",
     "age_mean": "Mean age of this iteration's samples: updates between the weights that acted and those that learn.",
     "age_max": "Largest age of this iteration's samples, in updates.",
+    "score_mean": "Mean score of this iteration's completions; on text.",
+    "truncated_fraction": "Share of this iteration's completions that reached generation.max_new_tokens; on text.",
+    "flat_groups_fraction": "Share of prompts whose completions all scored alike, from which GRPO learns nothing.",
+    "reward_failures": "Completions so far whose reward raised, was late or no number, and that were masked.",
+    "ref_kl_k1": "Mean over tokens of log(policy / reference), in nats: k1, unbiased; where there is a reference.",
+    "ref_kl_k3": "The same KL by k3, on the same tokens: never negative, less noise.",
+    "ref_kl_sequence": "The same KL summed over a completion, in nats: ref_kl_k1 times the tokens of one.",
+    "kl_coef": "Weight of the KL penalty in this iteration's rewards.",
     "learner/loss": "Total loss, mean over this iteration's gradient steps.",
     "learner/policy_loss": "Policy part of the loss.",
     "learner/value_loss": "Mean squared error of the value function, before its coefficient.",
@@ -59,10 +67,18 @@ METRICS: dict[str, str] = {
     "evaluation/episode_return_max": "Largest evaluation return.",
     "evaluation/episode_length_mean": "Mean length of the evaluation episodes, in steps.",
     "evaluation/episodes": "Number of evaluation episodes.",
+    "evaluation/truncated_fraction": "Share of the evaluation's completions that reached generation.max_new_tokens.",
+    "evaluation/loss": "Loss on the evaluation's examples, in supervised training.",
+    "evaluation/accuracy": "Share of the evaluation's pairs in which the chosen answer wins.",
     "time/total_s": "Wall time of all training iterations so far, in seconds, earlier sessions of the run included.",
     "time/iteration_s": "Wall time of this iteration, in seconds; the next six add up to it.",
     "time/env_s": "Stepping environments; the mean of the env runners.",
     "time/inference_s": "Choosing actions and values during the rollout; the mean of the env runners.",
+    "time/generate_s": "On text: drawing completions.",
+    "time/score_s": "On text: scoring completions.",
+    "time/logp_s": "On text: log-probabilities of the reference and values, before the update.",
+    "time/train_s": "On text: computing gradients and stepping the optimizer.",
+    "time/sync_s": "On text: bringing weights to the token runners.",
     "time/learn_s": "Computing gradients and stepping the optimizer.",
     "time/transfer_s": "Moving trajectories, batches and weights between processes.",
     "time/wait_s": "Waiting for the slowest env runner beyond the mean of all.",
@@ -133,9 +149,9 @@ class Clock:
 
     PARTS = ("env_s", "inference_s", "learn_s", "transfer_s", "wait_s")
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str] = PARTS) -> None:
         self.started = time.perf_counter()
-        self.seconds: dict[str, float] = dict.fromkeys(self.PARTS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
 
     def add(self, **seconds: float) -> None:
         """Add seconds to parts, e.g. `add(env_s=0.2)`."""
@@ -163,8 +179,8 @@ class JsonlWriter:
         # Without a buffer: on a full disk it would keep the line and fail once more in close().
         self.stream = open(file, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
 
-    def write(self, metrics: Metrics) -> None:
-        """Append one iteration's metrics."""
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Append one row."""
         line = json.dumps(metrics).encode() + b"\n"
         if self.stream.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.stream.name)

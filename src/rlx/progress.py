@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlx.metrics import Clock, Metrics
-from rlx.section import spelled
 from rlx.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,8 +41,7 @@ class Progress:
 
     def __init__(self, settings: Settings) -> None:
         self.stop = settings.stop
-        env = settings.environment.id
-        self.title = f"{settings.algorithm.rpartition('/')[2] or 'training'} · {spelled(env) or 'no environment'}"
+        self.title = f"{settings.algorithm.rpartition('/')[2] or 'training'} · {settings.subject or 'no environment'}"
         self.metrics: Metrics = {}
         self.returns = Sparkline()
         self.first_return: float | None = None

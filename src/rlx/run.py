@@ -3,6 +3,8 @@
 config.yaml      every setting
 manifest.json    versions, seed, command, start time
 metrics.jsonl    one line an iteration
+samples.jsonl    some completions of each iteration, in runs on text
+model/           the model as transformers loads it, at the end of runs on text
 checkpoints/     iter_000010/ ...
 videos/          evaluation episodes, if evaluation.video asks for them
 logs/driver.log  what the driver logged
@@ -15,7 +17,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,7 +33,11 @@ from rlx.settings import FREE_ON_RESUME
 
 log = logging.getLogger("rlx")
 
-RECORDED_PACKAGES = ("rlx", "torch", "gymnasium", "numpy", "cloudpickle", "pydantic", "mujoco", "ale-py")
+SAMPLES = "samples.jsonl"
+RECORDED_PACKAGES = (
+    *("rlx", "torch", "gymnasium", "numpy", "cloudpickle", "pydantic", "mujoco", "ale-py"),
+    *("transformers", "tokenizers", "peft"),
+)
 
 
 class Run:
@@ -47,6 +53,7 @@ class Run:
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(self._log_handler)
         self._metrics_file: JsonlWriter | None = None
+        self._samples_file: JsonlWriter | None = None
         self._tensorboard = TensorBoardWriter(folder / "tensorboard") if tensorboard else None
 
     @classmethod
@@ -84,6 +91,13 @@ class Run:
             if self._tensorboard is not None:
                 self._tensorboard.write(metrics)
 
+    def write_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append completions of one iteration to samples.jsonl."""
+        with _writing(self.folder):
+            self._samples_file = self._samples_file or JsonlWriter(self.folder / SAMPLES)
+            for row in rows:
+                self._samples_file.write(row)
+
     def save(self, iteration: int, state: dict[str, Any], *, keep: int, best_iteration: int | None) -> Path:
         """Save a checkpoint; keep the newest `keep` and the best one."""
         folder = save_checkpoint(self.checkpoints / checkpoint_name(iteration), state)
@@ -91,18 +105,19 @@ class Run:
         return folder
 
     def rewind(self, iteration: int) -> None:
-        """Go back to `iteration`: metric rows after it are dropped, for they will come again."""
-        file = self.folder / "metrics.jsonl"
-        if self._metrics_file is not None:
-            self._metrics_file.close()
-            self._metrics_file = None
-        if file.exists():
-            rows = [row for row in read_metrics(file) if row["iteration"] <= iteration]
-            _replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+        """Go back to `iteration`: rows of metrics and samples after it are dropped, for they will come again."""
+        for writer in (self._metrics_file, self._samples_file):
+            if writer is not None:
+                writer.close()
+        self._metrics_file = self._samples_file = None
+        for file in (self.folder / "metrics.jsonl", self.folder / SAMPLES):
+            if file.exists():
+                rows = [row for row in read_metrics(file) if row["iteration"] <= iteration]
+                _replace_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def close(self) -> None:
         """Close every file of the run and release it."""
-        for writer in (self._metrics_file, self._tensorboard):
+        for writer in (self._metrics_file, self._samples_file, self._tensorboard):
             if writer is not None:
                 writer.close()
         log.removeHandler(self._log_handler)

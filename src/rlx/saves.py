@@ -13,7 +13,7 @@ from rlx.metrics import Metrics
 from rlx.run import Run
 
 if TYPE_CHECKING:
-    from rlx.algorithm import Algorithm
+    from rlx.trainable import Trainable
 
 log = logging.getLogger("rlx")
 
@@ -21,7 +21,7 @@ log = logging.getLogger("rlx")
 class Saves:
     """The run folder of an algorithm, from the first `open` on. Without a folder only a copy in memory is kept."""
 
-    def __init__(self, algorithm: Algorithm, folder: Path | None) -> None:
+    def __init__(self, algorithm: Trainable, folder: Path | None) -> None:
         self.folder = folder
         self.run: Run | None = None
         self._algorithm = algorithm

@@ -392,3 +392,8 @@ class Settings(Section):
     runtime: RuntimeSection = Field(default_factory=RuntimeSection)
     callbacks: CallbacksSection = Field(default_factory=CallbacksSection)
     stop: StopSection = Field(default_factory=StopSection)
+
+    @property
+    def subject(self) -> str:
+        """What is trained on, in a word: the environment."""
+        return spelled(self.environment.id) or ""

@@ -1,5 +1,7 @@
 """Reductions that count only what the mask counts."""
 
+import math
+
 import pytest
 import torch
 
@@ -51,3 +53,20 @@ def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_
     # Twice the deviation from the mean: the error has the variance of the returns themselves.
     assert explained_variance(2 * returns, returns, mask).item() == pytest.approx(0, abs=1e-5)
     assert explained_variance(-returns, returns, mask).item() == pytest.approx(-3, abs=1e-5)
+
+
+def test_what_stands_outside_the_mask_changes_no_bit():
+    values, mask = random_case()
+    poisoned = values.where(mask, math.nan)
+    assert torch.equal(standardize(poisoned, mask), standardize(values, mask))
+    assert standardize(values, mask)[~mask].abs().max().item() == 0
+    other = values.flip(0)
+    clean = explained_variance(values, other, mask)
+    assert clean.isfinite() and torch.equal(explained_variance(poisoned, other.where(mask, math.inf), mask), clean)
+
+
+def test_the_order_of_rows_does_not_matter_to_standardize():
+    values, mask = random_case()
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
+    shuffled = standardize(values.double()[order], mask[order])
+    torch.testing.assert_close(shuffled, standardize(values.double(), mask)[order], rtol=0, atol=1e-7)

@@ -27,6 +27,30 @@ def gae(
     return advantage_T_B, advantage_T_B + value_T_B
 
 
+def token_gae(
+    reward_S_L: Tensor, value_S_L: Tensor, mask_S_L: Tensor, gamma: float, lambda_: float
+) -> tuple[Tensor, Tensor]:
+    """Return advantages and value targets of tokens, both [S, L], as `gae` does, one sequence a row.
+
+    A step goes from one counted token to the next counted one: what stands before, between and after them (a prompt,
+    the answer of a tool, padding) is passed over, whatever is in it, and gets 0. Nothing follows a row's last counted
+    token, where its score stands; a value that shall follow it is added to that reward, times gamma. With values of 0
+    and lambda 1 the advantages are the discounted rewards to come, REINFORCE's.
+    """
+    reward_S_L, value_S_L = reward_S_L.masked_fill(~mask_S_L, 0), value_S_L.masked_fill(~mask_S_L, 0)
+    next_value_S, next_advantage_S = torch.zeros_like(value_S_L[:, 0]), torch.zeros_like(value_S_L[:, 0])
+    backwards = []
+    columns = zip(reward_S_L.unbind(1), value_S_L.unbind(1), mask_S_L.unbind(1), strict=True)
+    for reward_S, value_S, counted_S in reversed(list(columns)):
+        delta_S = reward_S + gamma * next_value_S - value_S
+        advantage_S = delta_S + gamma * lambda_ * next_advantage_S
+        next_value_S = torch.where(counted_S, value_S, next_value_S)
+        next_advantage_S = torch.where(counted_S, advantage_S, next_advantage_S)
+        backwards.append(advantage_S)
+    advantage_S_L = torch.stack(backwards[::-1], 1).masked_fill(~mask_S_L, 0)
+    return advantage_S_L, advantage_S_L + value_S_L
+
+
 def vtrace(
     logp_T_B: Tensor,
     new_logp_T_B: Tensor,

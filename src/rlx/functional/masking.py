@@ -16,20 +16,22 @@ def sample_weight(mask: Tensor) -> Tensor:
 
 
 def standardize(values: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """Return values with mean 0 and standard deviation 1 over the samples where mask is true.
+    """Return values with mean 0 and standard deviation 1 over the samples where mask is true, and 0 elsewhere.
 
     The population deviation (division by the count) is used, so a single sample gives 0 rather than NaN.
     """
-    weight = sample_weight(mask)
-    centred = values - weighted_sum(values, weight)
+    weight = sample_weight(mask).to(values.dtype)
+    values = values.masked_fill(~mask, 0)
+    centred = (values - weighted_sum(values, weight)).masked_fill(~mask, 0)
     return centred / (weighted_sum(centred.square(), weight).sqrt() + epsilon)
 
 
 def explained_variance(value: Tensor, return_: Tensor, mask: Tensor) -> Tensor:
     """Return 1 - var(return - value) / var(return) over counted samples: 1 is a perfect critic, 0 a constant one."""
-    weight = sample_weight(mask)
+    weight = sample_weight(mask).to(return_.dtype)
 
     def variance(x: Tensor) -> Tensor:
+        x = x.masked_fill(~mask, 0)  # a NaN would survive the weight 0
         return weighted_sum((x - weighted_sum(x, weight)).square(), weight)
 
     return 1 - variance(return_ - value) / variance(return_).clamp(min=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,19 @@ class FlatAdam:
     the CPU is torch's own to step, on these same moments.
     """
 
-    def __init__(self, data: Tensor, epsilon: float, beta1: float = 0.9, beta2: float = 0.999) -> None:
+    def __init__(
+        self,
+        data: Tensor,
+        epsilon: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 0.0,
+        decayed: Sequence[Tensor] = (),
+    ) -> None:
+        """`weight_decay` shrinks the views `decayed` of the buffer by lr * weight_decay a step (AdamW, Loshchilov &
+        Hutter 2019, arXiv:1711.05101)."""
         self.data = data
+        self.weight_decay, self.decayed = weight_decay, decayed
         self.epsilon, self.beta1, self.beta2 = epsilon, beta1, beta2
         self.mean = torch.zeros_like(data)
         self.square = torch.zeros_like(data)
@@ -36,6 +48,9 @@ class FlatAdam:
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move the parameters against `gradient` [n]."""
         self.steps += 1
+        if self.weight_decay:
+            for view in self.decayed:
+                view.mul_(1 - lr * self.weight_decay)
         if self._fused is not None:
             self._step_fused(self._fused, gradient, lr)
             return

@@ -17,6 +17,7 @@ from rlx.errors import RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
+from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_microbatches, microbatches
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
@@ -36,23 +37,36 @@ class Learner:
         loss: Loss,
         *,
         adam_eps: float = 1e-5,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
         max_grad_norm: float | None = 0.5,
         compile: bool = False,
         device: str = "cpu",
         prepare: Callable[[nn.Module, Batch], Batch] | None = None,
         target_update_interval: int | None = None,
+        weigh: Callable[[Tensor], Tensor] = sample_weight,
+        max_tokens_per_microbatch: int | None = None,
     ) -> None:
         """`prepare` (policy, batch) completes every batch before its first epoch, without gradients.
 
         It gets a target policy, the policy as it was at most `target_update_interval` updates ago, where that is set.
+        weigh: makes of the mask of a whole minibatch the weights that sum a loss to its mean, or to another aggregate.
+        max_tokens_per_microbatch: rows of tokens (a batch with `length`) are sorted by length and cut into microbatches
+        of at most so many tokens, padding included, whose gradients are added up; a longer row is alone in one.
+        weight_decay: as in AdamW, of every parameter with two axes or more.
         """
         self.device = torch.device(device)
         self.policy = build_policy().to(self.device)
         self.flat = FlatParameters(self.policy, self.device)
-        self.adam = FlatAdam(self.flat.data, adam_eps)
+        matrices = [view for view in self.flat.views(self.flat.data) if view.ndim > 1]
+        self.adam = FlatAdam(self.flat.data, adam_eps, *adam_betas, weight_decay, matrices)
         self.max_grad_norm = max_grad_norm
-        self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
-        self.prepare = prepare
+        self.weigh, self.max_tokens = weigh, max_tokens_per_microbatch
+        if max_tokens_per_microbatch is None:
+            self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
+        else:
+            self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
+        self.prepare, self.loss = prepare, loss
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
@@ -78,7 +92,8 @@ class Learner:
         batch: Batch,
         *,
         epochs: int,
-        minibatch_size: int,
+        minibatch_size: int | None = None,
+        minibatch_sequences: int | None = None,
         lr: float,
         seed: int,
         coefficients: Mapping[str, float] = MappingProxyType({}),
@@ -87,21 +102,23 @@ class Learner:
         """Make `epochs` passes over the whole batch in shuffled minibatches; return the means of the stats.
 
         Every learner gets the whole batch, with `mask` [N] or, where its rows are sequences, [S, L];
-        `minibatch_size` counts samples either way. The last minibatch of an epoch may be smaller.
+        `minibatch_size` counts samples either way, `minibatch_sequences` in its place counts rows. The last minibatch
+        of an epoch may be smaller; without either there is one, the whole batch.
         With `target_kl` the update ends before the first step whose minibatch has stats["kl"] above it.
         """
         started = time.perf_counter()
         self._seed(seed)  # whatever the policy draws (dropout, say) repeats on resume
-        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        batch = self._own(batch)
         if self.prepare is not None:
             with torch.no_grad():
                 batch = self.prepare(self.policy if self.target is None else self.target.of(self.flat), batch)
         generator = torch.Generator().manual_seed(seed)
         history: list[Stats] = []
         stopped_early = False
+        rows_each = _rows_each(batch, minibatch_size, minibatch_sequences)
         for _ in range(epochs):
             order = torch.randperm(len(batch), generator=generator).to(self.device)
-            for minibatch in self._shares(batch, order, minibatch_size):
+            for minibatch in self._shares(batch, order, rows_each):
                 gradient, stats = self.gradient(minibatch, coefficients)
                 if target_kl is not None and "kl" not in stats:
                     raise RlxError(
@@ -122,20 +139,47 @@ class Learner:
             "busy_s": time.perf_counter() - started,
         }
 
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, *names: str) -> Batch:
+        """Return a batch of the columns `names` ("logp", "entropy", "value", "ref_logp") of rows of tokens, on the CPU.
+
+        They are what the loss would see, [S, L] like the mask, and 0 off it; for a reward model "score", [S].
+        """
+        batch = self._own(batch)
+        columns = evaluate_in_microbatches(self.policy, batch, names, self.max_tokens)
+        return Batch(**{name: column.cpu() for name, column in columns.items()})
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, coefficients: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+        """Return the loss and its stats on rows of tokens, and learn nothing from them."""
+        batch = self._own(batch)
+        weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
+        sums: dict[str, float] = {}
+        for _, part in microbatches(weighed, self.max_tokens, self.policy.packs(self.device)):
+            total, stats = self.loss(self.policy, part, coefficients)
+            for name, stat in ({"loss": total} | stats).items():
+                sums[name] = sums.get(name, 0.0) + float(stat)
+        return sums
+
     def weights(self) -> np.ndarray:
-        """Return all parameters, float32 [n] (a copy)."""
+        """Return all learned parameters, float32 [n] (a copy)."""
         return self.flat.numpy().copy()
 
     def get_state(self) -> dict[str, Any]:
         """Return everything that `set_state` needs to go on exactly."""
-        policy = {name: p.detach().cpu().numpy().copy() for name, p in self.policy.named_parameters()}
+        parameters = zip(self.flat.names, self.flat.parameters, strict=True)
+        policy = {name: p.detach().cpu().numpy().copy() for name, p in parameters}
         target = None if self.target is None else self.target.get_state()
-        return {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        state = {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        buffers = {name: buffer.cpu().numpy().copy() for name, buffer in self._buffers().items()}
+        return state | {"buffers": buffers} if buffers else state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
-        self.flat.load(np.concatenate([state["policy"][name].ravel() for name, _ in self.policy.named_parameters()]))
+        self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
+        for name, buffer in self._buffers().items():
+            buffer.copy_(torch.from_numpy(np.array(state["buffers"][name])))
         if self.target is not None:
             self.target.set_state(state["target"])
 
@@ -143,12 +187,21 @@ class Learner:
         # torch.manual_seed seeds absent GPUs too, and keeps a stack trace for each kind: half a millisecond a call.
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
 
-    def _shares(self, batch: Batch, order: Tensor, minibatch_size: int) -> Iterator[Batch]:
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return what belongs to the policy's state and is no parameter: how a reward model normalises, say."""
+        lasting = self.policy.state_dict().keys()
+        return {name: buffer for name, buffer in self.policy.named_buffers() if name in lasting}
+
+    def _own(self, batch: Batch) -> Batch:
+        """Return the batch on this learner's device; of rows of tokens, with zeros where nothing counts."""
+        batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        return blank(batch) if "length" in batch.tensors else batch
+
+    def _shares(self, batch: Batch, order: Tensor, rows_each: int) -> Iterator[Batch]:
         """Yield this learner's share of each minibatch of `order`, with `weight`: the share in the global mean."""
-        samples_a_row = batch.mask[0].numel()
-        minibatches = order.split(max(1, minibatch_size // samples_a_row))
+        minibatches = order.split(rows_each)
         rows = [minibatch.tensor_split(self.world_size)[self.rank] for minibatch in minibatches]
-        weights = [sample_weight(batch.mask[part]).tensor_split(self.world_size)[self.rank] for part in minibatches]
+        weights = [self.weigh(batch.mask[part]).tensor_split(self.world_size)[self.rank] for part in minibatches]
         mine = batch.take(torch.cat(rows))  # one gather an epoch; minibatches are views of it
         columns = {name: tensor.split([len(part) for part in rows]) for name, tensor in mine.tensors.items()}
         for number, weight in enumerate(weights):
@@ -180,6 +233,12 @@ class Learner:
         self._sum(means)
         means[names.index("grad_norm")] = norm
         return dict(zip(names, means.tolist(), strict=True))
+
+
+def _rows_each(batch: Batch, minibatch_size: int | None, minibatch_sequences: int | None) -> int:
+    if minibatch_sequences is not None:
+        return minibatch_sequences
+    return len(batch) if minibatch_size is None else max(1, minibatch_size // batch.mask[0].numel())
 
 
 def _mean(values: list[Tensor] | list[float]) -> Tensor:

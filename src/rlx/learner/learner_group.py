@@ -104,8 +104,27 @@ class LearnerGroup:
         self.version += 1
         return stats
 
+    def evaluate(self, batch: Batch, *names: str) -> Batch:
+        """Run `Learner.evaluate`, each learner on its share of the rows; return the columns of all rows, in order."""
+        if self._local is not None:
+            return self._local.evaluate(batch, *names)
+        self._check_state()
+        shares = [rows for rows in torch.arange(len(batch)).tensor_split(len(self._actors)) if len(rows)]
+        calls = zip(self._actors, shares, strict=False)
+        parts = self._answers_with_state([actor.evaluate.call(batch.take(rows), *names) for actor, rows in calls])
+        return Batch(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
+    def measure(self, batch: Batch) -> dict[str, float]:
+        """Return the loss and its stats on rows of tokens, by `Learner.measure`."""
+        return self._first("measure", batch)
+
+    @property
+    def local_policy(self) -> Any:
+        """The learner's policy, where the driver learns; else None."""
+        return None if self._local is None else self._local.policy
+
     def weights(self) -> np.ndarray:
-        """Return all parameters, float32 [n]."""
+        """Return all learned parameters, float32 [n]."""
         return self._first("weights")
 
     def get_state(self) -> dict[str, Any]:
@@ -145,11 +164,11 @@ class LearnerGroup:
         self._check_state()
         return self._answers_with_state(getattr(self._rt.group(self._actors), method).call(*args, **kwargs).futures)
 
-    def _first(self, method: str) -> Any:
+    def _first(self, method: str, *arguments: Any) -> Any:
         if self._local is not None:
-            return getattr(self._local, method)()
+            return getattr(self._local, method)(*arguments)
         self._check_state()
-        return self._answers_with_state([getattr(self._actors[0], method).call()])[0]
+        return self._answers_with_state([getattr(self._actors[0], method).call(*arguments)])[0]
 
     def _answers_with_state(self, futures: Sequence[Future[Any]]) -> list[Any]:
         answers = self._answers(futures, self.timeout_s)

@@ -8,15 +8,20 @@ from torch import nn
 
 
 class FlatParameters:
-    """Moves a module's parameters into one float32 buffer and leaves views of it in their place.
+    """Moves a module's learned parameters into one float32 buffer and leaves views of it in their place.
+
+    Learned are those that require a gradient: of a model with an adapter, the adapter. The others stay where they are.
+    A module that is float64 throughout stays float64.
 
     One buffer means one tensor to publish, one optimizer update and one norm, whatever the module looks like;
     and numpy code that holds views of it sees every update without a copy.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
-        self.parameters = list(module.parameters())
-        self.data = torch.cat([p.detach().reshape(-1).to(device, torch.float32) for p in self.parameters])
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        dtype = torch.float64 if all(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+        self.data = torch.cat([p.detach().reshape(-1).to(device, dtype) for p in self.parameters])
         for parameter, view in zip(self.parameters, self.views(self.data), strict=True):
             parameter.data = view
 

@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-import numpy as np
-
 from rlx.actors import ActorHandle, Err, Future, Ok, Restart, Runtime
 from rlx.errors import ActorDied, ActorError, CallTimeout
 from rlx.nets.observation import Space
-from rlx.rollout.env_changes import Changes
-from rlx.rollout.env_runner import EnvRunner
-from rlx.rollout.first_ready import FirstReadyRunner, make_runner
+from rlx.rollout.first_ready import make_runner
 from rlx.rollout.normalizers import State
 
 log = logging.getLogger(__name__)
@@ -50,11 +46,42 @@ class Call:
         return self.outcome.value
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to tell when a runner fails."""
+
+    method: str
+    """The call that does the work."""
+    when_late: str
+    when_dead: str
+    """Goes on after "lower"."""
+    when_back: str = ""
+
+
+OF_ENV_RUNNERS = Advice(
+    method="sample",
+    when_late="An environment hangs, or a fragment takes longer than this: raise fault_tolerance.sample_timeout_s, or "
+    "lower env_runners.rollout_fragment_length.",
+    when_dead="env_runners.num_envs_per_env_runner if memory is short, cure the environment",
+    when_back=" and begins new episodes",
+)
+
+
 class RunnerActors:
     """Spawns the runners, and asks all of them together (`gather`) or takes what the first one answers (`first`)."""
 
-    def __init__(self, runtime: Runtime, start_timeout_s: float, timeout_s: float, restart: Restart | None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        start_timeout_s: float,
+        timeout_s: float,
+        restart: Restart | None,
+        make: Callable[..., Any] = make_runner,
+        advice: Advice = OF_ENV_RUNNERS,
+    ) -> None:
+        """make: what makes a runner, of the arguments and options of `spawn`; advice: what to tell when one fails."""
         self._runtime = runtime
+        self._make, self._advice = make, advice
         self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
         self._restart = restart
         self._channel = runtime.channel("policy")
@@ -72,7 +99,7 @@ class RunnerActors:
     def spawn(self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         """Start one more runner; `start` waits for it."""
         handle = self._runtime.spawn(
-            *(_make_runner, *arguments),
+            *(_make, self._make, *arguments),
             name=name,
             restart=self._restart,
             stall_after_s=self._timeout_s / STALLS_PER_TIMEOUT,
@@ -85,12 +112,11 @@ class RunnerActors:
         self.calls.append(0)
 
     def start(self) -> tuple[Space, Space]:
-        """Return the environment's spaces, once every runner is up."""
+        """Return what every runner has to say once it is up: the environment's spaces."""
         return self.gather([self.ask(index, "spaces", tuple, self._start_timeout_s) for index in range(len(self))])[0]
 
-    def publish(self, version: int, weights: np.ndarray, normalizer_state: State, env_changes: Changes) -> None:
-        """Have every sample that begins from now on do so with these; no runner is waited for."""
-        value = {"weights": weights, "normalizer": normalizer_state, "env_changes": env_changes}
+    def publish(self, version: int, value: Mapping[str, Any]) -> None:
+        """Have every call that begins from now on do so with this value; no runner is waited for."""
         self._channel.publish(value, version)
 
     def ask_to_sample(self, runner: int, num_steps: int) -> Call:
@@ -210,12 +236,7 @@ class RunnerActors:
 
     def _timeout_of(self, call: Call) -> CallTimeout:
         name = self._handles[call.runner].name
-        cure = ""
-        if call.method == "sample":
-            cure = (
-                f" An environment hangs, or {call.arguments[0]} steps take longer than this: "
-                "raise fault_tolerance.sample_timeout_s, or lower env_runners.rollout_fragment_length."
-            )
+        cure = f" {self._advice.when_late}" if call.method == self._advice.method else ""
         return CallTimeout(f"{name}.{call.method}() has not answered within {call.patience_s:g} s.{cure}")
 
     def _is_lost(self, call: Call, error: BaseException) -> bool:
@@ -230,18 +251,17 @@ class RunnerActors:
         last = self._late.get(handle.name) or str(error.__cause__ or error)
         times = f"It was started again {handle.incarnation} times already; l" if handle.incarnation else "L"
         raise ActorDied(
-            f"{last}\n{times}ower env_runners.num_envs_per_env_runner if memory is short, cure the environment, or "
-            "raise fault_tolerance.max_restarts."
+            f"{last}\n{times}ower {self._advice.when_dead}, or raise fault_tolerance.max_restarts."
         ) from error
 
     def _on_restart(self, handle: ActorHandle, error: BaseException) -> None:
-        log.warning("%s It was started again and begins new episodes.", self._late.pop(handle.name, None) or error)
+        log.warning("%s It was started again%s.", self._late.pop(handle.name, None) or error, self._advice.when_back)
 
 
-def _make_runner(*arguments: Any, **options: Any) -> EnvRunner | FirstReadyRunner | _FailedRunner:
+def _make(make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Return a runner; where its making raises, that is an answer and not a death, for no restart would cure it."""
     try:
-        return make_runner(*arguments, **options)
+        return make(*arguments, **options)
     except Exception as error:
         return _FailedRunner(error)
 

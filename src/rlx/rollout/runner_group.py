@@ -89,7 +89,8 @@ class RunnerGroup:
             self._local.set_weights(version, weights, state)
             self._local.change_envs(self.env_changes)
         else:
-            self._remote.publish(version, weights, state, self.env_changes)
+            value = {"weights": weights, "normalizer": state, "env_changes": self.env_changes}
+            self._remote.publish(version, value)
 
     def change_envs(self, change: EnvChange) -> None:
         """Have all environments changed, with the next `publish`; those made later are changed so, too."""

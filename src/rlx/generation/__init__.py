@@ -1,0 +1,1 @@
+"""Token generation with transformers: slots of keys and values, batches that refill themselves, sampling."""

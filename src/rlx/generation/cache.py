@@ -1,0 +1,94 @@
+"""Keys and values of many sequences in slots, behind the interface that transformers' attention layers call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class Plan:
+    """Where the keys and values of the forward pass at hand belong; all layers look here."""
+
+    first: int = 0
+    """Slot of the batch's first row; the others follow it."""
+    rows: int = 0
+    """Rows that are stored; those after them in the batch are padding."""
+    position: Tensor | None = None
+    """int64 [rows]: the position of each row's one token. None in prefill, where rows begin at position 0."""
+    extent: int = 0
+    """Decoding reads keys and values of positions below this."""
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, heads, length, size of a head] each.
+
+    Sliding layers are full-length slots as well, and their window is in the mask.
+    """
+
+    is_sliding = False
+
+    def __init__(self, plan: Plan, slots: int, length: int) -> None:
+        super().__init__()
+        self.plan, self.slots, self.length = plan, slots, length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the slots; zeros, as what is masked is still multiplied, and 0 * NaN is NaN."""
+        self.keys = self._slots_like(key_states)
+        self.values = self._slots_like(value_states)
+        self.row_index = torch.arange(self.slots, device=key_states.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        """Store keys and values [B, heads, Q, size]; return those that the queries look at."""
+        plan = self.plan
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if plan.position is None:
+            stored = slice(plan.first, plan.first + plan.rows), slice(None), slice(key_states.shape[2])
+            self.keys[stored] = key_states[: plan.rows]
+            self.values[stored] = value_states[: plan.rows]
+            return key_states, value_states
+        keys = self.keys[plan.first : plan.first + plan.rows]
+        values = self.values[plan.first : plan.first + plan.rows]
+        where = self.row_index[: plan.rows], slice(None), plan.position
+        keys[where] = key_states[:, :, 0]
+        values[where] = value_states[:, :, 0]
+        return keys[:, :, : plan.extent], values[:, :, : plan.extent]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys there are and where they begin; asked in prefill only, as decoding brings its mask."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return 0: whoever asks is in prefill."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return how many positions a slot has."""
+        return self.length
+
+    def _slots_like(self, states: Tensor) -> Tensor:
+        _, heads, _, size = states.shape
+        return torch.zeros(self.slots, heads, self.length, size, dtype=states.dtype, device=states.device)
+
+
+class SlotCache(Cache):
+    """All layers' slots, and the plan they share."""
+
+    def __init__(self, num_layers: int, slots: int, length: int) -> None:
+        self.plan = Plan()
+        self.slots, self.length = slots, length
+        self.slot_layers = [SlotLayer(self.plan, slots, length) for _ in range(num_layers)]
+        super().__init__(layers=[*self.slot_layers])
+
+    def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
+        """Copy the first `extent` positions of slots `source` [N] to slots `target` [N]; no slot is in both."""
+        for layer in self.slot_layers:
+            for stored in (layer.keys, layer.values):
+                assert stored is not None
+                stored[target, :, :extent] = stored[source, :, :extent]

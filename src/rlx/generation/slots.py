@@ -1,0 +1,167 @@
+"""Forward passes of a model over slots: prompts into fresh ones, one more token into live ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlx.generation.architecture import FULL, SLIDING, Architecture
+from rlx.generation.cache import SlotCache
+
+ROUND = 16
+"""Lengths are rounded up to this: the kernels then have no remainders, whose sums come out in another order."""
+EXACT_DECODE_ROWS = 32
+EXACT_PREFILL_ROWS = 8
+PREFILL_ROWS = 64
+PREFILL_TOKENS = 4096
+"""Prompts are prefilled this many rows, or this many tokens with padding, at a time: more fall out of the caches."""
+
+
+def round_up(number: int, multiple: int = ROUND) -> int:
+    """Return the smallest multiple that is at least this number."""
+    return -(-number // multiple) * multiple
+
+
+class Slots:
+    """A model and the keys and values of its live rows, which are slots 0 to R - 1.
+
+    exact: every forward pass has one of a few shapes that depend on the row itself, never on what else is in the batch:
+    blocks of EXACT_DECODE_ROWS rows in decoding, and in prefill EXACT_PREFILL_ROWS rows as wide as their own prompts,
+    rounded up.
+    """
+
+    def __init__(self, architecture: Architecture, model: Any, exact: bool) -> None:
+        self._architecture = architecture
+        self._model = model
+        self._exact = exact
+        self._cache: SlotCache | None = None
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self._last: Tensor | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for so many rows of so many tokens."""
+        slots = round_up(slots, EXACT_DECODE_ROWS) if self._exact else slots
+        length = round_up(length)
+        cache = self._cache
+        if cache is None or cache.slots < slots or cache.length < length:
+            self._cache = None  # before the new one is made
+            self._cache = SlotCache(len(self._architecture.layer_types), slots, length)
+
+    def forget(self) -> None:
+        """Give the memory back, and with it whatever stands in it."""
+        self._cache = None
+
+    def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        """Put prompts into slots first, first + 1, ...; return the logits of the tokens that follow, [P, V].
+
+        Prompts of like lengths should stand side by side.
+        """
+        chunks = _chunks([len(prompt) for prompt in prompts], self._exact)
+        return torch.cat([self._prefill(prompts[begin:end], first + begin) for begin, end in chunks])
+
+    def decode(self, token_R: np.ndarray, position_R: np.ndarray) -> Tensor:
+        """Put one token at the given position of each of slots 0 to R - 1; return the logits after it, [R, V]."""
+        if not self._exact:
+            return self._decode(token_R, position_R, 0)
+        missing = round_up(len(token_R), EXACT_DECODE_ROWS) - len(token_R)
+        token_R, position_R = np.pad(token_R, (0, missing)), np.pad(position_R, (0, missing))
+        blocks = [
+            self._decode(token_R[first:][:EXACT_DECODE_ROWS], position_R[first:][:EXACT_DECODE_ROWS], first)
+            for first in range(0, len(token_R), EXACT_DECODE_ROWS)
+        ]
+        return torch.cat(blocks)[: len(token_R) - missing]
+
+    def copy(self, source: np.ndarray, target: np.ndarray, extent: int) -> None:
+        """Copy the first `extent` positions of slots `source` to slots `target`; no slot is in both."""
+        assert self._cache is not None
+        self._cache.copy(self._tensor(source), self._tensor(target), min(round_up(extent), self._cache.length))
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        longest = max(len(prompt) for prompt in prompts)
+        rows, width = len(prompts), longest
+        if self._exact:
+            rows, width = EXACT_PREFILL_ROWS, min(round_up(longest), self._architecture.context or round_up(longest))
+        ids = np.zeros((rows, width), np.int64)
+        last = np.zeros(rows, np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+            last[row] = len(prompt) - 1
+        position = torch.arange(width, device=self.device).expand(rows, width)
+        assert self._cache is not None
+        plan = self._cache.plan
+        plan.first, plan.rows, plan.position = first, len(prompts), None
+        return self._forward(ids, position, None, self._tensor(last))[: len(prompts)]
+
+    def _decode(self, token_R: np.ndarray, position_R: np.ndarray, first: int) -> Tensor:
+        assert self._cache is not None
+        plan = self._cache.plan
+        plan.first, plan.rows, plan.position = first, len(token_R), self._tensor(position_R)
+        plan.extent = min(round_up(int(position_R.max()) + 1), self._cache.length)
+        masks = self._masks(plan.position, plan.extent)
+        return self._forward(token_R[:, None], plan.position[:, None], masks, None)
+
+    def _masks(self, position: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
+        """Return the additive masks [R, 1, 1, extent] of all kinds of layers.
+
+        Floating point, as eager attention adds what it gets, a boolean one too. A dict where there are two kinds:
+        such models would take a single mask for both.
+        """
+        column, position = torch.arange(extent, device=self.device), position[:, None]
+        hidden = {FULL: column > position}
+        if self._architecture.window is not None:
+            hidden[SLIDING] = hidden[FULL] | (column <= position - self._architecture.window)
+        dtype = self._model.dtype
+        masks = {
+            kind: torch.zeros(hidden[kind].shape, dtype=dtype, device=self.device).masked_fill_(
+                hidden[kind], torch.finfo(dtype).min
+            )[:, None, None]
+            for kind in set(self._architecture.layer_types)
+        }
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def _forward(self, ids: np.ndarray, position: Tensor, masks: Any, last: Tensor | None) -> Tensor:
+        self._last = last
+        try:
+            output = self._model(
+                input_ids=self._tensor(ids),
+                position_ids=position,
+                attention_mask=masks,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        finally:
+            self._last = None
+        return output.logits[:, 0]
+
+    def _keep_last(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Before the head: keep each row's last position only; logits of all others would be made for nothing."""
+        if self._last is None:
+            return inputs
+        hidden = inputs[0]
+        return (hidden[torch.arange(len(hidden), device=hidden.device), self._last][:, None], *inputs[1:])
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def _chunks(lengths: Sequence[int], exact: bool) -> list[tuple[int, int]]:
+    """Return (begin, end) of runs of prompts that are prefilled together."""
+    chunks, begin = [], 0
+    for index in range(1, len(lengths) + 1):
+        if index < len(lengths):
+            rows, longest = index + 1 - begin, max(lengths[begin : index + 1])
+            if exact:
+                fits = rows <= EXACT_PREFILL_ROWS and round_up(lengths[index]) == round_up(lengths[begin])
+            else:
+                fits = rows <= PREFILL_ROWS and rows * longest <= PREFILL_TOKENS
+            if fits:
+                continue
+        chunks.append((begin, index))
+        begin = index
+    return chunks

@@ -1,0 +1,53 @@
+"""A twin of a model: modules, config and mode of its own around the very same parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+MASKED_ATTENTION = ("sdpa", "eager")
+"""Implementations of attention that take an additive mask of four dimensions."""
+
+
+class Twin:
+    """The model as the generator runs it: in eval mode, while the original may train.
+
+    The twin shares the Parameter objects, so weights that were changed in place are there at once, and persistent
+    buffers. Its other buffers are its own: some rotary embeddings write into theirs in the forward pass.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        self._original = original
+        self._parameters: list[nn.Parameter] = []
+        self._model: Any = None
+
+    def model(self) -> Any:
+        """Return the twin, made anew where the original has other Parameter objects than before."""
+        parameters = list(self._original.parameters())
+        known = self._parameters
+        if len(known) != len(parameters) or any(one is not other for one, other in zip(known, parameters, strict=True)):
+            self._model, self._parameters = _twin_of(self._original), parameters
+        return self._model
+
+
+def _twin_of(original: nn.Module) -> Any:
+    private = {id(buffer) for buffer in _buffers_not_saved(original)}
+    shared = [*original.parameters(), *(buffer for buffer in original.buffers() if id(buffer) not in private)]
+    twin: Any = copy.deepcopy(original, {id(tensor): tensor for tensor in shared})
+    if twin.config._attn_implementation not in MASKED_ATTENTION:
+        for module in twin.modules():
+            if hasattr(module, "set_attn_implementation"):
+                module.set_attn_implementation("sdpa" if getattr(module, "_supports_sdpa", False) else "eager")
+    return twin.eval()
+
+
+def _buffers_not_saved(model: nn.Module) -> list[torch.Tensor]:
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    ]

@@ -1,0 +1,106 @@
+"""Rows of tokens in microbatches of like length: their gradients added up, or what a policy makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlx.learner.gradient import Gradient, Loss, Stats
+from rlx.nets.flat import FlatParameters
+from rlx.nets.ragged import parts_by_length, positions_within
+from rlx.trajectory import Batch
+
+
+def accumulated_gradient(policy: Any, flat: FlatParameters, loss: Loss, max_tokens: int) -> Gradient:
+    """Return the gradient function that goes through a minibatch in microbatches of at most `max_tokens` tokens.
+
+    The weights of a minibatch were made before it is cut, so the parts of the loss, of its gradient and of its stats
+    add up to the whole.
+    """
+    flat_gradient = torch.zeros_like(flat.data)
+    views = flat.views(flat_gradient)
+
+    def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
+        flat_gradient.zero_()
+        for parameter, view in zip(flat.parameters, views, strict=True):
+            parameter.grad = view  # backward() adds to it in place
+        sums: Stats = {}
+        packs = policy.packs(flat.data.device)
+        for _, microbatch in microbatches(_not_empty(minibatch), max_tokens, packs):
+            total, stats = loss(policy, microbatch, coefficients)
+            if total.requires_grad:
+                total.backward()
+            for name, stat in (stats | {"loss": total.detach()}).items():
+                sums[name] = sums[name] + stat if name in sums else stat
+        return flat_gradient, sums
+
+    return gradient
+
+
+def evaluate_in_microbatches(
+    policy: Any, batch: Batch, names: tuple[str, ...], max_tokens: int | None
+) -> dict[str, Tensor]:
+    """Return the columns `names` that `policy.columns` makes of all rows."""
+    found: dict[str, Tensor] = {}
+    for rows, part in microbatches(batch, max_tokens, policy.packs(batch.obs.device)):
+        for name, column in policy.columns(part, names).items():
+            if name not in found:
+                of_tokens = column.shape == part.mask.shape
+                shape = batch.mask.shape if of_tokens else (len(batch), *column.shape[1:])
+                found[name] = column.new_zeros(shape)
+            place = found[name] if column.ndim < part.mask.ndim else found[name][..., : column.shape[-1]]
+            place[rows] = column
+    return found
+
+
+def microbatches(batch: Batch, max_tokens: int | None, packs: bool = False) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield row numbers and microbatches: rows sorted by length, in parts of at most `max_tokens` tokens, trimmed.
+
+    Tokens are counted with the padding, or where rows are packed without it. A row that is longer is alone in its part.
+    A batch without a limit is one part, as it stands.
+    """
+    if max_tokens is None:
+        yield torch.arange(len(batch), device=batch.mask.device), batch
+        return
+    for rows in parts_by_length(batch.length, max_tokens, packs):
+        yield rows, _trimmed(batch, rows, max(1, int(batch.length[rows[-1]].max())))
+
+
+def blank(batch: Batch) -> Batch:
+    """Return rows of tokens with zeros wherever nothing counts, whatever stood there: NaN times 0 would be NaN.
+
+    `obs` counts within `length`, every other column that is shaped like `mask` where the mask is true.
+    """
+    mask, length = batch.mask, batch.length
+    within = positions_within(mask, length)
+    mask = mask & within
+    cleaned = {"mask": mask}
+    for name, tensor in batch.tensors.items():
+        if name != "mask" and tensor.shape[: mask.ndim] == mask.shape:
+            counts = within if name == "obs" else mask
+            cleaned[name] = torch.where(_unsqueezed(counts, tensor), tensor, tensor.new_zeros(()))
+    return Batch(**(batch.tensors | cleaned))
+
+
+def _unsqueezed(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.view(*mask.shape, *(1 for _ in range(like.ndim - mask.ndim)))
+
+
+def _trimmed(batch: Batch, rows: Tensor, length: int) -> Batch:
+    shape = batch.mask.shape
+
+    def part(tensor: Tensor) -> Tensor:
+        taken = tensor.index_select(0, rows)
+        return taken.narrow(len(shape) - 1, 0, length) if tensor.shape[: len(shape)] == shape else taken
+
+    return batch.map(part)
+
+
+def _not_empty(minibatch: Batch) -> Batch:
+    """Return the minibatch, or in place of none a row that counts for nothing: losses and networks expect one."""
+    if len(minibatch):
+        return minibatch
+    return minibatch.map(lambda tensor: tensor.new_zeros(1, *tensor.shape[1:]))

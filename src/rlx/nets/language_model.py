@@ -1,0 +1,174 @@
+"""Language models from a folder, the hub or a configuration, with LoRA or without; and back to a folder."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import socket
+import textwrap
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from rlx.errors import ConfigError, MissingExtra
+from rlx.nets.trunk import unwrapped
+
+
+def load_language_model(
+    *,
+    path: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    lora: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    attention: str | None = None,
+) -> Any:
+    """Return a decoder-only causal language model, in eval mode.
+
+    path: a folder or a hub id; or config: {"model_type": "llama", "hidden_size": 128, ...}, with weights drawn from
+    `seed`. dtype: "float32", "bfloat16" or "float16". lora: settings of peft.LoraConfig (r, lora_alpha,
+    target_modules, ...), which leave every parameter but the adapter's frozen; the adapter is drawn from `seed`.
+    attention: "sdpa" or "eager"; None leaves the choice to the model.
+    Raises ConfigError where no such model can be made, MissingExtra where LoRA is asked for without peft.
+    """
+    if (path is None) == (config is None):
+        raise ConfigError("a language model needs either a path (a folder or a hub id) or a config: set one of them.")
+    options: dict[str, Any] = {"dtype": _dtype(dtype)}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _from_path(path, options) if path is not None else _from_config(config or {}, options)
+        if lora is not None:
+            model = _with_adapter(model, lora)
+    return model.eval()
+
+
+def check_vocabulary(model: nn.Module, size: int) -> None:
+    """Raise ConfigError where a tokenizer with `size` token ids does not fit the model's embedding."""
+    rows = unwrapped(model).get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    if size > rows:
+        raise ConfigError(
+            f"the tokenizer has {size} token ids and the model an embedding of {rows}: take the tokenizer that belongs "
+            f"to the model, or in a config set vocab_size to {size} or more."
+        )
+
+
+def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load; an adapter is merged into the weights.
+
+    model: a causal language model, or a policy around one. tokenizer: None leaves it out.
+    """
+    model = getattr(model, "model", model) if not hasattr(model, "save_pretrained") else model
+    if hasattr(model, "get_base_model"):
+        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    # Learners keep all parameters in one buffer, which would be taken for one tensor that all names share.
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)  # tied weights stay tied
+        copies.setdefault(key, tensor.detach().cpu().clone())
+        state[name] = copies[key]
+    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _dtype(name: str) -> torch.dtype:
+    allowed = ("float32", "bfloat16", "float16")
+    if name not in allowed:
+        raise ConfigError(f"dtype {name!r} is none of {', '.join(allowed)}.")
+    return getattr(torch, name)
+
+
+def _from_path(path: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
+        path = str(folder)
+    else:
+        _check_hub(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
+
+
+def _check_hub(path: str) -> None:
+    """Raise ConfigError where a model can only be on the hub and the hub cannot be reached: its client tries long."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ConfigError(f"there is no folder {path}; the path of a model is a folder, or a hub id as in org/name.")
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
+            return
+    except ValueError as error:
+        raise ConfigError(f"{path!r} is neither a folder nor a hub id: {_reason(error)}") from error
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        if not urllib.request.getproxies():  # through a proxy, names are the proxy's to look up
+            socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise ConfigError(
+            f"there is no folder {path}, no such model was downloaded before, and {host} cannot be asked for it "
+            f"({error}): give the folder of a model, or go online."
+        ) from error
+
+
+def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    settings = dict(config)
+    kind = settings.pop("model_type", None)
+    if kind not in known:
+        near = difflib.get_close_matches(str(kind), known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "Usual ones are gpt2, llama, qwen3, gemma2, mistral and phi3."
+        raise ConfigError(f"model_type {kind!r} of the language model's config is no causal language model. {hint}")
+    made_of = AutoConfig.for_model(kind)
+    for name in settings:
+        if not hasattr(made_of, name):  # transformers would keep it, unused
+            near = difflib.get_close_matches(name, made_of.to_dict(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name!r} is no setting of a {kind} model.{hint}")
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), **options)
+    except Exception as error:  # whatever a configuration that does not fit together raises
+        raise ConfigError(f"no {kind} model can be made from this config: {_reason(error)}") from error
+
+
+def _with_adapter(model: Any, lora: Mapping[str, Any]) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtra("LoRA needs peft: pip install 'rlx[lora]'.") from error
+    from transformers.pytorch_utils import Conv1D
+
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # of GPT-2
+    # peft asks for a name that transformers has since changed, and transformers warns of it.
+    defaults = {"target_modules": "all-linear", "fan_in_fan_out": transposed, "task_type": "CAUSAL_LM"}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            return get_peft_model(model, LoraConfig(**(defaults | dict(lora))))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"no adapter can be made from the lora settings {dict(lora)}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an exception says, in one line of some length at most."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)

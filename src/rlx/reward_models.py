@@ -1,0 +1,155 @@
+"""Reward models at work: read from a run of `algorithm: reward_model`, in the driver or on actors of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlx.building import GetRuntime, restart_rule
+from rlx.checkpoint import load_state
+from rlx.errors import CheckpointError, ConfigError, RewardError
+from rlx.nets.reward_model import RewardModel
+from rlx.nets.threads import limit_threads
+from rlx.rollout.runner_actors import Advice, RunnerActors
+from rlx.rollout.token_runner import Completions
+from rlx.text.prompts import Prompt
+from rlx.text.rewards import Scores
+from rlx.text.tokenizers import encode, encode_start
+from rlx.text_building import build_model, build_tokenizer, share_of_cores
+from rlx.text_settings import TextModelSection, TextSettings
+
+ADVICE = Advice(
+    method="score",
+    when_late="Raise reward.timeout_s, or lower prompts.prompts_per_iteration.",
+    when_dead="prompts.prompts_per_iteration if memory is short",
+)
+
+
+def build_reward_model(
+    m: TextModelSection, *, vocabulary: int, seed: int, layout: Any = "auto", activation_checkpointing: bool = False
+) -> RewardModel:
+    """Return a reward model around the language model of these settings, untrained."""
+    model = build_model(m, vocabulary, seed)
+    return RewardModel(model, layout=layout, activation_checkpointing=activation_checkpointing)
+
+
+def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
+    """Return the reward model of a run's newest checkpoint, its scores normalised, and its tokenizer."""
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model.")
+    state = load_state(folder)
+    numbers = state.get("numbers") or {}
+    if "score_std" not in numbers:
+        raise CheckpointError(f"{run} is a run of {state['config']['algorithm']}, which trains no reward model.")
+    sections = {name: value for name, value in state["config"].items() if name != "training"}
+    settings = TextSettings.model_validate(sections)
+    tokenizer = build_tokenizer(settings.model)
+    model = build_reward_model(settings.model, vocabulary=len(tokenizer), seed=settings.runtime.seed)
+    saved = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
+    if model.load_state_dict(saved, strict=False).unexpected_keys:
+        raise CheckpointError(f"{run} holds a reward model of another architecture than its config describes.")
+    model.normalize(numbers["score_mean"], numbers["score_std"])
+    return model.requires_grad_(False), tokenizer
+
+
+class RewardModelActor:
+    """Holds a reward model, that of a run or one that is loaded, and scores sequences with it."""
+
+    def __init__(self, run: str | RewardModel, *, torch_threads: int | None = None, policy_channel: Any = None) -> None:
+        if torch_threads is not None:
+            limit_threads(torch_threads)
+        self._model = run if isinstance(run, RewardModel) else load_reward_model(run)[0]
+
+    def spaces(self) -> None:
+        """Say that it is up."""
+
+    def score(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Return normalised scores float32 [S] of tokens int64 [S, L], of which the first length [S] count."""
+        scores = self._model.score(torch.from_numpy(np.array(tokens)), torch.from_numpy(np.array(length)))
+        return scores.numpy().astype(np.float32)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class RewardModels:
+    """Scores completions with a reward model, in this process or on `reward.num_actors` actors.
+
+    Where its tokenizer is the policy's it reads the tokens as they were drawn, else the text, tokenized anew.
+    """
+
+    def __init__(self, run: str, tokenizer: Any, settings: TextSettings, runtime: GetRuntime) -> None:
+        local, self._tokenizer = load_reward_model(run)  # here in any case: a run that is none is refused at once
+        self._reads_tokens = self._tokenizer.get_vocab() == tokenizer.get_vocab()
+        self._actors: RunnerActors | None = None
+        self._local: RewardModelActor | None = None
+        r, f = settings.reward, settings.fault_tolerance
+        if not r.num_actors:
+            self._local = RewardModelActor(local)
+            return
+        restart = restart_rule(settings)
+        self._actors = RunnerActors(runtime(), f.start_timeout_s, r.timeout_s, restart, RewardModelActor, ADVICE)
+        try:
+            for index in range(r.num_actors):
+                options = {"torch_threads": share_of_cores(r.num_actors)}
+                self._actors.spawn(f"reward_model/{index}", (run,), options)
+            self._actors.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
+        """Return the normalised score of each completion."""
+        rows = self._sequences(prompts, texts, completions)
+        length = np.array([len(row) for row in rows], np.int64)
+        tokens = np.zeros((len(rows), int(length.max(initial=1))), np.int64)
+        for place, row in zip(tokens, rows, strict=True):
+            place[: len(row)] = row
+        score = self._score(tokens, length)
+        wrong = np.flatnonzero(~np.isfinite(score))
+        if len(wrong):
+            first = int(wrong[0])
+            raise RewardError(
+                f"the reward model gave {score[first]} to prompt {prompts[first].index} {prompts[first].text!r} with "
+                f"the completion {texts[first]!r}; its training has diverged: train it with a lower training.lr."
+            )
+        return Scores(score, np.ones(len(score), bool))
+
+    def close(self) -> None:
+        """End the actors."""
+        if self._actors is not None:
+            self._actors.close()
+
+    def _sequences(
+        self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions
+    ) -> list[Sequence[int]]:
+        if self._reads_tokens:
+            drawn = completions.split(completions.tokens)
+            return [[*prompt.tokens, *tokens.tolist()] for prompt, tokens in zip(prompts, drawn, strict=True)]
+        end = self._tokenizer.eos_token_id
+        rows = []
+        for prompt, text, stopped in zip(prompts, texts, completions.stopped, strict=True):
+            place = f"the completion of prompt {prompt.index}"
+            start = encode_start(self._tokenizer, prompt.text, place)
+            rows.append(
+                [*start, *encode(self._tokenizer, text, place), *([end] if stopped and end is not None else [])]
+            )
+        return rows
+
+    def _score(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+        if self._local is not None:
+            return self._local.score(tokens, length)
+        assert self._actors is not None
+        count = len(self._actors)
+        bounds = [len(tokens) * index // count for index in range(count + 1)]
+        calls = []
+        for index in range(count):
+            part = slice(bounds[index], bounds[index + 1])
+            if part.start < part.stop:
+                calls.append(self._actors.ask(index, "score", lambda part=part: (tokens[part], length[part])))
+        return np.concatenate(self._actors.gather(calls))

@@ -1,0 +1,87 @@
+"""Samples: completions that a run has kept to be read, in RUN/samples.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlx.errors import CheckpointError, MissingExtra
+from rlx.metrics import read_metrics
+from rlx.run import SAMPLES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from rlx.text_rollouts import Rollout
+
+
+def sample_record(
+    iteration: int, rollout: Rollout, index: int, logps: Sequence[np.ndarray], ref_logp: Tensor | None
+) -> dict[str, Any]:
+    """Return one completion as a row of samples.jsonl; ref_logp: of the rollout's rows [S, L], if there is one."""
+    logp = logps[index]
+    row: dict[str, Any] = {
+        "iteration": iteration,
+        "prompt": rollout.prompts[index].text,
+        "completion": rollout.texts[index],
+        "score": float(rollout.score[index]) if rollout.counts[index] else None,
+        "truncated": not bool(rollout.completions.stopped[index]),
+        "weights_version": int(rollout.completions.version[index]),
+        "tokens": rollout.completions.split(rollout.completions.tokens)[index].tolist(),
+        "logp": [round(float(value), 5) for value in logp],
+    }
+    if ref_logp is not None and rollout.counts[index]:
+        ref = ref_logp[index][rollout.batch.mask[index]].numpy()
+        row["kl"] = float((logp - ref).sum())
+        row["ref_logp"] = [round(float(value), 5) for value in ref]
+    return row
+
+
+def read_samples(run: Path, iteration: int | None = None) -> list[dict[str, Any]]:
+    """Return the rows of a run's samples.jsonl, of one iteration (negative: counted from the last) or all."""
+    file = run / SAMPLES
+    rows = read_metrics(file) if file.is_file() else []
+    if not rows:
+        raise CheckpointError(f"{run} has no samples; runs on text keep some by reporting.samples_per_iteration.")
+    if iteration is None:
+        return rows
+    kept = sorted({row["iteration"] for row in rows})
+    wanted = kept[iteration] if iteration < 0 and -iteration <= len(kept) else iteration
+    found = [row for row in rows if row["iteration"] == wanted]
+    if not found:
+        raise CheckpointError(f"{run} has no samples of iteration {iteration}, but of {kept[0]} to {kept[-1]}.")
+    return found
+
+
+def sample_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines that show samples on a terminal: score, KL, mean logp, then what was asked and what came."""
+    for row in rows:
+        score = "masked" if row["score"] is None else f"{row['score']:.4g}"
+        kl = f"  kl {row['kl']:.3f}" if "kl" in row else ""
+        logp = f"{sum(row['logp']) / max(1, len(row['logp'])):.3f}"
+        end = "  truncated" if row["truncated"] else ""
+        yield f"iteration {row['iteration']}  score {score}{kl}  logp/token {logp}  {len(row['tokens'])} tokens{end}"
+        yield f"  prompt      {row['prompt']!r}"
+        yield f"  completion  {row['completion']!r}"
+
+
+def token_lines(tokenizer: Any, row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each token of a sample: its text, logp, and logp under the reference."""
+    refs = row.get("ref_logp") or [None] * len(row["logp"])
+    for token, logp, ref in zip(row["tokens"], row["logp"], refs, strict=True):
+        text = tokenizer.decode([token])
+        yield f"    {text!r:<16} {logp:>9.4f}" + ("" if ref is None else f"  reference {ref:>9.4f}")
+
+
+def write_parquet(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write samples as a Parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtra("Parquet needs pyarrow: pip install 'rlx[parquet]'.") from error
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    pyarrow.parquet.write_table(table, file)

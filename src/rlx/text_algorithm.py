@@ -1,0 +1,304 @@
+"""TextAlgorithm: training language models, from prompts that are completed and scored, or from examples."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlx.errors import ConfigError
+from rlx.functional.aggregation import token_mean
+from rlx.functional.groups import has_spread
+from rlx.functional.kl import k1, k3
+from rlx.functional.masking import sample_weight, weighted_sum
+from rlx.generation.request import Sampling
+from rlx.metrics import Clock, Metrics
+from rlx.nets.flat import FlatParameters
+from rlx.nets.language_model import export_language_model
+from rlx.rollout.token_runners import TokenRunners
+from rlx.samples import sample_record
+from rlx.text.order import order
+from rlx.text.prompts import load_prompts
+from rlx.text_building import (
+    EXPORT,
+    build_learners,
+    build_model,
+    build_policy,
+    build_rollouts,
+    build_runners,
+    build_scorer,
+    build_tokenizer,
+)
+from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
+from rlx.text_settings import TextSettings
+from rlx.trainable import Trainable
+from rlx.trajectory import Batch
+
+log = logging.getLogger("rlx")
+
+
+class TextAlgorithm(Trainable):
+    """One training run of a language model: `train()` makes one iteration, `fit()` as many as `stop` allows.
+
+    Subclass with `class GRPO(TextAlgorithm, config=GRPOConfig)` and write `training_step` and `loss`. Rows are
+    sequences [S, L], see `rlx.rollout.token_rows`; a step is a token, so env_steps counts tokens: those generated, or
+    in supervised training those learned from. An episode is a completion, its return the score.
+    """
+
+    settings: TextSettings
+    clock_parts: ClassVar[tuple[str, ...]] = ("generate_s", "score_s", "logp_s", "train_s", "sync_s")
+    with_value: ClassVar[bool] = False
+    """Whether the policy has a value function."""
+
+    # What a subclass writes -------------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def loss(policy: Any, minibatch: Batch, coefficients: Mapping[str, Any], training: Any) -> tuple[Any, dict]:
+        """Return the scalar to minimise and stats to report, all sums weighted by `minibatch.weight`."""
+
+    @staticmethod
+    def weigh(mask: Tensor, training: Any, max_new_tokens: int) -> Tensor:
+        """Return the weights of a minibatch's tokens, by which losses are summed: those of the mean over all."""
+        return token_mean(mask)
+
+    @staticmethod
+    def needs_reference(training: Any) -> bool:
+        """Return whether the policy as it was at the beginning has to be kept, to measure KL against."""
+        return False
+
+    def policy_builder(self, vocabulary: int) -> Callable[[], Any]:
+        """Return what makes the policy that learners train; it is sent to them, so it holds plain values only."""
+        s = self.settings
+        return functools.partial(
+            build_policy,
+            s.model,
+            vocabulary=vocabulary,
+            seed=s.runtime.seed,
+            temperature=s.generation.temperature,
+            with_value=self.with_value,
+            with_reference=self.needs_reference(s.training),
+            layout=s.learners.layout,
+            activation_checkpointing=s.learners.activation_checkpointing,
+        )
+
+    @classmethod
+    def load_rows(cls, source: Any, kwargs: Mapping[str, Any], settings: TextSettings, tokenizer: Any) -> Sequence[Any]:
+        """Return the rows that a supervised algorithm learns from; `collate` makes a batch of some of them."""
+        raise NotImplementedError(f"{cls.__name__} learns from prompts")
+
+    @staticmethod
+    def collate(rows: Sequence[Any]) -> Batch:
+        """Return the batch of these rows."""
+        raise NotImplementedError
+
+    # What training_step is made of ------------------------------------------------------------------------------
+
+    def sample(self) -> Batch:
+        """Have the next prompts completed and scored; count tokens and completions; return the rows [S, L]."""
+        assert self.rollouts is not None
+        if self._weights_are_stale:
+            self.publish()
+        p = self.settings.prompts
+        rollout = self.rollouts.sample(p.prompts_per_iteration, p.samples_per_prompt, self._clock)
+        self._rollout = rollout
+        length = rollout.completions.length
+        self.env_steps += int(length.sum())
+        self.episodes += len(length)
+        self.runner_restarts += self.rollouts.runners.take_restarts()
+        counted = zip(rollout.score[rollout.counts], length[rollout.counts], strict=True)
+        self.window.add([(float(score), int(steps)) for score, steps in counted])
+        self.callbacks("on_sample_end", self, rollout.trajectory)
+        return rollout.batch
+
+    def examples(self) -> Batch:
+        """Return the next rows of `data`, and count their tokens."""
+        d = self.settings.data
+        chosen = order(len(self.rows), self.position, d.rows_per_iteration, self.settings.runtime.seed, d.shuffle)
+        self.position += d.rows_per_iteration
+        batch = self.batch_of([self.rows[int(index)] for index in chosen])
+        self.env_steps += int(batch.mask.sum())
+        return batch
+
+    def batch_of(self, rows: Sequence[Any]) -> Batch:
+        """Return all that `loss` needs of these rows of `data`."""
+        return self.collate(rows)
+
+    def with_columns(self, batch: Batch, *names: str) -> Batch:
+        """Return the batch with "logp", "entropy", "value" or "ref_logp" of its rows, by the learners' policy."""
+        with self._clock.measure("logp_s"):
+            found = self.learners.evaluate(batch, *names)
+        return Batch(**(batch.tensors | found.tensors))
+
+    def update(self, batch: Batch, **options: Any) -> dict[str, float]:
+        """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
+        t = self.training
+        started = time.perf_counter()
+        stats = self.learners.update(
+            batch,
+            epochs=t.epochs,
+            minibatch_sequences=t.minibatch_sequences,
+            lr=t.lr.at(self.env_steps),
+            seed=self.seed("update"),
+            **options,
+        )
+        self._clock.add(train_s=time.perf_counter() - started)
+        self._batch = batch
+        for name in ("busy_s", "gradient_steps", "stopped_early"):
+            stats.pop(name)
+        return self._finite(stats | {"lr": t.lr.at(self.env_steps)})
+
+    def publish(self) -> None:
+        """Have all completions that begin from now on made with the learners' weights."""
+        if self.runners is not None:
+            with self._clock.measure("sync_s"):
+                self.runners.publish(self.learners.version, self.learners.weights)
+        self._weights_are_stale = False
+
+    # What a user calls ------------------------------------------------------------------------------------------
+
+    def evaluate(self, num_episodes: int | None = None) -> Metrics:
+        """Complete and score the evaluation's prompts, or measure the loss on its examples; touch no training state.
+
+        num_episodes: how many rows; default: evaluation.num_rows.
+        """
+        self.callbacks("on_evaluate_start", self)
+        metrics = self._evaluate(num_episodes or self.settings.evaluation.num_rows)
+        self.callbacks.with_metrics("on_evaluate_end", self, metrics)
+        return metrics
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the model as it is now, adapter merged, and its tokenizer, as from_pretrained(folder) reads them."""
+        with torch.no_grad():
+            export_language_model(self._model_now(), self.tokenizer, folder)
+        return Path(folder)
+
+    def close(self) -> None:
+        """End every process and file of this run; closing twice is fine."""
+        for name in ("rollouts", "learners"):
+            if (part := getattr(self, name, None)) is not None:
+                part.close()
+        self._runtime.close()
+        self.saves.close()
+
+    def finish(self) -> None:
+        """Export the model into the run folder, as `fit` does at its end."""
+        if self.run_dir is not None:
+            self.export(self.run_dir / EXPORT)
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        s = self.settings
+        self.position = 0
+        self.numbers: dict[str, float] = {}  # what an algorithm keeps from iteration to iteration, as a KL coefficient
+        self.rows: Sequence[Any] = ()
+        self.runners: TokenRunners | None = None
+        self.rollouts: Rollouts | None = None
+        self._evaluation_rows: Sequence[Any] | None = None
+        self._rollout: Rollout | None = None
+        self._batch: Batch | None = None
+        self.tokenizer = build_tokenizer(s.model)
+        vocabulary = len(self.tokenizer)
+        if self._is_supervised:
+            self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
+        self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
+        weigh = functools.partial(self.weigh, training=s.training, max_new_tokens=s.generation.max_new_tokens)
+        self.learners = build_learners(s, self.policy_builder(vocabulary), self.loss, weigh, self._runtime)
+        if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
+            scorer = build_scorer(s, self.tokenizer, self._runtime)
+            self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
+            self.rollouts = build_rollouts(s, self.tokenizer, self.runners, scorer)
+
+    @property
+    def _is_supervised(self) -> bool:
+        return type(self).config_class.reads == "data"  # type: ignore[attr-defined]
+
+    def _train_once(self) -> Metrics:
+        self._rollout = self._batch = None
+        metrics = super()._train_once()
+        self._keep_samples()
+        return metrics
+
+    def _evaluate(self, count: int) -> Metrics:
+        e, g = self.settings.evaluation, self.settings.generation
+        if e.source is None:
+            raise ConfigError("evaluation.source is not set, so there is nothing to evaluate on.")
+        if self.rollouts is None:
+            if self._evaluation_rows is None:
+                self._evaluation_rows = self.load_rows(e.source, e.kwargs, self.settings, self.tokenizer)
+            stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
+            return {f"evaluation/{name}": value for name, value in stats.items()}
+        if self._evaluation_rows is None:
+            self._evaluation_rows = load_prompts(e.source, self.tokenizer, kwargs=e.kwargs)
+        if self._weights_are_stale:
+            self.publish()
+        prompts = self._evaluation_rows[:count]
+        sampling = Sampling(g.temperature if e.temperature is None else e.temperature, g.top_k, g.top_p, g.min_p)
+        rollout = self.rollouts.complete(
+            *(prompts, e.samples_per_prompt, range(len(prompts)), EVALUATION, sampling, Clock(self.clock_parts))
+        )
+        return rollout.metrics()
+
+    def _row(self) -> Metrics:
+        metrics: Metrics = {}
+        rollout, batch = self._rollout, self._batch
+        if rollout is not None:
+            samples = self.settings.prompts.samples_per_prompt
+            spread = has_spread(rollout.batch.score, samples, rollout.batch.counts).view(-1, samples).any(1)
+            metrics |= {
+                "score_mean": float(rollout.score[rollout.counts].mean()) if rollout.counts.any() else None,
+                "truncated_fraction": float((~rollout.completions.stopped).mean()),
+                "flat_groups_fraction": float((~spread).float().mean()),
+                "reward_failures": self.rollouts.reward_failures if self.rollouts is not None else 0,
+            }
+        if batch is not None and "ref_logp" in batch.tensors and "logp" in batch.tensors:
+            weight = sample_weight(batch.mask)
+            k1_mean = weighted_sum(k1(batch.logp, batch.ref_logp), weight).item()
+            sequences = int(batch.mask.any(-1).sum())
+            metrics |= {
+                "ref_kl_k1": k1_mean,
+                "ref_kl_k3": weighted_sum(k3(batch.logp, batch.ref_logp), weight).item(),
+                "ref_kl_sequence": k1_mean * int(batch.mask.sum()) / max(1, sequences),
+            }
+        return metrics
+
+    def _keep_samples(self) -> None:
+        """Write some completions of this iteration into the run folder."""
+        count, run, rollout = self.settings.reporting.samples_per_iteration, self.saves.run, self._rollout
+        if rollout is None or run is None or not count:
+            return
+        ref = None if self._batch is None else self._batch.tensors.get("ref_logp")
+        logps = rollout.completions.split(rollout.completions.logp)
+        chosen = np.unique(np.linspace(0, len(logps) - 1, min(count, len(logps))).astype(int))
+        run.write_samples([sample_record(self.iteration, rollout, int(index), logps, ref) for index in chosen])
+
+    def _model_now(self) -> Any:
+        policy = self.learners.local_policy
+        if policy is not None:
+            return policy.model
+        model = self._make_model()
+        flat = FlatParameters(model)
+        flat.load(self.learners.weights()[: flat.data.numel()])
+        return model
+
+    def _parts_state(self) -> dict[str, Any]:
+        return {
+            "position": self.position,
+            "rollouts": None if self.rollouts is None else self.rollouts.get_state(),
+            "numbers": dict(self.numbers),
+        }
+
+    def _set_parts_state(self, state: Mapping[str, Any]) -> None:
+        self.position = int(state["position"])
+        if self.rollouts is not None and state["rollouts"] is not None:
+            self.rollouts.set_state(state["rollouts"])
+        self.numbers = dict(state["numbers"])

@@ -1,0 +1,195 @@
+"""What a run on text is made of, from its settings: model and tokenizer, token runners, scorers, learners."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlx.actors.machine import cpu_count
+from rlx.building import GetRuntime, restart_rule
+from rlx.errors import ConfigError
+from rlx.generation.request import Sampling
+from rlx.learner.learner_group import LearnerGroup
+from rlx.nets.language_model import load_language_model
+from rlx.nets.transformer import TransformerPolicy
+from rlx.rollout.token_runners import TokenRunners
+from rlx.text.prompts import load_prompts
+from rlx.text.rewards import RewardFunction
+from rlx.text.tokenizers import load_tokenizer, stop_ids
+from rlx.text_rollouts import FunctionScorer, Rollouts, Scorer, SumScorer
+from rlx.text_settings import TextModelSection, TextSettings
+
+EXPORT = "model"
+"""The folder of a run that holds its model in the form of transformers."""
+
+
+def model_path(path: str) -> str:
+    """Return where transformers finds a model: of an rlx run the exported one, else `path` itself."""
+    folder = Path(path).expanduser()
+    if not (folder / "checkpoints").is_dir():
+        return path
+    if not (folder / EXPORT / "config.json").is_file():
+        raise ConfigError(f"the run {path} has not exported a model yet; let it end, or run: rlx export {path}")
+    return str(folder / EXPORT)
+
+
+def build_tokenizer(m: TextModelSection) -> Any:
+    """Return the tokenizer that a model is used with."""
+    return load_tokenizer(m.tokenizer if m.tokenizer is not None else model_path(m.path or ""))
+
+
+def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
+    """Return the language model with its adapter, if it gets one; path: another model in place of the section's.
+
+    vocabulary: tokens of the tokenizer, the size that a model from a configuration gets where it does not say.
+    """
+    lora = None
+    if m.lora_rank and path is None:
+        lora = {"r": m.lora_rank, "lora_alpha": m.lora_alpha}
+        lora |= {"target_modules": list(m.lora_targets)} if m.lora_targets else {}
+    path = m.path if path is None else path
+    if path is not None:
+        return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
+    config = {"vocab_size": vocabulary, **m.config}
+    return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
+
+
+def build_policy(
+    m: TextModelSection,
+    *,
+    vocabulary: int,
+    seed: int,
+    temperature: float,
+    with_value: bool,
+    with_reference: bool,
+    layout: Any,
+    activation_checkpointing: bool,
+) -> TransformerPolicy:
+    """Return the policy that learners train: with a value net and a frozen reference where the algorithm needs them."""
+    value_model = reference = None
+    if with_value and m.value == "separate":
+        value_model = build_model(m, vocabulary, seed, m.value_path)
+    if with_reference and not m.lora_rank:
+        reference = build_model(m, vocabulary, seed, m.reference_path)
+    return TransformerPolicy(
+        build_model(m, vocabulary, seed),
+        temperature=temperature,
+        value=m.value if with_value else "none",
+        value_model=value_model,
+        reference=reference,
+        layout=layout,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def build_learners(
+    s: TextSettings,
+    make_policy: Callable[[], nn.Module],
+    loss: Callable[..., Any],
+    weigh: Callable[[Tensor], Tensor],
+    runtime: GetRuntime,
+) -> LearnerGroup:
+    """Return the learners; make_policy: without arguments; weigh: mask of a minibatch -> weights of its loss."""
+    t = s.training
+    return LearnerGroup(
+        make_policy,
+        functools.partial(loss, training=t),
+        runtime=runtime,
+        num_learners=s.learners.num_learners,
+        device=s.learners.device,
+        torch_threads=s.learners.torch_threads or share_of_cores(s.learners.num_learners),
+        start_timeout_s=s.fault_tolerance.start_timeout_s,
+        update_timeout_s=s.fault_tolerance.update_timeout_s,
+        restart=restart_rule(s),
+        adam_eps=t.adam_eps,
+        adam_betas=(0.9, t.adam_beta2),
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        weigh=weigh,
+        max_tokens_per_microbatch=s.learners.max_tokens_per_microbatch,
+    )
+
+
+def build_runners(
+    s: TextSettings, make_model: Callable[[], nn.Module], learners: LearnerGroup, runtime: GetRuntime
+) -> TokenRunners:
+    """Return the token runners; one in the driver reads the model of a learner that is there as well."""
+    count = s.token_runners.num_token_runners
+    policy = learners.local_policy
+    return TokenRunners(
+        make_model,
+        num_runners=count,
+        local_model=None if count or policy is None else policy.model,
+        runtime=runtime,
+        start_timeout_s=s.fault_tolerance.start_timeout_s,
+        generate_timeout_s=s.fault_tolerance.generate_timeout_s,
+        restart=restart_rule(s),
+        max_slots=s.generation.max_slots,
+        exact=s.generation.exact,
+        torch_threads=(s.token_runners.torch_threads or share_of_cores(count)) if count else None,
+    )
+
+
+def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, scorer: Scorer) -> Rollouts:
+    """Return what asks the prompts of the settings; none where they have no source, as in supervised training."""
+    g, p = s.generation, s.prompts
+    prompts = []
+    if p.source is not None:
+        prompts = load_prompts(p.source, tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs)
+    return Rollouts(
+        prompts,
+        runners,
+        scorer,
+        tokenizer,
+        stops=stop_tokens(s, tokenizer),
+        max_new_tokens=g.max_new_tokens,
+        sampling=Sampling(g.temperature, g.top_k, g.top_p, g.min_p),
+        truncated_score=s.reward.truncated_score,
+        shuffle=p.shuffle,
+        seed=s.runtime.seed,
+    )
+
+
+def stop_tokens(s: TextSettings, tokenizer: Any) -> frozenset[int]:
+    """Return all that ends a completion: what tokenizer, model and generation.stop name."""
+    return stop_ids(tokenizer, _generation_config(s.model)) | {_token(tokenizer, text) for text in s.generation.stop}
+
+
+def _generation_config(m: TextModelSection) -> Any:
+    """Return what the model's folder says of generation, its EOS tokens; None where there is nothing."""
+    if m.path is None:
+        return None
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model_path(m.path))
+    except (OSError, ValueError):  # many have none
+        return None
+
+
+def build_scorer(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Scorer:
+    """Return what says how good a completion is: a function, a reward model, or the sum of both."""
+    r, parts = s.reward, []
+    if r.function is not None:
+        parts.append(FunctionScorer(RewardFunction(r.function, r.timeout_s, r.on_error)))
+    if r.model is not None:
+        from rlx.reward_models import RewardModels
+
+        parts.append(RewardModels(r.model, tokenizer, s, runtime))
+    return parts[0] if len(parts) == 1 else SumScorer(parts)
+
+
+def share_of_cores(processes: int) -> int:
+    """Return how many threads each of so many processes may use."""
+    return max(1, int(cpu_count()) // max(1, processes))
+
+
+def _token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ConfigError(f"generation.stop: {text!r} is {len(ids)} tokens long; a stop is one token.")
+    return ids[0]

@@ -1,0 +1,348 @@
+"""The settings of a run that trains a language model: what settings.py is for environments.
+
+Sections that mean the same on both sides are the same classes. `TextConfig` is the builder over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, PlainSerializer, WithJsonSchema
+
+from rlx.config import AlgorithmConfig
+from rlx.config_lookup import check_callable
+from rlx.errors import ConfigError
+from rlx.schedule import Schedule
+from rlx.section import Allowed, Section, plain, spelled
+from rlx.settings import CallbacksSection, CheckpointingSection, ReportingSection, RuntimeSection, StopSection
+
+
+def _spelled_source(source: Any) -> Any:
+    """Return a source as YAML holds it; rows and data sets that were passed in Python only by their type."""
+    if source is None or isinstance(source, str):
+        return source
+    return spelled(source) if callable(source) else f"<{type(source).__name__} of {len(source)} rows>"
+
+
+Source = Annotated[
+    Any,
+    Allowed("a path of a .jsonl, .json or .parquet file, an import path pkg.module:function, or in Python a list or a "
+            "datasets.Dataset"),
+    PlainSerializer(_spelled_source),
+    WithJsonSchema({"type": ["string", "null"]}),
+]  # fmt: skip
+PlainMapping = Annotated[dict[str, Any], AfterValidator(plain)]
+
+
+class TextModelSection(Section):
+    """The language model, where it comes from, and what is trained of it."""
+
+    positional: ClassVar[str | None] = "path"
+
+    path: str | None = None
+    """A folder that transformers reads, an id of the Hugging Face hub, or the folder of an rlx run. null: `config`."""
+    config: PlainMapping = Field(default={})
+    """A configuration to begin with random weights from, as {model_type: llama, hidden_size: 128, ...}; vocab_size is
+    the tokenizer's where it is left out."""
+    tokenizer: str | None = None
+    """A folder, a hub id, or an import path pkg.module:function that returns one; null: the one in `path`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the model is computed in; bfloat16 is for GPUs."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of the LoRA adapters, which then are all that is trained; needs rlx[lora]. 0: the whole model is trained."""
+    lora_alpha: float = Field(default=16.0, gt=0)
+    """What LoRA's update is scaled by: lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get an adapter, as q_proj; []: peft's choice for the architecture."""
+    value: Literal["shared", "separate"] = "separate"
+    """Where the value function of PPO lives: on the policy's own trunk, or in a model of its own."""
+    value_path: str | None = None
+    """What a separate value model starts from; null: what the policy does."""
+    reference_path: str | None = None
+    """The model that KL is measured against, and DPO's reference; null: the policy as the run began. With LoRA it is
+    the model without its adapter, whatever stands here."""
+
+    def check(self) -> None:
+        """Raise ConfigError where no model is chosen, or two are."""
+        if (self.path is None) == (not self.config):
+            raise ConfigError(
+                f"model.path={self.path!r} and model.config={self.config!r}: give one of them, a model to go on with "
+                "(model.path=runs/sft) or one to begin from random weights (model.config={model_type: llama, ...})."
+            )
+        if self.path is None and self.tokenizer is None:
+            raise ConfigError("model.config needs model.tokenizer: a folder, a hub id or pkg.module:function.")
+
+
+class PromptsSection(Section):
+    """What the model is asked, in reinforcement learning."""
+
+    positional: ClassVar[str | None] = "source"
+
+    source: Source = None
+    """Rows with `prompt`, or `messages` for the tokenizer's chat template; what else they hold, the reward sees."""
+    kwargs: PlainMapping = Field(default={})
+    """Keyword arguments of a source that is a function."""
+    prompts_per_iteration: int = Field(default=32, gt=0)
+    """Prompts that are asked in one iteration."""
+    samples_per_prompt: int = Field(default=8, gt=0)
+    """Completions of each, which share its prefill and, in GRPO, its baseline."""
+    max_prompt_tokens: int | None = Field(default=None, gt=0)
+    """Longest prompt; null: what the model's context leaves."""
+    when_too_long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a longer one."""
+    shuffle: bool = True
+    """A new order in every pass over the rows."""
+
+
+class DataSection(Section):
+    """The examples or preferences that are learned from, in supervised training."""
+
+    positional: ClassVar[str | None] = "source"
+
+    source: Source = None
+    """Rows with prompt and completion, text, or messages (SFT); with prompt, chosen and rejected (pairs)."""
+    kwargs: PlainMapping = Field(default={})
+    """Keyword arguments of a source that is a function."""
+    rows_per_iteration: int = Field(default=64, gt=0)
+    """Rows that one iteration learns from, once."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Longest example; null: what the model's context allows."""
+    when_too_long: Literal["refuse", "drop"] = "refuse"
+    """What becomes of a longer one."""
+    train_on_prompt: bool = False
+    """Learn the tokens of the prompt, too."""
+    shuffle: bool = True
+    """A new order in every pass over the rows."""
+
+
+class GenerationSection(Section):
+    """How completions are drawn."""
+
+    max_new_tokens: int = Field(default=64, gt=0)
+    """Longest completion; what is cut there is truncated."""
+    temperature: float = Field(default=1.0, ge=0)
+    """What logits are divided by, when tokens are drawn and when their probability is trained; 0: the likeliest."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from the k likeliest tokens only; 0: from all. Not in training, as it changes the law that is learned."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the likeliest tokens that hold this probability only. Not in training."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Draw only from tokens at least this likely, relative to the likeliest. Not in training."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end a completion beside those of the tokenizer and the model, each one token long."""
+    max_slots: int = Field(default=256, gt=0)
+    """Sequences that a token runner works at together."""
+    exact: bool = False
+    """Make every completion independent to the bit of what else is generated; slower. Else to about 1e-6 in logp."""
+
+
+class RewardSection(Section):
+    """What a completion is worth."""
+
+    positional: ClassVar[str | None] = "function"
+
+    function: Annotated[
+        str | Callable[..., Any] | None,
+        Allowed("an import path pkg.module:function, or a function"),
+        PlainSerializer(spelled),
+        WithJsonSchema({"type": ["string", "null"]}),
+    ] = None
+    """Called as function(prompts, completions, records), lists of a batch, and returns their scores; records are the
+    rows that the prompts come from."""
+    model: str | None = None
+    """A run of `algorithm: reward_model`, whose score is added to that of the function."""
+    num_actors: int = Field(default=0, ge=0)
+    """Processes that hold the reward model; 0: the driver."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Longest time for a batch."""
+    on_error: Literal["stop", "mask"] = "stop"
+    """What follows when a reward raises, is late or is no number. stop: the run ends, naming the sample; mask: that
+    sample is not learned from, and reward_failures counts it."""
+    truncated_score: float | None = None
+    """The score of completions that reached generation.max_new_tokens, in place of their own; null: their own."""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is anything to score with."""
+        return self.function is not None or self.model is not None
+
+
+class TokenRunnersSection(Section):
+    """Who generates."""
+
+    num_token_runners: int = Field(default=0, ge=0)
+    """Processes that generate, which get the weights by a channel; 0: the driver, which on one device reads the
+    learner's own."""
+    torch_threads: int | None = Field(default=None, gt=0)
+    """CPU threads that each uses; null: the cores of this machine, shared out."""
+
+
+class TextTrainingSection(Section):
+    """The hyper-parameters that every algorithm on text has; each adds its own in a subclass."""
+
+    lr: Annotated[Schedule, Field(ge=0)] = Schedule.constant(1e-5)
+    """AdamW's step size: a number or a schedule over tokens (env_steps)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's squared gradients; 0.95 is usual for language models."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm; null: never."""
+    epochs: int = Field(default=1, gt=0)
+    """Passes over each iteration's sequences."""
+    minibatch_sequences: int | None = Field(default=None, gt=0)
+    """Sequences, or pairs, in one optimizer step; null: all of an iteration."""
+
+
+class TextLearnersSection(Section):
+    """Who computes the gradients, on what, and how much at once."""
+
+    num_learners: int = Field(default=0, ge=0)
+    """Processes that learn, each on its share of the batch; 0: the driver learns."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model lives; auto: a GPU where there is one."""
+    torch_threads: int | None = Field(default=None, gt=0)
+    """CPU threads of each learner; null: the cores of this machine, shared out."""
+    max_tokens_per_microbatch: int = Field(default=2048, gt=0)
+    """Tokens, padding included, that go through the model at once; gradients of microbatches are added up."""
+    layout: Literal["auto", "padded", "sorted", "packed"] = "auto"
+    """How sequences lie in a microbatch: side by side and padded, sorted by length before, or in one row without
+    padding. All give one gradient; auto: sorted on the CPU, packed on a GPU."""
+    activation_checkpointing: bool = False
+    """Compute activations twice in place of keeping them."""
+    max_memory_gb: float | None = Field(default=None, gt=0)
+    """Memory that a device may need by the plan that is printed before the start; null: what it has."""
+
+
+class TextEvaluationSection(Section):
+    """What is measured beside the training, on rows that are not learned from."""
+
+    interval: int = Field(default=0, ge=0)
+    """Iterations between evaluations; 0: never."""
+    source: Source = None
+    """Rows like those that are trained on; with prompts, completions are drawn and scored by the reward."""
+    kwargs: PlainMapping = Field(default={})
+    """Keyword arguments of a source that is a function."""
+    num_rows: int = Field(default=128, gt=0)
+    """Rows of each evaluation, the first ones of the source."""
+    samples_per_prompt: int = Field(default=1, gt=0)
+    """Completions of each prompt."""
+    temperature: float | None = Field(default=None, ge=0)
+    """Temperature of the completions; 0: the likeliest tokens; null: generation.temperature."""
+
+    def check(self) -> None:
+        """Raise ConfigError where there is an interval and nothing to evaluate on."""
+        if self.interval and self.source is None:
+            raise ConfigError(
+                f"evaluation.interval={self.interval} has no rows to evaluate on; set evaluation.source, or the "
+                "interval to 0."
+            )
+
+
+class TextFaultToleranceSection(Section):
+    """Deadlines, in seconds, so that nothing waits for ever; and what becomes of what fails."""
+
+    start_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest time for an actor to start, which includes loading its model."""
+    generate_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time for a token runner to finish what it was asked for."""
+    update_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time for the learners to do one update."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often within restart_window_s a token runner that dies or is late is started again and asked again, and how
+    often all learners are, with which the run goes back to its last checkpoint. 0: never, the run ends."""
+    restart_window_s: float = Field(default=3600.0, gt=0)
+    """Seconds over which max_restarts counts."""
+
+
+class TextReportingSection(ReportingSection):
+    """What is measured, shown and kept to be read."""
+
+    window_episodes: int = Field(default=256, gt=0)
+    """Newest completions that the mean reward and length are taken over."""
+    samples_per_iteration: int = Field(default=8, ge=0)
+    """Completions of each iteration that RUN/samples.jsonl keeps, with reward, KL and the logp of every token; `rlx
+    samples RUN` shows them. 0: none."""
+
+
+class TextSettings(Section):
+    """The whole tree; what a run on text is, in one frozen value."""
+
+    algorithm: str = ""
+    """grpo for rlx.algorithms.grpo, pkg.module, or ./file.py next to the YAML file."""
+    model: TextModelSection = Field(default_factory=TextModelSection)
+    prompts: PromptsSection = Field(default_factory=PromptsSection)
+    data: DataSection = Field(default_factory=DataSection)
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    reward: RewardSection = Field(default_factory=RewardSection)
+    token_runners: TokenRunnersSection = Field(default_factory=TokenRunnersSection)
+    training: TextTrainingSection = Field(default_factory=TextTrainingSection)
+    learners: TextLearnersSection = Field(default_factory=TextLearnersSection)
+    evaluation: TextEvaluationSection = Field(default_factory=TextEvaluationSection)
+    fault_tolerance: TextFaultToleranceSection = Field(default_factory=TextFaultToleranceSection)
+    checkpointing: CheckpointingSection = Field(default_factory=CheckpointingSection)
+    reporting: TextReportingSection = Field(default_factory=TextReportingSection)
+    runtime: RuntimeSection = Field(default_factory=RuntimeSection)
+    callbacks: CallbacksSection = Field(default_factory=CallbacksSection)
+    stop: StopSection = Field(default_factory=StopSection)
+
+    @property
+    def subject(self) -> str:
+        """What is trained, in a word: the last part of the model's path, or its type."""
+        return (self.model.path or str(self.model.config.get("model_type", ""))).rstrip("/").rpartition("/")[2]
+
+
+class TextConfig(AlgorithmConfig, settings=TextSettings):
+    """The settings of one algorithm's run on text; the base of GRPOConfig and its kin.
+
+    `reads`: the section that its rows come from.
+    """
+
+    reads: ClassVar[Literal["prompts", "data"]] = "prompts"
+
+    def _names_not_found(self) -> list[str]:
+        s: Any = self.settings
+        problems: list[str] = []
+        for check in self._checks(s):
+            try:
+                check()
+            except ConfigError as error:
+                problems.append(str(error))
+        return problems
+
+    def _checks(self, s: TextSettings) -> Iterable[Callable[[], None]]:
+        yield s.model.check
+        rows = getattr(s, self.reads)
+        if rows.source is None:
+            yield lambda: _missing(self.reads)
+        sources = {f"{self.reads}.source": rows.source, "evaluation.source": s.evaluation.source}
+        for key, value in {
+            **sources,
+            "reward.function": s.reward.function,
+            "model.tokenizer": s.model.tokenizer,
+        }.items():
+            if isinstance(value, str) and ":" in value:
+                yield lambda key=key, value=value: check_callable(value, f'{key} is "{value}"')
+        if self.reads == "prompts":
+            yield lambda: _check_rollouts(s)
+
+
+def _missing(section: str) -> None:
+    raise ConfigError(
+        f"{section}.source is not set; give a .jsonl or .parquet file, pkg.module:function, or in Python a list of "
+        "rows."
+    )
+
+
+def _check_rollouts(s: TextSettings) -> None:
+    if not s.reward.is_set:
+        raise ConfigError("reward.function and reward.model are not set; at least one has to say what is good.")
+    g = s.generation
+    if g.top_k or g.top_p < 1 or g.min_p or g.temperature == 0:
+        raise ConfigError(
+            f"generation.top_k={g.top_k}, top_p={g.top_p}, min_p={g.min_p}, temperature={g.temperature}: training "
+            "needs completions drawn from the policy itself; set top_k=0, top_p=1, min_p=0, temperature above 0."
+        )
