@@ -128,6 +128,7 @@ class APPO(Algorithm, config=APPOConfig):
         each = training.updates_per_batch
         history = []
         for t in self.arrivals(-(-training.updates_per_iteration // each), fragments_per_batch(self.settings), each):
+            # The last of these updates sees the replay at its oldest.
             self._replay.drop_before(self.learners.version + each - 1 - training.max_age)
             rng = np.random.default_rng(self.seed("replay"))
             for batch in self._replay.draws(t.fragments(*FIELDS), each, rng):

@@ -116,7 +116,7 @@ def with_continuous_batching(model: LlamaForCausalLM, case: Case) -> int:
         while waiting:
             result = manager.get_result(timeout=RESULT_TIMEOUT_S)
             if result is None:
-                raise SystemExit(f"continuous batching gave nothing for {RESULT_TIMEOUT_S:g} s.")
+                raise TimeoutError(f"continuous batching gave nothing for {RESULT_TIMEOUT_S:g} s.")
             if result.is_finished():
                 tokens, waiting = tokens + len(result.generated_tokens), waiting - 1
     assert tokens == case.tokens

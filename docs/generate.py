@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from rlx.algorithms.grpo import GRPOConfig
 from rlx.algorithms.ppo import PPOConfig
+from rlx.config import AlgorithmConfig
 from rlx.config_document import flow
 from rlx.metrics import METRICS
 from rlx.section import allowed
@@ -16,7 +18,11 @@ FOLDER = Path(__file__).parent
 
 def pages() -> dict[str, str]:
     """Return the text of every generated page by its file name."""
-    return {"metrics.md": metrics_page(), "configuration.md": configuration_page()}
+    return {
+        "metrics.md": metrics_page(),
+        "configuration.md": configuration_page(),
+        "text_configuration.md": text_configuration_page(),
+    }
 
 
 def metrics_page() -> str:
@@ -41,7 +47,6 @@ def metrics_page() -> str:
 
 def configuration_page() -> str:
     """Return every section and setting of PPO with type, default and meaning."""
-    config = PPOConfig()
     lines = [
         "# Configuration",
         "",
@@ -55,7 +60,31 @@ def configuration_page() -> str:
         "file next to the YAML (`./my_algorithm.py`). A run that goes on from a checkpoint may change the sections",
         f"{', '.join(f'`{name}`' for name in FREE_ON_RESUME)}; any other change is refused.",
         "",
+        "Runs on text have other sections: [text_configuration.md](text_configuration.md).",
+        "",
     ]
+    return "\n".join([*lines, *sections(PPOConfig())])
+
+
+def text_configuration_page() -> str:
+    """Return every section and setting of GRPO with type, default and meaning."""
+    lines = [
+        "# Configuration of runs on text",
+        "",
+        "<!-- Written by `python docs/generate.py` from src/rlx/text_settings.py and algorithms/grpo.py. -->",
+        "",
+        "How settings are written and changed is said in [configuration.md](configuration.md). These are the sections",
+        "of `algorithm: grpo`; `rlhf_ppo`, `sft`, `reward_model` and `dpo` differ in `training` only, as in",
+        "`rlx config show NAME --comments`. `prompts`, `reward` and `generation` are for reinforcement learning and for",
+        "evaluations by completions, `data` for supervised training.",
+        "",
+    ]
+    return "\n".join([*lines, *sections(GRPOConfig())])
+
+
+def sections(config: AlgorithmConfig) -> list[str]:
+    """Return the lines of every section of a config."""
+    lines = []
     for name, values in config.to_dict().items():
         if not isinstance(values, dict):
             continue
@@ -66,7 +95,7 @@ def configuration_page() -> str:
         )
         lines += [f"## {name}", "", section.__doc__ or "", ""]
         lines += [*table(("setting", "accepts", "default", "meaning"), rows), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -137,8 +137,7 @@ def features(text: str) -> dict[str, float]:
 def frequent_words() -> frozenset[str]:
     """Return the most frequent words of the corpus, in small letters; of single letters only "a" and "i"."""
     counts = Counter(word for text in corpus() for word in _WORD.findall(text.lower()) if len(word) > 1 or word in "ai")
-    ordered = sorted(counts, key=lambda word: (-counts[word], word))  # equal counts by name: no order of insertion
-    return frozenset(ordered[:FREQUENT_WORDS])
+    return frozenset(word for word, _ in counts.most_common(FREQUENT_WORDS))  # of equal ones those that come first
 
 
 def pairs(completions_by_prompt: Mapping[str, Sequence[str]], smallest_gap: float = 0.1) -> list[dict[str, Any]]:

@@ -40,6 +40,10 @@ import gymnasium
 def make():
     return SlowSteps(gymnasium.make("CartPole-v1"))
 
+def make_slowly():
+    pathlib.Path("making").touch()
+    time.sleep(60)
+
 class SlowSteps(gymnasium.Wrapper):
     def step(self, action):
         pathlib.Path("stepping").touch()
@@ -130,9 +134,9 @@ def test_the_first_ctrl_c_ends_the_run_after_the_iteration_with_a_checkpoint(cha
 @pytest.mark.slow
 @pytest.mark.parametrize("num_env_runners", [0, 2])
 def test_the_second_ctrl_c_ends_the_run_at_once(num_env_runners):
-    """An iteration takes 32 x 4 x 0.5 s here."""
-    slow = "environment.id=slow_env_of_test_system:make"
-    with Training(slow, f"env_runners.num_env_runners={num_env_runners}") as training:
+    """An iteration takes 32 x 4 x 0.5 s here, and in_place has the first step be one of an iteration."""
+    slow = ["environment.id=slow_env_of_test_system:make", "environment.vectorization=in_place"]
+    with Training(*slow, f"env_runners.num_env_runners={num_env_runners}") as training:
         training.wait_for(Path("stepping").exists)
         training.press_ctrl_c()
         assert training.process.stderr is not None
@@ -142,6 +146,18 @@ def test_the_second_ctrl_c_ends_the_run_at_once(num_env_runners):
         code, err = training.ending(within_s=4)
     assert code == 130 and "Traceback" not in err
     assert err.endswith("rlx: the run can go on from its last checkpoint: rlx train --resume run\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectorization", ["in_place", "processes"])
+def test_ctrl_c_before_the_first_iteration_ends_the_command_at_once(vectorization):
+    """No iteration is there to be finished while the environments are made, or measured."""
+    slow = ["environment.id=slow_env_of_test_system:make_slowly", "environment.num_processes=2"]
+    with Training(*slow, f"environment.vectorization={vectorization}") as training:
+        training.wait_for(Path("making").exists)
+        training.press_ctrl_c()
+        code, err = training.ending(within_s=4)
+    assert code == 130 and "Traceback" not in err and err.endswith("rlx: interrupted\n")
 
 
 @pytest.mark.slow

@@ -105,7 +105,9 @@ class Algorithm(Trainable):
         self._count(sample)
         batch = sample.trajectory.tensors()
         fresh = batch.mask & (self.learners.version - batch.weights_version <= self._max_age)
-        self.dropped_env_steps += sample.dropped_steps + int(batch.mask.sum() - fresh.sum())
+        too_old = int(batch.mask.sum() - fresh.sum())
+        self.env_steps -= too_old  # which are not learned from
+        self.dropped_env_steps += sample.dropped_steps + too_old
         batch.tensors["mask"] = fresh
         return batch
 

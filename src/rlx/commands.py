@@ -84,11 +84,10 @@ def list_all(options: argparse.Namespace) -> None:
 def config_show(options: argparse.Namespace) -> None:
     """Print every setting of a config and, as comments, the network that it builds."""
     from rlx.config import load_config
-    from rlx.inference import network_summary
 
     config = load_config(_config_path(options.config), options.set)
     try:
-        network = network_summary(config.settings)
+        network = config.network()
     except RlxError as error:
         network = f"network: none, because {error}"
     _page(config.to_yaml(comments=options.comments) + textwrap.indent(network, "# "))
@@ -205,7 +204,8 @@ def _tokenizer_of(run: Path) -> Any:
     from rlx.config import load_config
     from rlx.text_building import build_tokenizer
 
-    return build_tokenizer(load_config(run / "config.yaml").settings.model)
+    settings: Any = load_config(run / "config.yaml").settings
+    return build_tokenizer(settings.model)
 
 
 def report(error: RlxError) -> int:

@@ -97,6 +97,12 @@ class AlgorithmConfig:
     def check(settings: Settings) -> None:
         """Raise ConfigError where settings do not fit together; an algorithm overrides this."""
 
+    def network(self) -> str:
+        """Return what network these settings build, a line a part."""
+        from rlx.inference import network_summary
+
+        return network_summary(self.settings)
+
     def validate(self) -> None:
         """Raise ConfigError with everything that stops these settings from running; changes nothing."""
         problems = [

@@ -138,7 +138,7 @@ class TextAlgorithm(Trainable):
             found = self.learners.evaluate(batch, *names)
         return Batch(**(batch.tensors | found.tensors))
 
-    def update(self, batch: Batch, **options: Any) -> dict[str, float]:
+    def update(self, batch: Batch, **options: Any) -> Metrics:
         """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
         t = self.training
         started = time.perf_counter()
@@ -154,7 +154,7 @@ class TextAlgorithm(Trainable):
         self._batch = batch
         for name in ("busy_s", "gradient_steps", "stopped_early"):
             stats.pop(name)
-        return self._finite(stats | {"lr": t.lr.at(self.env_steps)})
+        return {**self._finite(stats), "lr": t.lr.at(self.env_steps)}
 
     def publish(self) -> None:
         """Have all completions that begin from now on made with the learners' weights."""

@@ -183,6 +183,27 @@ def build_scorer(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Scorer
     return parts[0] if len(parts) == 1 else SumScorer(parts)
 
 
+def model_summary(s: TextSettings) -> str:
+    """Return the model of these settings in words: what it is, and how much of it is trained."""
+    tokenizer = build_tokenizer(s.model)
+    model = build_model(s.model, len(tokenizer), s.runtime.seed)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = model.config
+    sizes = [
+        f"{getattr(config, name)} {words}"
+        for name, words in (("num_hidden_layers", "layers"), ("hidden_size", "wide"), ("num_attention_heads", "heads"))
+        if hasattr(config, name)
+    ]
+    rows = [
+        ("model", f"{config.model_type}, {', '.join(sizes)}", f"{total:,}"),
+        ("learned", f"LoRA of rank {s.model.lora_rank}" if s.model.lora_rank else "all of it", f"{learned:,}"),
+        ("tokenizer", f"{len(tokenizer):,} tokens, context {getattr(config, 'max_position_embeddings', '-')}", ""),
+    ]
+    lines = [f"language model {s.subject}: {total:,} parameters"]
+    return "\n".join(lines + [f"  {name:<14} {text:<80}{count:>11}".rstrip() for name, text, count in rows])
+
+
 def share_of_cores(processes: int) -> int:
     """Return how many threads each of so many processes may use."""
     return max(1, int(cpu_count()) // max(1, processes))

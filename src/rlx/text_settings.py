@@ -303,6 +303,12 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
 
     reads: ClassVar[Literal["prompts", "data"]] = "prompts"
 
+    def network(self) -> str:
+        """Return what model these settings build, a line a part."""
+        from rlx.text_building import model_summary
+
+        return model_summary(self.settings)  # type: ignore[arg-type]
+
     def _names_not_found(self) -> list[str]:
         s: Any = self.settings
         problems: list[str] = []

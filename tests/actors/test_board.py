@@ -352,11 +352,12 @@ def test_cpu_use_is_measured_between_two_looks(child):
     process = child("while True: pass")
     meter = processes.CpuMeter([process.pid, os.getpid()])
     deadline = time.monotonic() + 20
-    before = processes.stat(process.pid).cpu_ticks
+    before, began = processes.stat(process.pid).cpu_ticks, time.monotonic()
     while processes.stat(process.pid).cpu_ticks < before + 20 and time.monotonic() < deadline:
         time.sleep(0.01)
     used = meter.percent([process.pid])
+    ticks, passed_s = processes.stat(process.pid).cpu_ticks - before, time.monotonic() - began
     process.kill()
     process.wait()
-    assert 10 < used[process.pid] < 130
+    assert used[process.pid] == pytest.approx(100 * ticks / os.sysconf("SC_CLK_TCK") / passed_s, rel=0.25)
     assert meter.percent([process.pid]) == {}

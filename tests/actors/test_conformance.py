@@ -421,6 +421,21 @@ def test_state_names_every_actor(rt, counter):
     assert state.pid is not None
 
 
+def test_of_the_ended_actors_only_the_latest_are_known(rt, monkeypatch):
+    monkeypatch.setattr(sys.modules["rlx.actors.runtime"], "KEPT_ENDED", 2)
+    living, ended = rt.spawn(Counter, 0, name="living"), [rt.spawn(Counter, 0, name=f"ended/{n}") for n in range(5)]
+    for handle in ended:
+        rt.kill(handle)
+    last = rt.spawn(Counter, 0, name="last")
+    known = [name for name in rt.state() if name in ("living", "last") or name.startswith("ended")]
+    assert known == ["living", "ended/3", "ended/4", "last"]
+    with pytest.raises(ActorError, match="there is no actor named 'ended/0'"):
+        rt.lookup("ended/0")
+    assert isinstance(ended[0].add.call(1).exception(T), ActorDied)  # who has the handle is told as before
+    assert living.add.call(1).result(T) == last.add.call(1).result(T) == 1
+    rt.kill(living), rt.kill(last)
+
+
 def test_private_names_are_not_methods(counter):
     with pytest.raises(AttributeError, match="private"):
         counter._value  # noqa: B018

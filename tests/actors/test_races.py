@@ -573,6 +573,40 @@ def test_a_fork_of_the_driver_is_refused_and_disturbs_nothing(rt, worker):
     assert list(stream) == list(range(10)) and future.result(T) == 1
 
 
+def test_a_link_lost_before_the_news_of_the_start_ends_the_actor_all_the_same(worker, gate):
+    """An actor may answer, and break its link, before the forkserver has said that it exists."""
+    running, body = worker.wait_for.call(gate[0]), worker._actor.body
+    body._engine.reactor.post(lambda: (body._lose_link("closed its link"), body.on_started(body.pid)))
+    with pytest.raises(ActorDied, match="closed its link"):
+        running.result(T)
+
+
+@pytest.mark.parametrize(
+    "step", ["_work.close", "_tasks.close", "_engine._server.wait", "_engine.reactor.close", "_engine.memory.close"]
+)
+def test_a_close_that_an_interrupt_has_cut_short_may_be_called_again(step, monkeypatch):
+    before, own = set(os.listdir("/proc/self/fd")), actors.runtime("local", preload=())
+    actor = own.spawn(Worker)
+    actor.ready(T)
+    server, folder, (*path, name) = own._engine._server, own._engine._folder.path, step.split(".")
+    part = own
+    for attribute in path:
+        part = getattr(part, attribute)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(part, name, _interrupted)
+        own.close()
+    own.close()
+    own.close()
+    assert server.poll() is not None and not folder.exists()
+    assert isinstance(actor.echo.call(1).exception(T), ActorDied)
+    del actor, part, server
+    poll_until(lambda: gc.collect() >= 0 and set(os.listdir("/proc/self/fd")) <= before)
+
+
+def _interrupted(*_, **__):
+    raise Interrupted
+
+
 def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
     own = actors.runtime("local", preload=())
     (tmp_path / "gone").mkdir()

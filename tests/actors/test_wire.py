@@ -96,7 +96,7 @@ def test_a_buffer_in_shared_memory_is_told_by_its_place_and_borrowed_once_for_it
 @pytest.mark.parametrize(("field", "value"), [("text", 2**31), ("buffers", 2**31), ("body", 2**60), ("buffer", 2**60)])
 def test_a_frame_that_claims_too_much_is_refused_before_any_memory_is_taken(field, value):
     sizes = {"text": 0, "buffers": 0, "body": 0} | ({field: value} if field != "buffer" else {"buffers": 1})
-    header = wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.CALL, sizes["text"], sizes["buffers"], 1, sizes["body"])
+    header = wire.HEADER.pack(wire.MAGIC, wire.CALL, sizes["text"], sizes["buffers"], 1, sizes["body"])
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.send(header + (wire.PLACE.pack(value, 0, 0) if field == "buffer" else b""))

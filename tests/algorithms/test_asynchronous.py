@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from rlx.algorithms.appo import APPO, APPOConfig, APPOTraining
-from rlx.algorithms.impala import IMPALA, IMPALAConfig, IMPALATraining
+from rlx.algorithms.impala import IMPALA, IMPALAConfig, IMPALATraining, corrected
 from rlx.algorithms.ppo import PPOConfig
 from rlx.errors import ConfigError
 from rlx.functional.advantages import gae
@@ -48,7 +49,10 @@ def test_age_0_is_the_synchronous_algorithm(name):
     assert train(alone, 4) == train(config(name, num_env_runners=0), 4)  # without runners there is nothing else
 
 
-@pytest.mark.parametrize("name", ["ppo", "impala", "appo"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("ppo", marks=SLOW), pytest.param("impala", marks=SLOW), "appo"])
 def test_one_version_behind_is_reproducible(name):
     first, second = train(config(name, max_age=1), 5), train(config(name, max_age=1), 5)
     assert first == second == train(config(name, max_age=1, engine="inline"), 5)
@@ -162,6 +166,35 @@ def test_off_policy_the_importance_weights_are_cut_and_get_no_gradient():
     differs = gradients(huge, policy) - gradients(loss, policy)
     assert differs.abs().max() > 1e-6
     assert not any(tensor.requires_grad for tensor in batch.tensors.values())
+
+
+def test_the_importance_weight_is_of_the_joint_action():
+    """With gamma 0 an advantage is min(1, rho) (r - V), and rho the product of the ratios of all parts of an action."""
+    space = spaces.Dict({"a": spaces.Discrete(3, start=1), "b": spaces.MultiDiscrete([2, 4])})
+    acting, learning = (build_policy(spaces.Box(-1, 1, (5,)), space, seed=seed) for seed in (1, 2))
+    for policy in (acting, learning):
+        with torch.no_grad():
+            policy.action_head.weight.mul_(100)
+    generator = torch.Generator().manual_seed(3)
+    obs = torch.randn(2, 6, 5, generator=generator)
+    action = torch.stack([torch.randint(n, (2, 6), generator=generator) for n in (3, 2, 4)], -1)
+    nothing = torch.zeros(2, 6)
+    reward = torch.randn(2, 6, generator=generator)
+    batch = Batch(
+        obs=obs, action=action, reward=reward, next_value=nothing, terminated=nothing > 0, truncated=nothing > 0
+    )
+    with torch.no_grad():
+        heads = [policy(obs.flatten(0, 1))[0] for policy in (acting, learning)]
+        logp, (new_logp, _, value) = acting.evaluate(batch)[0], learning.evaluate(batch)
+        rho = torch.ones(12)
+        for part, columns in enumerate((slice(0, 3), slice(3, 5), slice(5, 9))):
+            mu, pi = (head[:, columns].softmax(-1).gather(1, action[..., part].reshape(-1, 1)) for head in heads)
+            rho *= (pi / mu)[:, 0]
+        complete = Batch(**batch.tensors, logp=logp)
+        _, advantage = corrected(new_logp, value, complete, IMPALATraining(gamma=0.0))
+    assert (rho < 1).any() and (rho > 1).any()
+    expected = rho.clamp(max=1).view(2, 6) * (reward - value)
+    torch.testing.assert_close(advantage, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_appo_prepares_by_the_policy_that_learns_or_by_the_target():

@@ -60,7 +60,7 @@ def solve(algorithm, env_steps):
     assert algorithm.evaluate(50)["evaluation/episode_return_mean"] == 1
 
 
-@pytest.mark.parametrize("memory", ["lstm", "gru"])
+@pytest.mark.parametrize("memory", ["lstm", pytest.param("gru", marks=pytest.mark.slow)])
 def test_a_policy_with_a_memory_answers_the_question(memory):
     with config(memory=memory).build() as algorithm:
         solve(algorithm, 15_000)
@@ -68,7 +68,10 @@ def test_a_policy_with_a_memory_answers_the_question(memory):
 
 @pytest.mark.parametrize(
     ("kind", "options", "env_steps"),
-    [(IMPALAConfig, {}, 60_000), (APPOConfig, {"epochs": 2, "minibatch_size": 128}, 40_000)],
+    [
+        pytest.param(IMPALAConfig, {}, 60_000, marks=pytest.mark.slow),
+        (APPOConfig, {"epochs": 2, "minibatch_size": 128}, 40_000),
+    ],
 )
 @pytest.mark.parametrize("num_env_runners", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_asynchronous_algorithms_learn_to_remember_too(kind, options, env_steps, num_env_runners):

@@ -1,9 +1,9 @@
 """The corpus of docstrings and its gold score, which can be learned and can be hacked."""
 
-import json
 import subprocess
 import sys
 import sysconfig
+import textwrap
 
 import numpy as np
 import pytest
@@ -24,14 +24,9 @@ def corpus():
 
 
 def test_the_corpus_is_the_librarys_docstrings_dedented(corpus):
-    json_says = json.__doc__
-    assert json_says is not None
     assert len(corpus) == len(set(corpus)) > 1000
     assert sum(map(len, corpus)) > 300_000
-    assert "Similar to csv.reader" not in "".join(corpus)  # no source text that is not there
-    import textwrap
-
-    assert textwrap.dedent.__doc__ is not None and "    " not in corpus[0][:4]
+    assert textwrap.dedent.__doc__ is not None
     first, _, rest = textwrap.dedent.__doc__.partition("\n")
     assert first.strip() + "\n" + textwrap.dedent(rest).rstrip() in corpus
 
@@ -85,6 +80,7 @@ def test_the_parts_of_the_score_by_hand():
     # 2 + 3 + 4 letters of frequent words, one of them with its comma; "xqzt" is none; the last word may have been cut.
     parts = docstrings.features("is the, file xqzt nam")
     assert parts["words"] == (2 + 3 + 1 + 4) / docstrings.FEWEST_CHARACTERS
+    assert docstrings.features("is the")["words"] == 2 / docstrings.FEWEST_CHARACTERS
     assert parts["variety"] == 1 and parts["form"] == 1
     assert docstrings.features("the file the file the file. ")["variety"] == 2 / 5
     assert docstrings.features("(a [b] `c)")["form"] == 1 / 2

@@ -66,12 +66,12 @@ def flip(rng, data):
 
 def grow(rng, data):
     """One of the header's sizes becomes another number, a huge one as a rule."""
-    magic, version, kind, text, buffers, call_id, body = wire.HEADER.unpack_from(data)
+    magic, kind, text, buffers, call_id, body = wire.HEADER.unpack_from(data)
     number = rng.choice([0, 1, 2**16, 2**20, 2**20 + 1, 2**26, 2**31, 2**32 - 1])
     long = rng.choice([0, 1, 2**30, 2**36, 2**40, 2**40 + 1, 2**63, 2**64 - 1])
     field = rng.randrange(3)
     sizes = (number if field == 0 else text, number if field == 1 else buffers, long if field == 2 else body)
-    return wire.HEADER.pack(magic, version, kind, sizes[0], sizes[1], call_id, sizes[2]) + data[wire.HEADER.size :]
+    return wire.HEADER.pack(magic, kind, sizes[0], sizes[1], call_id, sizes[2]) + data[wire.HEADER.size :]
 
 
 def replace_version(rng, data):
@@ -90,7 +90,7 @@ def move(rng, data):
         wire.PLACE.pack(rng.choice(numbers), rng.choice(numbers), rng.choice([0, 1, 6, 4096, 4097, 2**32 - 1]))
         for _ in range(count)
     )
-    head = wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.REPLY | rng.choice([0, wire.SHARED_BODY]), 0, count, 1, 4)
+    head = wire.HEADER.pack(wire.MAGIC, wire.REPLY | rng.choice([0, wire.SHARED_BODY]), 0, count, 1, 4)
     return head + places + b"body"
 
 
@@ -191,15 +191,15 @@ def reply(call_id, kind=wire.REPLY, text="", body=b"", buffers=(), places=None):
 LIES = {
     "http": b"GET / HTTP/1.1\r\n\r\n" + bytes(40),
     "other version": b"rx\x01" + reply(2)[3:],
-    "huge text": wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.REPLY, 2**32 - 1, 0, 2, 0),
-    "huge body": wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.REPLY, 0, 0, 2, 2**63),
+    "huge text": wire.HEADER.pack(wire.MAGIC, wire.REPLY, 2**32 - 1, 0, 2, 0),
+    "huge body": wire.HEADER.pack(wire.MAGIC, wire.REPLY, 0, 0, 2, 2**63),
     "lease not lent": reply(2, body=b"x", buffers=[b"y" * 10], places=[(10, 0, 7)]),
     "span outside": reply(2, body=b"x", buffers=[b"y" * 10], places=[(2**50, 2**60, 7)]),
     "unknown kind": reply(2, kind=99),
     "item of no stream": reply(2, kind=wire.ITEM, text="0"),
     "item without a number": reply(2, kind=wire.ITEM, text="zero"),
     "call to the driver": reply(2, kind=wire.CALL, text="echo"),
-    "text that is not utf-8": wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.REPLY, 2, 0, 2, 0) + b"\xff\xfe",
+    "text that is not utf-8": wire.HEADER.pack(wire.MAGIC, wire.REPLY, 2, 0, 2, 0) + b"\xff\xfe",
 }
 
 

@@ -114,9 +114,9 @@ def test_samples_share_a_row_for_as_long_as_they_draw_the_same(build, greedy):
 
 
 def test_slots_are_filled_again_as_sequences_end(build):
-    """Two slots; a long sequence beside four short ones: 12 passes decode one or two rows, where turns would take 21."""
+    """Two slots: the long sequence goes on while four short ones take turns beside it."""
     generator = Generator(build("llama"), max_slots=2)
-    requests = [Request([1] * n, max_new_tokens=limit) for n, limit in [(1, 12), (2, 3), (3, 3), (4, 3), (5, 3)]]
+    requests = [Request([1] * n, max_new_tokens=limit) for n, limit in [(1, 14), (2, 3), (3, 3), (4, 3), (5, 3)]]
     finished = []
     generator.generate(requests, on_finished=lambda request, sample, completion: finished.append(request))
     assert finished[-1] == 0 and sorted(finished[:-1]) == [1, 2, 3, 4]
@@ -130,19 +130,17 @@ def stop_at(model, prompt, seed, position):
 
 
 @pytest.mark.parametrize("position", [0, 4])
-def test_a_stop_token_ends_a_completion_and_is_its_last(build, same, position):
+def test_a_stop_token_ends_a_completion_and_is_its_last(build, position):
     model = build("llama", **SMALL)
     token, at = stop_at(model, [3, 1], 7, position)
-    for others in (set(), {0, 1, 2, 3} - {token}):
-        pass
-    free, stopped, several, nowhere = (
-        Generator(model).generate([Request([3, 1], max_new_tokens=30, seed=7, stop_ids=frozenset(ids))])[0][0]
-        for ids in ((), (token,), (token, 15 if token != 15 else 14), ())
+    generator = Generator(model)
+    free, stopped = (
+        generator.generate([Request([3, 1], max_new_tokens=30, seed=7, stop_ids=frozenset(ids))])[0][0]
+        for ids in ((), (token,))
     )
     assert stopped.stopped and stopped.tokens.tolist() == free.tokens[: at + 1].tolist()
     np.testing.assert_array_equal(stopped.logp, free.logp[: at + 1])
-    assert several.stopped and set(several.tokens[:-1]).isdisjoint({token})
-    assert not free.stopped and len(free.tokens) == 30 and same([[free]], [[nowhere]])
+    assert not free.stopped and len(free.tokens) == 30
 
 
 def test_the_first_of_several_stop_tokens_ends_each_sample(build):
@@ -211,7 +209,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(build, request_, message):
 
 @pytest.mark.parametrize("wrong", [{"prompt": []}, {"prompt": [1], "n": 0}, {"prompt": [1], "max_new_tokens": 0}])
 def test_a_request_for_nothing_is_refused(wrong):
-    with pytest.raises(ConfigError, match="it must be (1 or more|one token id at least)"):
+    with pytest.raises(ConfigError, match=r"it must be (1 or more|one token id at least)"):
         Request(**wrong)
 
 
@@ -219,7 +217,7 @@ def test_a_request_for_nothing_is_refused(wrong):
 def test_a_generator_without_room_is_refused(build, options, message):
     with pytest.raises(ConfigError, match=message):
         Generator(build("llama"), **options)
-    with pytest.raises(ConfigError, match="max_length is 129, but .* has a context of 128 tokens"):
+    with pytest.raises(ConfigError, match=r"max_length is 129, but .* has a context of 128 tokens"):
         Generator(build("llama"), max_length=129)
 
 

@@ -86,7 +86,8 @@ def test_draws_are_those_of_the_cumulative_sum_in_fp64(vocabulary, sampling):
     token, logp = draw(law, row, u)
     cumulative = law.exp().double().cumsum(-1).numpy()
     expected = [
-        np.searchsorted(cumulative[r], x * cumulative[r, -1], side="right") for r, x in zip(row.numpy(), u, strict=True)
+        np.searchsorted(cumulative[r], x * cumulative[r, -1], side="right")
+        for r, x in zip(row.numpy(), u.numpy(), strict=True)
     ]
     np.testing.assert_array_equal(token.numpy(), expected)
     assert torch.equal(logp, law[row, token])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlx.generation.attention import NAME
 from rlx.generation.generator import Generator
 from rlx.generation.request import Request
 from rlx.generation.twin import Twin
@@ -100,10 +101,11 @@ def test_attention_that_takes_no_mask_is_replaced_in_the_twin_alone(build):
     model = build("llama")
     model.config._attn_implementation = "flash_attention_2"
     twin = Twin(model).model()
-    assert twin.config._attn_implementation == "sdpa" == twin.model.layers[0].self_attn.config._attn_implementation
+    assert twin.config._attn_implementation == NAME == twin.model.layers[0].self_attn.config._attn_implementation
     assert model.config._attn_implementation == "flash_attention_2"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_an_adapter_is_part_of_the_model(build, forward_logp, same):
     """A LoRA adapter whose second half is not zero: it counts while it is switched on, and its updates do."""
     peft = pytest.importorskip("peft")

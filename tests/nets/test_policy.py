@@ -60,6 +60,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
     assert not torch.equal(first.action_head.weight, other.action_head.weight)
 
 
+@pytest.mark.parametrize("space, memory", [(VECTOR, "none"), (VECTOR, "lstm"), (image_space(42, 42, 2), "none")])
+def test_how_many_threads_torch_has_leaves_the_weights_alone(space, memory):
+    """Orthogonal weights are factorised, which rounds in another way on two threads than on one."""
+    before, weights = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            weights.append(build_policy(space, DISCRETE, memory=memory, seed=3).state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in weights[1:]:
+        for name, weight in weights[0].items():
+            assert torch.equal(weight, other[name]), name
+
+
 def test_building_a_policy_neither_reads_nor_moves_torch_s_global_generator():
     torch.manual_seed(3)
     expected_next = torch.rand(4)

@@ -65,7 +65,7 @@ class ScriptedPolicy(nn.Module):
     def __init__(self, observation_space, action_space):
         super().__init__()
         size = ObservationLayout(observation_space).shape[0]
-        self.weight = nn.Parameter(10.0 ** torch.arange(size, dtype=torch.float32).neg(), requires_grad=False)
+        self.weight = nn.Parameter(10.0 ** torch.arange(size, dtype=torch.float32).neg())
         self.distribution = Scripted(action_space)
 
     def forward(self, obs):

@@ -43,6 +43,7 @@ class Counts(gymnasium.Env):
         if self.fail_at is not None and self.count >= self.fail_at:
             raise FloatingPointError(f"step {self.count}")
         while (self.folder / f"hold-{os.getpid()}").exists():
+            (self.folder / f"held-{os.getpid()}").touch()
             time.sleep(0.001)
         return self.observe(), 0.0, False, False, {}
 
@@ -213,6 +214,34 @@ def test_it_goes_on_after_its_state_was_taken_and_begins_anew_where_it_is_set(ma
     assert (sample.trajectory.weights_version == 1).all()
     ((_, count),) = {*origins(sample)[:1]}
     assert count % STEPS == 0
+
+
+def test_the_state_is_taken_without_a_runner_that_is_far_behind(make_group, runtime, tmp_path):
+    """What it was at arrives later, and a group that goes on from the state has it go on as it is."""
+    group = make_group(3)
+    arrive(group)
+    group.used()
+    slow, *fast = runner_pids(runtime)
+    hold = tmp_path / f"hold-{slow}"
+    hold.touch()
+    until((tmp_path / f"held-{slow}").exists)
+    state = group.get_state()
+    assert [one is None for one in state["runners"]] == [True, False, False]
+    for _ in range(10):  # the others go on
+        assert {pid for pid, _ in origins(arrive(group))} <= set(fast)
+        group.used()
+    hold.unlink()
+    until(lambda: slow in {pid for pid, _ in origins(arrive(group))} or group.used())
+    group.set_state(state)
+    group.publish(1, weights())
+    seen = set()
+
+    def has_seen_all():
+        seen.update(pid for pid, _ in origins(arrive(group)))
+        group.used()
+        return len(seen) == 3
+
+    until(has_seen_all)
 
 
 def test_closing_ends_the_thread_in_the_middle_of_everything(make_group, runtime, tmp_path):

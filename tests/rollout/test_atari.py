@@ -64,7 +64,7 @@ def test_a_game_leaves_the_metadata_of_other_vector_environments_alone():
     assert "autoreset_mode" not in VectorEnv.metadata
 
 
-@pytest.mark.parametrize("vectorization", ["native", "in_place"])
+@pytest.mark.parametrize("vectorization", ["native", pytest.param("in_place", marks=pytest.mark.slow)])
 def test_lost_lives_and_cut_rewards_are_learned_from_and_whole_games_are_reported(vectorization):
     """Space Invaders gives 5 to 30 points a hit and three lives. The twin plays the runner's actions once more."""
     atari = protocol(episodic_life=True, sticky_actions=0.0)
@@ -107,6 +107,7 @@ def test_a_life_is_lost_where_the_game_goes_on_with_another_one():
     assert fragment.life_lost()[:, 0].tolist() == [False, True, False, False, False, True]
 
 
+@pytest.mark.slow
 def test_evaluation_plays_whole_games_and_counts_every_point():
     atari = protocol(episodic_life=True)
     probe = AtariEnv("ALE/SpaceInvaders-v5", atari)

@@ -283,11 +283,29 @@ def test_values_that_are_not_finite_are_an_env_error_that_says_where(returned, m
         make_runner(faults(step=returned), 2, first_env_index=10).sample(num_steps)
 
 
-def test_a_nan_action_is_blamed_for_the_nan_that_follows(make_runner):
-    runner = make_runner("Pendulum-v1", 1, build_policy)
-    runner.set_weights(1, np.full_like(runner._parameters.numpy(), np.nan))
-    with pytest.raises(EnvError, match="the policy has diverged"):
-        runner.sample(3)
+def test_an_action_that_is_not_finite_reaches_no_environment(make_runner):
+    class Obedient(Faulty):
+        """Would take NaN without a word, and go on with numbers of its own."""
+
+        action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+        def step(self, action):
+            actions.append(action)
+            return super().step(action)
+
+    actions = []
+    runner = make_runner(Obedient, 2, build_policy, first_env_index=3)
+    runner.sample(5)
+    weights = runner._parameters.numpy().copy()
+    runner.set_weights(1, np.full_like(weights, np.nan))
+    sentence = (
+        r"environment 3: the policy's action \[nan nan\] at step 0 of fragment 1 is not finite.*lower training.lr"
+    )
+    with pytest.raises(EnvError, match=sentence):
+        runner.sample(5)
+    assert len(actions) == 10 and np.isfinite(actions).all()
+    runner.set_weights(2, weights)
+    assert runner.sample(5).trajectory.mask.all()
 
 
 @pytest.mark.parametrize("mode", ["in_place", AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED])

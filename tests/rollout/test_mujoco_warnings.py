@@ -17,6 +17,7 @@ for env in envs.envs * 2:
 """
 
 
+@pytest.mark.slow
 def test_warnings_of_mujoco_are_logged_once_and_those_for_the_models_author_are_not_shown(tmp_path):
     """gymnasium's model is deprecated in parts, and an unstable simulation is worth a line, not four and a file."""
     result = subprocess.run([sys.executable, "-c", CHILD], cwd=tmp_path, capture_output=True, text=True, timeout=60)

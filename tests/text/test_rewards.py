@@ -5,6 +5,7 @@ import math
 import sys
 import threading
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -152,6 +153,11 @@ def test_what_a_function_does_to_its_arguments_changes_nothing_outside():
     prompts, completions, records = list(PROMPTS), list(COMPLETIONS), [dict(record) for record in RECORDS]
     RewardFunction(clears).score(prompts, completions, records)
     assert (prompts, completions, records) == (PROMPTS, COMPLETIONS, RECORDS)
+
+
+def test_it_travels_to_other_processes():
+    there = cloudpickle.loads(cloudpickle.dumps(RewardFunction(lambda prompts, completions: [1.0] * len(prompts))))
+    assert there.score(PROMPTS, COMPLETIONS, RECORDS).score.tolist() == [1, 1, 1]
 
 
 def test_no_samples_need_no_call():

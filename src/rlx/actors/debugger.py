@@ -228,7 +228,7 @@ def _is_below(frame: FrameType) -> bool:
 
 def _is_suspended(frame: FrameType) -> bool:
     """True if a coroutine or generator has stopped at an await or yield, and will come back."""
-    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "YIELD_VALUE"
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("YIELD_VALUE", "RESUME")  # RESUME: from 3.13 on
 
 
 def _wait_s() -> float:

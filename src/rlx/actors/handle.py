@@ -48,7 +48,8 @@ class ActorHandle:
     def __getattr__(self, method: str) -> Method:
         if method.startswith("_"):
             raise AttributeError(f"{method!r} is private to the actor {self.__dict__.get('name')!r}")
-        return Method(self, method)
+        found = self.__dict__[method] = Method(self._runtime._engine, self._actor, method)
+        return found
 
     def __reduce__(self) -> NoReturn:
         raise NotSupported(f"the handle of actor {self.name!r} cannot be sent to another actor by this engine.")
@@ -60,26 +61,26 @@ class ActorHandle:
 class Method:
     """One method of one actor."""
 
-    def __init__(self, handle: ActorHandle, name: str) -> None:
-        self._handle = handle
+    __slots__ = ("_actor", "_engine", "_name")
+
+    def __init__(self, engine: Engine, actor: ActorLife, name: str) -> None:
+        self._engine, self._actor = engine, actor  # not the handle, which keeps this
         self._name = name
 
     def call(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run the method in the actor; return its future at once. TypeError if an argument cannot be sent."""
-        message = self._handle._runtime._engine.pack(args, kwargs)
-        return _call(self._handle, self._name, message)
+        return _call(self._actor, self._name, self._engine.pack(args, kwargs))
 
     def stream(self, *args: Any, credits: int = 8, **kwargs: Any) -> Stream[Any]:
         """Run a generator method in the actor; return its items as they come, `credits` ahead at most."""
-        message = self._handle._runtime._engine.pack(args, kwargs)
-        stream: Stream[Any] = Stream(self._handle.name, self._name, credits)
-        self._handle._actor.stream(self._name, message, stream)
+        message = self._engine.pack(args, kwargs)
+        stream: Stream[Any] = Stream(self._actor.name, self._name, credits)
+        self._actor.stream(self._name, message, stream)
         return stream
 
     def send(self, *args: Any, **kwargs: Any) -> None:
         """Run the method in the actor without an answer; what it raises reaches the monitor and the log."""
-        message = self._handle._runtime._engine.pack(args, kwargs)
-        self._handle._actor.post(self._name, message, None)
+        self._actor.post(self._name, self._engine.pack(args, kwargs), None)
 
 
 class Group:
@@ -128,16 +129,16 @@ class GroupMethod:
             actor._actor.post(self._name, message, None)
 
 
-def _call(handle: ActorHandle, method: str, message: Any) -> Future[Any]:
-    future: Future[Any] = Future(handle.name, method)
-    handle._actor.post(method, message, future)
+def _call(actor: ActorLife, method: str, message: Any) -> Future[Any]:
+    future: Future[Any] = Future(actor.name, method)
+    actor.post(method, message, future)
     return future
 
 
 def _try_to_call(handle: ActorHandle, method: str, message: Any) -> Future[Any]:
     """Like `_call`; that one member takes no call is that member's error, for the others have got theirs."""
     try:
-        return _call(handle, method, message)
+        return _call(handle._actor, method, message)
     except ActorError as error:
         future, failure = Future[Any](handle.name, method), Err(error)
         future.settle(lambda: failure)

@@ -144,9 +144,9 @@ class LogFollower:
             for name in list(self._logs):
                 self._finish(name)
             self._damper.flush(everything=True)
-            if self._inotify:
-                self._inotify.close()
-                self._inotify = None
+            inotify, self._inotify = self._inotify, None
+            if inotify:
+                inotify.close()
 
     def _finish(self, name: str) -> None:
         log = self._logs.pop(name, None)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from rlx.actors.board import KEPT_ENDED
 from rlx.actors.future import Future, as_completed, wait
 from rlx.actors.handle import ActorHandle, Group
 from rlx.actors.interface import ActorSpec, ActorState, AnyChannel, Engine, Stall
@@ -51,7 +52,9 @@ class Runtime:
         self._numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         self._tasks = TaskPool(self, engine, self._work)
         self._lock = threading.RLock()
-        self._closed = False
+        self._closing = threading.RLock()  # held while somebody closes
+        self._closed = False  # nothing new
+        self._is_over = False  # nothing left
         self._pid = os.getpid()
         _open_runtimes.add(self)
 
@@ -133,7 +136,7 @@ class Runtime:
         return Group(self._engine, actors)
 
     def lookup(self, name: str) -> ActorHandle:
-        """Return the handle of the actor with this name, also of an ended one; ActorError if there never was one."""
+        """Return the handle of the actor with this name, also of a lately ended one; ActorError if there is none."""
         with self._lock:
             handle, names = self._actors.get(name), list(self._actors)
         if handle is not None:
@@ -217,7 +220,7 @@ class Runtime:
         actor._watchers.add(on_exit, on_failure, on_stall, on_restart)
 
     def state(self) -> dict[str, ActorState]:
-        """Return the state of every actor by name, of the ended ones too."""
+        """Return the state of every actor by name, of the latest ended ones too."""
         with self._lock:
             handles = list(self._actors.items())
         return {name: handle._actor.state() for name, handle in handles}
@@ -237,13 +240,24 @@ class Runtime:
         actor._actor.kill(self.system_timeout_s)
 
     def close(self) -> None:
-        """End all actors and free everything; idle ones finish what they were sent, busy ones are killed."""
+        """End all actors and free everything; idle ones finish what they were sent, busy ones are killed.
+
+        Cut short by an interrupt it may be called again, and the interpreter does so at its end.
+        """
+        # A process forked from this one has no say in it, and one thread does it.
+        if os.getpid() != self._pid or not self._closing.acquire(blocking=False):
+            return
+        try:
+            if not self._is_over:
+                self._close()
+                self._is_over = True
+        finally:
+            self._closing.release()
+
+    def _close(self) -> None:
         with self._lock:
-            if self._closed or os.getpid() != self._pid:  # a process forked from this one has no say in it
-                return
             self._closed = True
             handles, pool = list(self._actors.values()), self._pool
-        _open_runtimes.discard(self)
         self._work.close(self.system_timeout_s)
         if pool is not None:
             pool.close("its runtime was closed")
@@ -255,6 +269,7 @@ class Runtime:
         for handle in handles:  # who died as this began was to be started again
             handle._actor.fail(ActorDied(f"actor {handle.name} was closed with its runtime."))
         self._events.close(self.system_timeout_s)
+        _open_runtimes.discard(self)
 
     def __enter__(self) -> Runtime:
         return self
@@ -277,11 +292,14 @@ class Runtime:
             raise ActorError("this runtime is closed; open a new one with rlx.actors.runtime(...).")
 
     def _check_room(self) -> None:
-        if sum(not handle._actor.ended for handle in self._actors.values()) >= self._max_actors:
+        ended = [name for name, handle in self._actors.items() if handle._actor.ended]
+        if len(self._actors) - len(ended) >= self._max_actors:
             raise ActorError(
                 f"this runtime has {self._max_actors} living actors, and that is its limit; "
                 f"end some, or open it with a larger max_actors."
             )
+        for name in ended[: max(0, len(ended) - KEPT_ENDED)]:
+            del self._actors[name]
 
     def _check_name(self, name: str) -> str:
         if len(name) > MAX_NAME:

@@ -14,9 +14,11 @@ class Plan:
     """Where the keys and values of the forward pass at hand belong; all layers look here."""
 
     first: int = 0
-    """Slot of the batch's first row; the others follow it."""
+    """In prefill: slot of the batch's first row; the others follow it. In decoding it is 0."""
     rows: int = 0
     """Rows that are stored; those after them in the batch are padding."""
+    slot: Tensor | None = None
+    """int64 [rows]: the slot of each row where they do not follow each other; it is set in exact decoding alone."""
     position: Tensor | None = None
     """int64 [rows]: the position of each row's one token. None in prefill, where rows begin at position 0."""
     extent: int = 0
@@ -53,12 +55,13 @@ class SlotLayer(CacheLayerMixin):
             self.keys[stored] = key_states[: plan.rows]
             self.values[stored] = value_states[: plan.rows]
             return key_states, value_states
-        keys = self.keys[plan.first : plan.first + plan.rows]
-        values = self.values[plan.first : plan.first + plan.rows]
-        where = self.row_index[: plan.rows], slice(None), plan.position
-        keys[where] = key_states[:, :, 0]
-        values[where] = value_states[:, :, 0]
-        return keys[:, :, : plan.extent], values[:, :, : plan.extent]
+        where = self.row_index[: plan.rows] if plan.slot is None else plan.slot, slice(None), plan.position
+        self.keys[where] = key_states[:, :, 0]
+        self.values[where] = value_states[:, :, 0]
+        keys, values = self.keys[:, :, : plan.extent], self.values[:, :, : plan.extent]
+        if plan.slot is None:
+            return keys[: plan.rows], values[: plan.rows]
+        return keys.index_select(0, plan.slot), values.index_select(0, plan.slot)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many keys there are and where they begin; asked in prefill only, as decoding brings its mask."""

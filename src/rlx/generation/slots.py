@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from rlx.generation.architecture import FULL, SLIDING, Architecture
 from rlx.generation.cache import SlotCache
 
 ROUND = 16
-"""Lengths are rounded up to this: the kernels then have no remainders, whose sums come out in another order."""
+"""Slots, and in exact mode all lengths, are rounded up to this: kernels sum remainders in another order."""
+EXTENT_ROUND = 8
+"""Without exact mode decoding reads this much, rounded up, of the keys and values."""
 EXACT_DECODE_ROWS = 32
 EXACT_PREFILL_ROWS = 8
 PREFILL_ROWS = 64
@@ -21,7 +23,10 @@ PREFILL_TOKENS = 4096
 """Prompts are prefilled this many rows, or this many tokens with padding, at a time: more fall out of the caches."""
 
 
-def round_up(number: int, multiple: int = ROUND) -> int:
+Lengths = TypeVar("Lengths", int, np.ndarray)
+
+
+def round_up(number: Lengths, multiple: int = ROUND) -> Lengths:
     """Return the smallest multiple that is at least this number."""
     return -(-number // multiple) * multiple
 
@@ -29,9 +34,8 @@ def round_up(number: int, multiple: int = ROUND) -> int:
 class Slots:
     """A model and the keys and values of its live rows, which are slots 0 to R - 1.
 
-    exact: every forward pass has one of a few shapes that depend on the row itself, never on what else is in the batch:
-    blocks of EXACT_DECODE_ROWS rows in decoding, and in prefill EXACT_PREFILL_ROWS rows as wide as their own prompts,
-    rounded up.
+    exact: a row meets shapes that depend on itself, never on what else is in the batch: EXACT_DECODE_ROWS rows of its
+    own length in decoding, EXACT_PREFILL_ROWS rows as wide as its own prompt in prefill; lengths are rounded up.
     """
 
     def __init__(self, architecture: Architecture, model: Any, exact: bool) -> None:
@@ -46,7 +50,7 @@ class Slots:
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for so many rows of so many tokens."""
-        slots = round_up(slots, EXACT_DECODE_ROWS) if self._exact else slots
+        slots += self._exact  # the last one is spare
         length = round_up(length)
         cache = self._cache
         if cache is None or cache.slots < slots or cache.length < length:
@@ -68,19 +72,21 @@ class Slots:
     def decode(self, token_R: np.ndarray, position_R: np.ndarray) -> Tensor:
         """Put one token at the given position of each of slots 0 to R - 1; return the logits after it, [R, V]."""
         if not self._exact:
-            return self._decode(token_R, position_R, 0)
-        missing = round_up(len(token_R), EXACT_DECODE_ROWS) - len(token_R)
-        token_R, position_R = np.pad(token_R, (0, missing)), np.pad(position_R, (0, missing))
-        blocks = [
-            self._decode(token_R[first:][:EXACT_DECODE_ROWS], position_R[first:][:EXACT_DECODE_ROWS], first)
-            for first in range(0, len(token_R), EXACT_DECODE_ROWS)
-        ]
-        return torch.cat(blocks)[: len(token_R) - missing]
+            return self._decode(token_R, position_R, round_up(int(position_R.max()) + 1, EXTENT_ROUND), None)
+        extent_R = round_up(position_R + 1)
+        blocks, order = [], []
+        for extent in np.unique(extent_R):
+            rows = np.flatnonzero(extent_R == extent)
+            for block in np.split(rows, range(EXACT_DECODE_ROWS, len(rows), EXACT_DECODE_ROWS)):
+                blocks.append(self._decode_block(token_R[block], position_R[block], int(extent), block))
+                order.append(block)
+        logits = torch.cat(blocks)
+        return torch.empty_like(logits).index_copy_(0, self._tensor(np.concatenate(order)), logits)
 
     def copy(self, source: np.ndarray, target: np.ndarray, extent: int) -> None:
         """Copy the first `extent` positions of slots `source` to slots `target`; no slot is in both."""
         assert self._cache is not None
-        self._cache.copy(self._tensor(source), self._tensor(target), min(round_up(extent), self._cache.length))
+        self._cache.copy(self._tensor(source), self._tensor(target), extent)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         longest = max(len(prompt) for prompt in prompts)
@@ -95,16 +101,24 @@ class Slots:
         position = torch.arange(width, device=self.device).expand(rows, width)
         assert self._cache is not None
         plan = self._cache.plan
-        plan.first, plan.rows, plan.position = first, len(prompts), None
+        plan.first, plan.rows, plan.slot, plan.position = first, len(prompts), None, None
         return self._forward(ids, position, None, self._tensor(last))[: len(prompts)]
 
-    def _decode(self, token_R: np.ndarray, position_R: np.ndarray, first: int) -> Tensor:
+    def _decode_block(self, token_B: np.ndarray, position_B: np.ndarray, extent: int, slot_B: np.ndarray) -> Tensor:
+        """Decode rows of one extent in a block of fixed size; what is missing is played by the spare slot."""
+        assert self._cache is not None
+        missing = (0, EXACT_DECODE_ROWS - len(slot_B))
+        spare = np.pad(slot_B, missing, constant_values=self._cache.slots - 1)
+        return self._decode(np.pad(token_B, missing), np.pad(position_B, missing), extent, spare)[: len(slot_B)]
+
+    def _decode(self, token_B: np.ndarray, position_B: np.ndarray, extent: int, slot_B: np.ndarray | None) -> Tensor:
         assert self._cache is not None
         plan = self._cache.plan
-        plan.first, plan.rows, plan.position = first, len(token_R), self._tensor(position_R)
-        plan.extent = min(round_up(int(position_R.max()) + 1), self._cache.length)
-        masks = self._masks(plan.position, plan.extent)
-        return self._forward(token_R[:, None], plan.position[:, None], masks, None)
+        plan.first, plan.rows, plan.position = 0, len(token_B), self._tensor(position_B)
+        plan.slot = None if slot_B is None else self._tensor(slot_B)
+        plan.extent = extent
+        masks = self._masks(plan.position, extent)
+        return self._forward(token_B[:, None], plan.position[:, None], masks, None)
 
     def _masks(self, position: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
         """Return the additive masks [R, 1, 1, extent] of all kinds of layers.

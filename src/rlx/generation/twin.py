@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-MASKED_ATTENTION = ("sdpa", "eager")
-"""Implementations of attention that take an additive mask of four dimensions."""
+from rlx.generation import attention
 
 
 class Twin:
     """The model as the generator runs it: in eval mode, while the original may train.
 
     The twin shares the Parameter objects, so weights that were changed in place are there at once, and persistent
-    buffers. Its other buffers are its own: some rotary embeddings write into theirs in the forward pass.
+    buffers. Its other buffers are its own: some rotary embeddings write into theirs in the forward pass. Attention is
+    eager where it is so in the original, else attention.py's: flash attention would take no mask of four dimensions.
     """
 
     def __init__(self, original: nn.Module) -> None:
@@ -37,10 +38,9 @@ def _twin_of(original: nn.Module) -> Any:
     private = {id(buffer) for buffer in _buffers_not_saved(original)}
     shared = [*original.parameters(), *(buffer for buffer in original.buffers() if id(buffer) not in private)]
     twin: Any = copy.deepcopy(original, {id(tensor): tensor for tensor in shared})
-    if twin.config._attn_implementation not in MASKED_ATTENTION:
-        for module in twin.modules():
-            if hasattr(module, "set_attn_implementation"):
-                module.set_attn_implementation("sdpa" if getattr(module, "_supports_sdpa", False) else "eager")
+    for module in twin.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation != "eager":
+            module.config._attn_implementation = attention.NAME if module._supports_sdpa else "eager"
     return twin.eval()
 
 

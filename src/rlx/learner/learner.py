@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,8 @@ class Learner:
             self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
         else:
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
-        self.prepare, self.loss = prepare, loss
+        self.prepare = prepare
+        self._loss = loss
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
@@ -152,11 +153,11 @@ class Learner:
     @torch.no_grad()
     def measure(self, batch: Batch, coefficients: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
         """Return the loss and its stats on rows of tokens, and learn nothing from them."""
-        batch = self._own(batch)
+        batch, policy = self._own(batch), cast(Any, self.policy)
         weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
         sums: dict[str, float] = {}
-        for _, part in microbatches(weighed, self.max_tokens, self.policy.packs(self.device)):
-            total, stats = self.loss(self.policy, part, coefficients)
+        for _, part in microbatches(weighed, self.max_tokens, policy.packs(self.device)):
+            total, stats = self._loss(policy, part, coefficients)
             for name, stat in ({"loss": total} | stats).items():
                 sums[name] = sums.get(name, 0.0) + float(stat)
         return sums

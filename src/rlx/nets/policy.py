@@ -15,6 +15,7 @@ from rlx.nets.distributions import Distribution, distribution_for, mask_head
 from rlx.nets.encoders import build_encoder, orthogonal_linear
 from rlx.nets.observation import ObservationLayout, Space
 from rlx.nets.recurrent import Memory
+from rlx.nets.threads import one_torch_thread
 from rlx.trajectory import Batch
 
 
@@ -156,7 +157,8 @@ def build_policy(
     at most `sequence_length`.
 
     Initialisation as in PPO's reference implementations: orthogonal with gain sqrt(2), 0.01 for the action
-    head (so that the first actions are near uniform), 1 for the value head, zero biases.
+    head (so that the first actions are near uniform), 1 for the value head, zero biases. Equal seeds make equal
+    weights, bit for bit, however many threads this process uses.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = ObservationLayout(observation_space)
@@ -168,7 +170,8 @@ def build_policy(
             return build_encoder(layout, encoder, hidden, activation, generator, precision)
         return build_custom(custom, custom_kwargs or {}, layout, action_space, distribution.head_size)
 
-    with torch.random.fork_rng(devices=[]):  # layers draw their default init from the global generator: leave it alone
+    # Layers draw their default initialisation from the global generator: leave that alone.
+    with torch.random.fork_rng(devices=[]), one_torch_thread():
         torch.manual_seed(seed)  # of what a user brings
         features, size = make_encoder()
         if size is None:

@@ -1,6 +1,8 @@
 """How many CPU threads the arithmetic of this process uses."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from threadpoolctl import ThreadpoolController
@@ -13,6 +15,17 @@ def limit_threads(count: int) -> None:
     """
     torch.set_num_threads(count)
     _blas().limit(limits=count, user_api="blas")
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Have torch use one thread: how many there are decides how its matrix factorisations round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -84,6 +84,11 @@ class Arrivals:
             self._ahead -= self._per_batch
             self._ring()
 
+    @property
+    def ahead(self) -> int:
+        """Fragments being collected, or waiting, of batches that were not learned from yet."""
+        return self._ahead
+
     def take_dropped(self) -> int:
         """Return how many environment steps were dropped from a full queue since the last call."""
         with self._changed:

@@ -12,28 +12,39 @@ from rlx.rollout.vector import Envs
 
 
 class FragmentChecks:
-    """Looks at whole fragments; EnvError says which environment, step and fragment. `number` is the fragment's."""
+    """Looks at whole fragments, and at actions before they are taken.
+
+    EnvError says which environment, step and fragment. `number` is the fragment's.
+    """
 
     def __init__(self, envs: Envs, first_env_index: int) -> None:
         self._envs, self._first = envs, first_env_index
+        self._acts_in_floats = envs.actions.dtype.kind == "f"
 
     def finite(self, fragment: Fragment, number: int) -> None:
         """Raise EnvError if an observation or a reward of the fragment is NaN or infinite."""
         end, floats = len(fragment.reward), self._envs.layout.floats
-        # Field, first step of the array, and which action came before: observation t follows action t - 1.
         fields = (
-            ("reward", fragment.reward, 0, 0),
-            ("observation", floats(fragment.raw), 0, -1),
-            ("observation", floats(self._envs.obs_B)[None], end, -1),
+            ("reward", fragment.reward, 0),
+            ("observation", floats(fragment.raw), 0),
+            ("observation", floats(self._envs.obs_B)[None], end),
         )
-        for name, values, first, shift in fields:
+        for name, values, first in fields:
             if not np.isfinite(values).all():
                 t, index = (int(i) for i in np.argwhere(~np.isfinite(values))[0][:2])
-                actions_T_B = fragment.action[: first + t + shift + 1]
-                self._raise_not_finite(name, values[t, index], first + t, index, actions_T_B, number)
+                self._raise_not_finite(name, values[t, index], first + t, index, number)
         for t, index, obs in fragment.cuts:
             if not np.isfinite(floats(obs)).all():
-                self._raise_not_finite("final observation", floats(obs), t, index, fragment.action[: t + 1], number)
+                self._raise_not_finite("final observation", floats(obs), t, index, number)
+
+    def action(self, action_B: np.ndarray, t: int, number: int) -> None:
+        """Raise EnvError where the policy's floats are not finite: no environment should have to act on them."""
+        if self._acts_in_floats and not np.isfinite(action_B).all():
+            index = int(np.argwhere(~np.isfinite(action_B))[0][0])
+            raise EnvError(
+                f"{self._envs.name}, environment {self._first + index}: the policy's action {action_B[index]} at step "
+                f"{t} of fragment {number} is not finite, so the policy has diverged; lower training.lr."
+            )
 
     def legal(self, fragment: Fragment, mask_T_B: np.ndarray, number: int) -> None:
         """Raise EnvError where an observation that was acted on leaves nothing legal to do."""
@@ -46,15 +57,8 @@ class FragmentChecks:
                 f"of fragment {number} leaves no legal action; end the episode there, or allow one."
             )
 
-    def _raise_not_finite(
-        self, name: str, value: Any, t: int, index: int, actions_T_B: np.ndarray, number: int
-    ) -> NoReturn:
-        blame = "clip or repair it in the environment or a wrapper."
-        if len(actions_T_B) and not np.isfinite(actions_T_B[-1, index]).all():
-            blame = (
-                f"the action before it was {actions_T_B[-1, index]}: the policy has diverged; lower the learning rate."
-            )
+    def _raise_not_finite(self, name: str, value: Any, t: int, index: int, number: int) -> NoReturn:
         raise EnvError(
             f"{self._envs.name}, environment {self._first + index}: {name} {value} at step {t} of fragment {number}; "
-            f"it must be finite: {blame}"
+            "it must be finite: clip or repair it in the environment or a wrapper."
         )

@@ -287,6 +287,7 @@ class EnvRunner:
             obs_B = raw_T_B[t] if normalizer is None else normalizer(raw_T_B[t], out=fragment.obs[t])
             acting_started = clock()
             action_B = acting.act(t, obs_B)
+            self._checks.action(action_B, t, self._fragment - 1)
             stepping_started = clock()
             action_T_B[t] = action_B
             try:

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 5.0
+ABANDON_TIMEOUT_S = 1.0
+"""The same where not all environments were made: Ctrl-C should not wait for those that are slow to make."""
 RENEWAL_CALLS = 3
 """close, __init__ and reset: what a worker may spend on one environment that fails, beside the steps of all."""
 LISTS = ("episode", "rebuilds", "length", "changes")
@@ -110,7 +112,7 @@ class ProcessEnvs:
             for worker in self._workers:
                 self._attach(worker)
         except BaseException:
-            self.close()
+            self.close(ABANDON_TIMEOUT_S)
             raise
         self.obs_B = self._memory.obs
         self.lives_B: np.ndarray | None = self._memory.lives if counts_lives else None
@@ -197,11 +199,11 @@ class ProcessEnvs:
             ]
         )
 
-    def close(self) -> None:
-        """Close the environments and end the processes."""
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Close the environments and end the processes, after timeout_s also of those that do not answer."""
         if self._fd < 0:
             return
-        outcomes = self._runtime.group(self._workers).close.call().result(CLOSE_TIMEOUT_S)
+        outcomes = self._runtime.group(self._workers).close.call().result(timeout_s)
         for worker, outcome in zip(self._workers, outcomes, strict=True):
             if isinstance(outcome, actors.Err) and not isinstance(outcome.error, ActorError):
                 log.warning("%s could not close its environments: %r", self.name, outcome.error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -10,7 +11,6 @@ from typing import Any
 
 from rlx.actors import ActorHandle, Err, Future, Ok, Restart, Runtime
 from rlx.errors import ActorDied, ActorError, CallTimeout
-from rlx.nets.observation import Space
 from rlx.rollout.first_ready import make_runner
 from rlx.rollout.normalizers import State
 
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 BUSY_CLOSE_TIMEOUT_S = 0.5
 IDLE_S = 60.0  # waiting for nothing but a bell
+STRAGGLER_S = 1.0
 STALLS_PER_TIMEOUT = 4
 """A call is looked at as a possible stall after the timeout divided by this."""
 
@@ -111,7 +112,7 @@ class RunnerActors:
         self._asked.append([])
         self.calls.append(0)
 
-    def start(self) -> tuple[Space, Space]:
+    def start(self) -> Any:
         """Return what every runner has to say once it is up: the environment's spaces."""
         return self.gather([self.ask(index, "spaces", tuple, self._start_timeout_s) for index in range(len(self))])[0]
 
@@ -123,16 +124,38 @@ class RunnerActors:
         """Ask one runner for a fragment."""
         return self.ask(runner, "sample", lambda: (num_steps, self._count_call(runner)))
 
-    def get_state(self) -> list[State]:
-        """Return each runner's state, as it is after all that it was asked for before."""
-        return self.gather(
-            [self.ask(index, "get_state", lambda index=index: (self._count_call(index),)) for index in range(len(self))]
-        )
+    def get_state(self, *, of_all: bool = True) -> list[State | None]:
+        """Return each runner's state, as it is after all that it was asked for before.
 
-    def set_state(self, states: Sequence[State], calls: Sequence[int]) -> None:
-        """Give each runner its state."""
+        of_all: False waits for the first one, and for the others as long again and a second; who is late has None.
+        """
+        calls = [
+            self.ask(index, "get_state", lambda index=index: (self._count_call(index),)) for index in range(len(self))
+        ]
+        if of_all:
+            return self.gather(calls)
+        try:
+            started = monotonic()
+            while all(call.outcome is None for call in calls):
+                self._wait(calls, 1)
+            ends = monotonic() + (monotonic() - started) + STRAGGLER_S
+            while (late := [call for call in calls if call.outcome is None]) and monotonic() < ends:
+                self._wait(late, len(late), at_most_s=ends - monotonic())
+        finally:
+            self.forget(calls)
+        self.gather([call for call in calls if call.outcome is not None])
+        return [None if call.outcome is None else call.value for call in calls]
+
+    def set_state(self, states: Sequence[State | None], calls: Sequence[int]) -> None:
+        """Give each runner its state; one without goes on as it is."""
         self.calls = list(calls)
-        self.gather([self.ask(index, "set_state", lambda state=state: (state,)) for index, state in enumerate(states)])
+        self.gather(
+            [
+                self.ask(index, "set_state", lambda state=state: (state,))
+                for index, state in enumerate(states)
+                if state is not None
+            ]
+        )
 
     def ask(
         self, runner: int, method: str, make_arguments: Callable[[], tuple[Any, ...]], timeout_s: float | None = None
@@ -211,9 +234,9 @@ class RunnerActors:
         self._newest[call.runner] = call.future
         before.append(call)
 
-    def _wait(self, calls: Sequence[Call], count: int, *bell: Future[Any]) -> None:
+    def _wait(self, calls: Sequence[Call], count: int, *bell: Future[Any], at_most_s: float = math.inf) -> None:
         """Wait until `count` calls are answered, or one is late; note the answers, and ask again who is lost."""
-        patience_s = min([call.deadline - monotonic() for call in calls], default=IDLE_S)
+        patience_s = min(at_most_s, *(call.deadline - monotonic() for call in calls), IDLE_S)
         self._runtime.wait([*(call.future for call in calls), *bell], count, max(0.0, patience_s))
         for call in calls:
             if call.future.done():

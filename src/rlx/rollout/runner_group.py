@@ -142,6 +142,11 @@ class RunnerGroup:
         if self._arrivals is not None:
             self._arrivals.used()
 
+    @property
+    def ahead(self) -> int:
+        """Fragments being collected, or waiting, that `arrive` has not returned and `used` not freed; 0 without it."""
+        return 0 if self._arrivals is None else self._arrivals.ahead
+
     def _join(self, samples: Sequence[Sample], trajectory: Trajectory, wall_s: float) -> Sample:
         for sample in samples:
             self._normalizer.merge(sample.obs_moments, sample.return_moments)
@@ -180,14 +185,18 @@ class RunnerGroup:
         return self._normalizer.get_state()
 
     def get_state(self) -> State:
-        """Return the state of every runner and of the normaliser, as plain values and arrays."""
+        """Return the state of every runner and of the normaliser, as plain values and arrays.
+
+        After `arrive` it is None of a runner that is far behind the others; resumed, that one begins new episodes.
+        """
         if self._local is not None:
             runners, calls = [self._local.get_state()], []
         else:
             if self._arrivals is not None:
                 self._arrivals.pause()
             self._finish()
-            runners = self._remote.get_state()
+            # Free-running ones do not wait for each other, here neither: a resumed run is not exact in any case.
+            runners = self._remote.get_state(of_all=self._arrivals is None)
             calls = list(self._remote.calls)
         return {
             "runners": runners,

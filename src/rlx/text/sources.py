@@ -194,7 +194,7 @@ def _kind(value: Any) -> str:
     """Return a value and its type, shortened: [1, 2] (list)."""
     if value is None:
         return "null"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     shown = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
     return f"{shown} ({type(value).__name__})"
 

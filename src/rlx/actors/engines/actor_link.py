@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import select
 import socket
 import threading
 import time
@@ -27,6 +28,8 @@ class ActorLink:
         self._open: set[int] = set()  # calls that have come in and are not answered
         self._credits: dict[int, int] = {}
         self._looked_at = 0.0
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self._reading, self._sending = threading.Lock(), threading.Lock()
         self.news = threading.Condition()  # of cancellations and credits, for other threads than the reading one
 
@@ -49,7 +52,8 @@ class ActorLink:
         self._looked_at = time.monotonic()
         if self._reading.acquire(blocking=False):
             try:
-                self._take_in(socket.MSG_DONTWAIT)
+                if self._poll.poll(0):
+                    self._take_in(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
             finally:
@@ -73,8 +77,9 @@ class ActorLink:
     def send(self, kind: int, call_id: int = 0, text: str = "", message: pickling.Message = pickling.EMPTY) -> None:
         """Write a frame; waits for the driver, which always reads."""
         message, places = self.memory.lend(message)
+        parts = wire.encode(kind, call_id, text, message, places)
         with self._sending:
-            self._outbox.add(wire.encode(kind, call_id, text, message, places))
+            self._outbox.add(parts)
             self._outbox.flush()
 
     def send_error(self, kind: int, call_id: int, error: BaseException, where: str) -> None:

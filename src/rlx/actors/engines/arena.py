@@ -21,9 +21,9 @@ import numpy as np
 from rlx.actors.engines.copying import Copier
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.shared_memory import PAGE_BYTES, SharedMemory, Span, address_of, cut, populate, release
+from rlx.actors.ref import ALIGN_BYTES
 from rlx.errors import ActorError, ObjectMemoryFull
 
-ALIGN_BYTES = 64  # of every span: a cache line, and the widest vector registers
 RETAIN_BYTES = 256 << 20
 ROOM = 2  # virtual bytes per byte of the limit: blocks of unlike sizes leave gaps, which cost nothing
 
@@ -49,9 +49,9 @@ class Block:
         # Anywhere, perhaps inside the arena's lock: an append needs none.
         self._arena._dead.append((self.offset, self.capacity, self.populated, self.viewed))
 
-    def views(self) -> list[memoryview]:
-        """Return what was placed, read-only, for the owner itself; the block lives while any view does."""
-        return self._arena._views(self)
+    def view(self) -> memoryview:
+        """Return all that was placed, read-only, for the owner itself; the block lives while the view does."""
+        return self._arena._view(self)
 
 
 class Holder(Protocol):
@@ -169,7 +169,7 @@ class Arena:
     def find(self, buffer: Buffer) -> tuple[Block, Span] | None:
         """Return the block that `buffer` already lies in, and where: it can be lent without another copy.
 
-        None for memory outside the arena. Buffers inside come from `Block.views`.
+        None for memory outside the arena. Buffers inside come from `Block.view`.
         """
         if not self._viewed:
             return None
@@ -296,7 +296,7 @@ class Arena:
             offset, size = before[0], before[1] + size
         self._cold.insert(index, (offset, size))
 
-    def _views(self, block: Block) -> list[memoryview]:
+    def _view(self, block: Block) -> memoryview:
         with self.lock:
             if not block.viewed:
                 block.viewed = True
@@ -305,7 +305,8 @@ class Arena:
         base = self.data.view(_OwnLease)
         base.flags.writeable = False
         base.block = block
-        return cut(base, block.spans)
+        start, size = block.spans[-1]
+        return cut(base, [(block.offset, start + size - block.offset)])[0]
 
 
 class _OwnLease(np.ndarray):

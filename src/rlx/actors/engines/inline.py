@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from rlx.actors.channel import InlineChannel
-from rlx.actors.context import Context, current_call
+from rlx.actors.context import current_call
 from rlx.actors.engines import pickling
 from rlx.actors.future import Err, Future, Ok, Outcome
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Slot
@@ -45,7 +45,7 @@ class InlineEngine:
     def put(self, value: Any) -> Ref:
         """Keep a copy, as a process of its own would have it."""
         body, buffers = pickling.dumps(value, "the value")
-        return Ref(bytes(body), [bytes(buffer) for buffer in buffers])
+        return Ref.to_copy_of([body, *buffers])
 
     def channel(self, name: str) -> InlineChannel:
         """Return the channel of that name."""
@@ -209,7 +209,7 @@ class InlineActor:
     ) -> Outcome[Any]:
         where = f"{self._spec.name}.{method}()"
         before, self._running = self._running, method
-        token = current_call.set(Context(self._spec.name, lambda: False))  # nobody can take back what has begun
+        token = current_call.set((self._spec.name, lambda _: False, 0))  # nobody can take back what has begun
         try:
             args, kwargs = _received(message) if self._strict and is_message else message
             with _environment(self._spec.env):

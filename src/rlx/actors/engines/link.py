@@ -21,7 +21,7 @@ from rlx.actors.engines.wire import Frame, FrameReader, Outbox
 from rlx.actors.future import Future, nothing, wait
 from rlx.errors import ActorError
 
-CORK_BYTES = 32 * 1024  # of frames that wait for company
+CORK_BYTES = 8 * 1024  # of frames that wait for company; more, and the actor has nothing to do meanwhile
 BACKLOG_BYTES = 64 * 2**20  # of frames that the socket has not taken, above which writers wait
 LONGEST_POLL_S = 3600.0  # more milliseconds than fit an int are refused
 
@@ -72,13 +72,20 @@ class Link:
                     self._room = Future("link", "room")
                 self._arm()  # again, for an interrupt may have cut it short
                 return
-            size = sum(map(len, parts))
-            if not urgent and self._watched and self._corked + size < CORK_BYTES:
-                self._corked += size
-                self._outbox.add([bytes(part) for part in parts])
-                self._reactor.soon(self._uncork)
-                return
+            if not urgent and self._watched:
+                size = sum(map(len, parts))
+                if self._corked + size < CORK_BYTES:
+                    if self._corked == 0:  # first: an interrupt behind this line costs a look for nothing
+                        self._reactor.soon(self._uncork)
+                    self._corked += size
+                    self._outbox.add([bytes(part) for part in parts])
+                    return
             self._flush(parts)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether writers are to wait: the actor has left much unread."""
+        return self._room is not None
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until the backlog is small; False after timeout_s."""

@@ -141,7 +141,10 @@ class LocalEngine:
         return actor
 
     def close(self, timeout_s: float) -> None:
-        """End the idle actors, then the forkserver, which kills the rest; give up after timeout_s."""
+        """End the idle actors, then the forkserver, which kills the rest; give up after timeout_s.
+
+        Every step may be taken again: an interrupt may have cut an earlier call short.
+        """
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self.closing = True
@@ -149,9 +152,10 @@ class LocalEngine:
         idle = [actor for actor in actors if actor.stop()]
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
         wait([actor.gone for actor in idle], len(idle), grace - time.monotonic())
-        if self._lost is None:
-            self._order(1.0, (), do="close")
-        self._control.shutdown(socket.SHUT_WR)
+        if self._control.fileno() >= 0:
+            if self._lost is None:
+                self._order(1.0, (), do="close")
+            self._control.shutdown(socket.SHUT_WR)
         try:
             self._server.wait(max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

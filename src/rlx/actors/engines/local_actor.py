@@ -26,6 +26,7 @@ from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, CallTime
 if TYPE_CHECKING:
     from rlx.actors.engines.local import LocalEngine
 
+_ANSWERS = {wire.REPLY, wire.ERROR, wire.CANCELLED, wire.ITEM}
 EXIT_NEWS_S = 1.0  # from the end of the link to the forkserver's word on how the process ended
 
 
@@ -43,6 +44,7 @@ class LocalActor:
         self._place: Future[None] | None = None  # settled by the next answer: somebody waits for it, to call on
         self._pending: dict[int, Future[Any] | _OpenStream] = {}  # by call id, oldest first
         self._calls = 0
+        self._check_owner = engine.memory.arena.check_owner
         self._killed: str | None = None  # how the error of a wanted death describes it
         self._end: Callable[[], Err] | None = None  # what every call gets from that moment on
         self._init_failed = False
@@ -67,7 +69,7 @@ class LocalActor:
 
     def start(self, settings: str, parcel: Parcel, patience_s: float) -> list[int]:
         """Put the first frame into the link; return the descriptors that the new process needs."""
-        self._engine.reactor.set_deadline(self, patience_s, self._on_no_start)
+        self._engine.reactor.set_deadline(self.ready, patience_s, self._on_no_start)
         self._link.open()
         self.ready.lead = self._link.lead
         self.slot.sent()  # for __init__
@@ -107,9 +109,10 @@ class LocalActor:
         self, kind: int, method: str, text: str, message: Parcel, answer: Future[Any] | Stream[Any] | None
     ) -> Callable[[], Err] | None:
         """Number the call, note who waits for its answer, and write it; return the actor's end if it has ended."""
-        self._engine.memory.arena.check_owner()
-        self._wait_for_room()
-        places = self._memory.lend(message)
+        self._check_owner()
+        if len(self._pending) >= self._max_pending or self._link.is_full:
+            self._wait_for_room()
+        places = self._memory.lend(message) if message.message[1] else None
         with self._lock:
             if self._end is not None:
                 return self._end  # what was lent goes with the link
@@ -163,7 +166,7 @@ class LocalActor:
         """The process exists."""
         self.pid = pid
         self.slot.update(pid=pid)
-        self._engine.reactor.clear_deadline(self)
+        self._engine.reactor.clear_deadline(self.ready)  # not that of a link lost before this news has come
 
     def look_for_stall(self, now: float) -> None:
         """Tell the listener if one call has run for long; it is told once."""
@@ -187,7 +190,8 @@ class LocalActor:
             self._how = self._killed
         elif self._engine.closing:
             self._how = "was closed with its runtime"
-        self._engine.reactor.clear_deadline(self)
+        for key in (self, self.ready):
+            self._engine.reactor.clear_deadline(key)
         self._link.finish(self._bury)
 
     def _bury(self) -> None:
@@ -255,7 +259,7 @@ class LocalActor:
         self._tell(wire.CREDIT, call_id, str(count))
 
     def _tell(self, kind: int, call_id: int, text: str) -> None:
-        self._engine.memory.arena.check_owner()
+        self._check_owner()
         with self._lock:
             if self._end is None:
                 self._link.write(wire.encode(kind, call_id, text))
@@ -273,42 +277,52 @@ class LocalActor:
             self._engine.reactor.set_deadline(self, EXIT_NEWS_S, give_up)
 
     def _take(self, frame: Frame) -> None:
-        kind, call_id, text = frame.kind, frame.call_id, frame.text
+        kind, call_id = frame.kind, frame.call_id
         self._progress = time.monotonic()
-        if not wire.READY <= kind <= wire.ITEM:
-            raise ActorError(f"a frame has the kind {kind}, which no actor sends; close the link.")
+        message = frame.open(self._memory.borrow)
+        waiting = self._pending.get(call_id) if kind in _ANSWERS else None
+        if waiting is None:
+            if kind not in _ANSWERS:
+                self._take_news(kind, frame.text, message)
+            return  # else it is nobody's any more
+        if kind == wire.REPLY:
+            waiting.settle(partial(self._value, message, waiting.method))
+        elif kind == wire.ERROR:
+            waiting.settle(partial(pickling.load_error, frame.text, message))
+        elif kind == wire.CANCELLED:
+            cancelled = f"{self._name}.{waiting.method}() was cancelled {frame.text}."
+            waiting.settle(lambda: Err(CallCancelled(cancelled)))
+        else:
+            self._take_item(waiting, frame.text, message)
+            return
+        with self._lock:  # `state` may be looking
+            self._give_place()
+            self._pending.pop(call_id, None)
+
+    def _take_news(self, kind: int, text: str, message: pickling.Message) -> None:
+        """Take a frame that answers no call."""
         if kind == wire.READY:
             self.ready.settle(nothing)
-            return
-        message = frame.open(self._memory.borrow)
-        if kind == wire.INIT_FAILED:
+        elif kind == wire.INIT_FAILED:
             self._init_failed = True
             with self._lock:
                 self._fail_all(partial(pickling.load_error, text, message))
         elif kind == wire.SEND_FAILED:
             self._listener.failed(partial(pickling.load_error, text, message))
-        elif waiting := self._pending.get(call_id):
-            if kind == wire.ITEM:
-                if not (isinstance(waiting, _OpenStream) and text.isdecimal()):
-                    raise ActorError(f"a frame is item {text[:20]!r} of {waiting.method}(), no stream; close the link.")
-                waiting.feed(int(text), partial(self._value, message, waiting.method))
-                return
-            waiting.settle(self._answer(kind, text, message, waiting.method))
-            with self._lock:  # `state` may be looking
-                self._give_place()
-                self._pending.pop(call_id, None)
+        else:
+            raise ActorError(f"a frame has the kind {kind}, which no actor sends; close the link.")
 
-    def _answer(self, kind: int, text: str, message: pickling.Message, method: str) -> Answer:
-        if kind == wire.REPLY:
-            return partial(self._value, message, method)
-        if kind == wire.ERROR:
-            return partial(pickling.load_error, text, message)
-        return lambda: Err(CallCancelled(f"{self._name}.{method}() was cancelled {text}."))
+    def _take_item(self, stream: Future[Any] | _OpenStream, text: str, message: pickling.Message) -> None:
+        if not (isinstance(stream, _OpenStream) and text.isdecimal()):
+            raise ActorError(f"a frame is item {text[:20]!r} of {stream.method}(), no stream; close the link.")
+        stream.feed(int(text), partial(self._value, message, stream.method))
 
     def _value(self, message: pickling.Message, method: str) -> Outcome[Any]:
-        if not message[0]:
-            return Ok(None)
-        return pickling.load_outcome(message, f"the result of {self._name}.{method}()")
+        try:
+            return Ok(pickling.loads(message) if message[0] else None)
+        except Exception as error:
+            error.add_note(f"while unpickling the result of {self._name}.{method}()")
+            return Err(error)
 
     def _fail_all(self, end: Callable[[], Err]) -> None:
         """From now on every call gets `end`, unless an earlier end holds already. Holds the lock."""

@@ -90,9 +90,10 @@ class DriverMemory:
     def put(self, message: Message) -> Ref:
         """Place the message in the arena if it is large; return what stands for it."""
         parts = [message[0], *message[1]]
-        is_large = sum(map(len, parts)) >= SHARED_BYTES
-        body, *buffers = self.arena.place(parts).views() if is_large else map(bytes, parts)
-        return Ref(body, buffers)
+        if sum(map(len, parts)) < SHARED_BYTES:
+            return Ref.to_copy_of(parts)
+        block = self.arena.place(parts)
+        return Ref(block.view(), [(start - block.offset, size) for start, size in block.spans])
 
     def close(self) -> None:
         """Close the descriptors; views that are still held stay valid."""

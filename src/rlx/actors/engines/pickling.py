@@ -20,7 +20,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from rlx.actors.future import Err, Ok, Outcome
+from rlx.actors.future import Err
 from rlx.errors import NotSupported, RemoteError
 
 Buffer = bytes | bytearray | memoryview
@@ -30,11 +30,14 @@ EMPTY: Message = (b"", ())
 OUT_OF_BAND_BYTES = 16 * 1024  # below, one more copy is cheaper than one more part; it may be written to
 met_channels: ContextVar[dict[str, Any]] = ContextVar("rlx_met_channels")
 """By name: the channels among what is being pickled, where it can take them along."""
+PLAIN = {type(None), bool, int, float, str, bytes}  # exactly these: neither buffers nor classes are in them
 MAX_TEXT = 20_000  # characters of a traceback that travel
 
 
 def dumps(value: Any, what: str) -> Message:
     """Return `value` as a message; TypeError naming the part of `what` that cannot be pickled."""
+    if type(value) in PLAIN:
+        return pickle.dumps(value, 5), ()
     try:
         return _dumps(value)
     except NotSupported:
@@ -83,15 +86,6 @@ def load_error(text: str, message: Message) -> Err:
         return Err(RemoteError(text))
     error.add_note(text)
     return Err(error)
-
-
-def load_outcome(message: Message, what: str) -> Outcome[Any]:
-    """Return Ok(the object of the message), or Err if it cannot be unpickled here."""
-    try:
-        return Ok(loads(message))
-    except Exception as error:
-        error.add_note(f"while unpickling {what}")
-        return Err(error)
 
 
 def _dumps(value: Any) -> Message:

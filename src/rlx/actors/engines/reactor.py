@@ -73,15 +73,18 @@ class Reactor:
         self._deadlines.pop(key, None)
 
     def close(self, timeout_s: float) -> None:
-        """End the thread and free its descriptors."""
+        """End the thread and free its descriptors; closing twice is fine."""
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake, 1)
+            self._thread.join(timeout_s)
         if self._thread.is_alive():
             logger.error("the reader thread of the actor runtime did not end within %g s", timeout_s)
             return
         self._epoll.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
 
     def _run(self) -> None:
         while not self._stopping:

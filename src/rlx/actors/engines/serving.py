@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NoReturn
 
-from rlx.actors.context import Context, current_call
+from rlx.actors.context import current_call
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.actor_link import ActorLink
 from rlx.actors.engines.wire import Frame
@@ -43,7 +43,7 @@ class Server:
         call_id, method = frame.call_id, frame.text
         running = self.sheet.begin(method)
         failed = True
-        current_call.set(Context(self.name, partial(self._is_cancelled, call_id)))
+        current_call.set((self.name, self._is_cancelled, call_id))
         try:
             result = self.begin(frame)
             if frame.kind == wire.STREAM:
@@ -218,7 +218,7 @@ class TaskServer(Server):
     async def _run(self, frame: Frame) -> None:
         call_id, method = frame.call_id, frame.text
         running = self.sheet.begin(method)
-        current_call.set(Context(self.name, lambda: self.link.is_cancelled(call_id)))
+        current_call.set((self.name, self.link.is_cancelled, call_id))
         failed = True
         try:
             try:
