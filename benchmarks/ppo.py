@@ -22,7 +22,7 @@ def main() -> None:
     options = _parse()
     for work in options.work:
         job = WORK[work] | {"work": work} | ({"iterations": options.iterations} if options.iterations else {})
-        systems = [name for name in options.systems if name in RUNS_ONLY.get(work, SYSTEMS)]
+        systems = [name for name in options.systems or RUNS_ONLY[work] if name in RUNS_ONLY[work]]
         if not systems:
             raise SystemExit(f"{work} is run with {', '.join(RUNS_ONLY[work])} only; add one of them to --systems.")
         record = recorded(work, {"job": job, "machine": machine(), "rounds": []}, systems, options)
@@ -63,7 +63,7 @@ def page(record: dict[str, Any]) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", nargs="+", choices=WORK, default=[*WORK], help="default: all")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[*SYSTEMS], help="the first one is the base")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="the first one is the base; default: the work's")
     parser.add_argument("--iterations", type=int, help="measured iterations in a run (default: the workload's)")
     add_options(parser, rounds=5)
     return parser.parse_args()
