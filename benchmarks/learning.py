@@ -49,7 +49,7 @@ def main() -> None:
         results = [measure(config, seed, options.runs) for seed in options.seeds]
         rows.append(table_row(config, results))
         print(*rows[-1], sep="  ", flush=True)
-    write_table(f"{markdown_table(HEADER, rows)}\n\n{conditions(results[-1].folder)}", options.out)
+        write_table(rows, conditions(results[-1].folder), options.out)
     print(f"table: {options.out}")
 
 
@@ -97,12 +97,16 @@ def conditions(folder: Path) -> str:
     )
 
 
-def write_table(table: str, file: Path) -> None:
-    """Write the table as `file`, or between the two marks of a file that has them."""
+def write_table(rows: list[list[str]], facts: str, file: Path) -> None:
+    """Write the table as `file`, or between the two marks of a file that has them; there, other configs' rows stay."""
     text = file.read_text() if file.exists() else ""
-    if BEGIN in text and END in text:
-        table = text.partition(BEGIN)[0] + f"{BEGIN}\n{table}\n{END}" + text.partition(END)[2]
-    file.write_text(table.rstrip("\n") + "\n")
+    before, begin, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    in_place = bool(begin and end)
+    cells = [line.strip("| ").split(" | ") for line in old.splitlines() if line.startswith("| `")] if in_place else []
+    merged = {row[0].strip("`"): row for row in [*cells, *rows]}
+    table = f"{markdown_table(HEADER, [merged[name] for name in sorted(merged)])}\n\n{facts}"
+    file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}" if in_place else f"{table}\n")
 
 
 def _parse() -> argparse.Namespace:
