@@ -26,7 +26,7 @@ from rlx.nets.language_model import export_language_model
 from rlx.rollout.token_runners import TokenRunners
 from rlx.samples import sample_record
 from rlx.text.order import order
-from rlx.text.prompts import load_prompts
+from rlx.text.prompts import Prompt, load_prompts
 from rlx.text_building import (
     EXPORT,
     build_learners,
@@ -36,6 +36,8 @@ from rlx.text_building import (
     build_runners,
     build_scorer,
     build_tokenizer,
+    context_length,
+    plan_updates,
 )
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
@@ -208,15 +210,38 @@ class TextAlgorithm(Trainable):
         self._batch: Batch | None = None
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
+        self._prompts: Sequence[Prompt] = ()
+        p = s.prompts
         if self._is_supervised:
             self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
+        else:
+            context, limit = context_length(s.model), p.max_prompt_tokens
+            if context is not None:
+                room = max(1, context - s.generation.max_new_tokens)
+                limit = room if limit is None else min(limit, room)
+            self._prompts = load_prompts(p.source, self.tokenizer, limit, p.when_too_long, p.kwargs)
         self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
+        make_policy = self.policy_builder(vocabulary)
+        if s.learners.num_learners:  # before any process starts
+            self._announce_plan(make_policy())
         weigh = functools.partial(self.weigh, training=s.training, max_new_tokens=s.generation.max_new_tokens)
-        self.learners = build_learners(s, self.policy_builder(vocabulary), self.loss, weigh, self._runtime)
+        self.learners = build_learners(s, make_policy, self.loss, weigh, self._runtime)
+        if self.learners.local_policy is not None:
+            self._announce_plan(self.learners.local_policy)
         if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
             scorer = build_scorer(s, self.tokenizer, self._runtime)
             self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
-            self.rollouts = build_rollouts(s, self.tokenizer, self.runners, scorer)
+            self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
+
+    def _announce_plan(self, policy: Any) -> None:
+        """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
+        s = self.settings
+        if self._is_supervised:
+            sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
+        else:
+            sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
+            longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
+        log.info("%s", plan_updates(s, policy, sequences, longest))
 
     @property
     def _is_supervised(self) -> bool:

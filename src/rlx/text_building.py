@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rlx.actors.machine import cpu_count
+from rlx.actors.machine import cpu_count, memory_bytes
 from rlx.building import GetRuntime, restart_rule
 from rlx.errors import ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup
+from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
 from rlx.nets.language_model import load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
-from rlx.text.prompts import load_prompts
+from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
 from rlx.text.tokenizers import load_tokenizer, stop_ids
 from rlx.text_rollouts import FunctionScorer, Rollouts, Scorer, SumScorer
@@ -56,6 +58,21 @@ def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | Non
         return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
     config = {"vocab_size": vocabulary, **m.config}
     return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
+
+
+def context_length(m: TextModelSection) -> int | None:
+    """Return how many tokens a sequence of this model may have; None where its configuration does not say."""
+    from transformers import AutoConfig
+
+    try:
+        if m.path is not None:
+            config = AutoConfig.from_pretrained(model_path(m.path))
+        else:
+            rest = {name: value for name, value in m.config.items() if name != "model_type"}
+            config = AutoConfig.for_model(m.config.get("model_type"), **rest)
+    except (OSError, ValueError, TypeError):  # loading the model says what is wrong with it
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def build_policy(
@@ -134,12 +151,11 @@ def build_runners(
     )
 
 
-def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, scorer: Scorer) -> Rollouts:
-    """Return what asks the prompts of the settings; none where they have no source, as in supervised training."""
-    g, p = s.generation, s.prompts
-    prompts = []
-    if p.source is not None:
-        prompts = load_prompts(p.source, tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs)
+def build_rollouts(
+    s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, runners: TokenRunners, scorer: Scorer
+) -> Rollouts:
+    """Return what has these prompts completed and scored; none in supervised training, which evaluates others."""
+    g = s.generation
     return Rollouts(
         prompts,
         runners,
@@ -149,7 +165,7 @@ def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, score
         max_new_tokens=g.max_new_tokens,
         sampling=Sampling(g.temperature, g.top_k, g.top_p, g.min_p),
         truncated_score=s.reward.truncated_score,
-        shuffle=p.shuffle,
+        shuffle=s.prompts.shuffle,
         seed=s.runtime.seed,
     )
 
@@ -181,6 +197,30 @@ def build_scorer(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Scorer
 
         parts.append(RewardModels(r.model, tokenizer, s, runtime))
     return parts[0] if len(parts) == 1 else SumScorer(parts)
+
+
+def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: int) -> str:
+    """Return how updates are cut and what memory they need, in words; ConfigError where a device has too little.
+
+    sequences: rows of an iteration; longest: tokens of the longest there can be.
+    """
+    on_cuda = next(policy.parameters()).is_cuda
+    devices = torch.cuda.device_count() if on_cuda else 1
+    free = torch.cuda.mem_get_info()[0] if on_cuda else memory_bytes()
+    update = UpdateSize(
+        sequences=sequences,
+        longest=longest,
+        minibatch_sequences=min(s.training.minibatch_sequences or sequences, sequences),
+        max_tokens_per_microbatch=s.learners.max_tokens_per_microbatch,
+        activation_checkpointing=s.learners.activation_checkpointing,
+    )
+    return memory_plan(
+        NetSize.of(policy),
+        update,
+        available=free if s.learners.max_memory_gb is None else s.learners.max_memory_gb * 1e9,
+        num_learners=max(1, s.learners.num_learners),
+        num_devices=devices,
+    ).text
 
 
 def model_summary(s: TextSettings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import socket
@@ -9,7 +10,7 @@ import textwrap
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) 
         key = (tensor.data_ptr(), tensor.shape)  # tied weights stay tied
         copies.setdefault(key, tensor.detach().cpu().clone())
         state[name] = copies[key]
-    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    with _without_bars():
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
