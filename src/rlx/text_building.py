@@ -66,7 +66,7 @@ def context_length(m: TextModelSection) -> int | None:
 
     try:
         if m.path is not None:
-            config = AutoConfig.from_pretrained(model_path(m.path))
+            config = AutoConfig.from_pretrained(model_path(m.path), local_files_only=True)
         else:
             rest = {name: value for name, value in m.config.items() if name != "model_type"}
             config = AutoConfig.for_model(m.config.get("model_type"), **rest)

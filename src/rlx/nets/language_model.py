@@ -101,7 +101,8 @@ def _from_path(path: str, options: dict[str, Any]) -> Any:
     else:
         _check_hub(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
+        with _without_bars():
+            return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
 
@@ -169,6 +170,21 @@ def _with_adapter(model: Any, lora: Mapping[str, Any]) -> Any:
             return get_peft_model(model, LoraConfig(**(defaults | dict(lora))))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"no adapter can be made from the lora settings {dict(lora)}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off a terminal that shows a run."""
+    from transformers.utils import logging as of_transformers
+
+    if not of_transformers.is_progress_bar_enabled():
+        yield
+        return
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        of_transformers.enable_progress_bar()
 
 
 def _reason(error: Exception) -> str:
