@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from rlx.actors.machine import cpu_count
 from rlx.building import GetRuntime, restart_rule
-from rlx.errors import ConfigError
+from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup
-from rlx.nets.language_model import load_language_model
+from rlx.nets.language_model import language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.prompts import load_prompts
 from rlx.text.rewards import RewardFunction
-from rlx.text.tokenizers import load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_rollouts import FunctionScorer, Rollouts, Scorer, SumScorer
 from rlx.text_settings import TextModelSection, TextSettings
 
@@ -40,6 +40,31 @@ def model_path(path: str) -> str:
 def build_tokenizer(m: TextModelSection) -> Any:
     """Return the tokenizer that a model is used with."""
     return load_tokenizer(m.tokenizer if m.tokenizer is not None else model_path(m.path or ""))
+
+
+def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
+    """Return the settings with the lengths that the model's context allows, where they leave them open.
+
+    Raises ConfigError where the tokenizer does not fit the model, or a length its context.
+    """
+    m = s.model
+    path = None if m.path is None else model_path(m.path)
+    config = language_model_config(path=path, config={"vocab_size": len(tokenizer), **m.config})
+    check_vocabulary(tokenizer, config.vocab_size)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return s
+    sections = {}
+    for section, name, most in (("data", "max_tokens", context), ("prompts", "max_prompt_tokens", context - 1)):
+        values = getattr(s, section)
+        wanted = getattr(values, name)
+        if wanted is not None and wanted > most:
+            raise ConfigError(
+                f"{section}.{name}={wanted} is more than the model's context of {context} tokens allows; set it to "
+                f"{most} or less, or to null for as many as there can be."
+            )
+        sections[section] = values.model_copy(update={name: most if wanted is None else wanted})
+    return s.model_copy(update=sections)
 
 
 def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
@@ -84,6 +109,24 @@ def build_policy(
         layout=layout,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def load_trained(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
+    """Set the learned parameters of a model to those saved in the run or checkpoint `source`, by their names.
+
+    CheckpointError where they are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    learned = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    wrong = sorted(learned ^ saved.keys()) or [
+        name for name, tensor in saved.items() if tensor.shape != parameters[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds a model of another architecture than its config describes, as {wrong[0]} shows; the model "
+            "that it was trained from has changed since."
+        )
+    model.load_state_dict(dict(saved), strict=False)
 
 
 def build_learners(
