@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from rlx.actors.machine import cpu_count, memory_bytes
 from rlx.building import GetRuntime, restart_rule
-from rlx.errors import ConfigError
+from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup
 from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
-from rlx.nets.language_model import load_language_model
+from rlx.nets.language_model import language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
-from rlx.text.tokenizers import load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_rollouts import FunctionScorer, Rollouts, Scorer, SumScorer
 from rlx.text_settings import TextModelSection, TextSettings
 
@@ -44,6 +44,31 @@ def build_tokenizer(m: TextModelSection) -> Any:
     return load_tokenizer(m.tokenizer if m.tokenizer is not None else model_path(m.path or ""))
 
 
+def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
+    """Return the settings with the lengths that the model's context allows, where they leave them open.
+
+    Raises ConfigError where the tokenizer does not fit the model, or a length its context.
+    """
+    m = s.model
+    path = None if m.path is None else model_path(m.path)
+    config = language_model_config(path=path, config={"vocab_size": len(tokenizer), **m.config})
+    check_vocabulary(tokenizer, config.vocab_size)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return s
+    sections = {}
+    for section, name, most in (("data", "max_tokens", context), ("prompts", "max_prompt_tokens", context - 1)):
+        values = getattr(s, section)
+        wanted = getattr(values, name)
+        if wanted is not None and wanted > most:
+            raise ConfigError(
+                f"{section}.{name}={wanted} is more than the model's context of {context} tokens allows; set it to "
+                f"{most} or less, or to null for as many as there can be."
+            )
+        sections[section] = values.model_copy(update={name: most if wanted is None else wanted})
+    return s.model_copy(update=sections)
+
+
 def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
     """Return the language model with its adapter, if it gets one; path: another model in place of the section's.
 
@@ -58,21 +83,6 @@ def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | Non
         return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
     config = {"vocab_size": vocabulary, **m.config}
     return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
-
-
-def context_length(m: TextModelSection) -> int | None:
-    """Return how many tokens a sequence of this model may have; None where its configuration does not say."""
-    from transformers import AutoConfig
-
-    try:
-        if m.path is not None:
-            config = AutoConfig.from_pretrained(model_path(m.path), local_files_only=True)
-        else:
-            rest = {name: value for name, value in m.config.items() if name != "model_type"}
-            config = AutoConfig.for_model(m.config.get("model_type"), **rest)
-    except (OSError, ValueError, TypeError):  # loading the model says what is wrong with it
-        return None
-    return getattr(config, "max_position_embeddings", None)
 
 
 def build_policy(
@@ -101,6 +111,24 @@ def build_policy(
         layout=layout,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def load_trained(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
+    """Set the learned parameters of a model to those saved in the run or checkpoint `source`, by their names.
+
+    CheckpointError where they are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    learned = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    wrong = sorted(learned ^ saved.keys()) or [
+        name for name, tensor in saved.items() if tensor.shape != parameters[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds a model of another architecture than its config describes, as {wrong[0]} shows; the model "
+            "that it was trained from has changed since."
+        )
+    model.load_state_dict(dict(saved), strict=False)
 
 
 def build_learners(
