@@ -178,6 +178,11 @@ class TextAlgorithm(Trainable):
         self.callbacks.with_metrics("on_evaluate_end", self, metrics)
         return metrics
 
+    @property
+    def rollout(self) -> Rollout | None:
+        """The completions of this iteration with their prompts and scores, for callbacks; None where none are drawn."""
+        return self._rollout
+
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now, adapter merged, and its tokenizer, as from_pretrained(folder) reads them."""
         with torch.no_grad():

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlx.errors import ConfigError, MissingExtra
-from rlx.nets.trunk import unwrapped
 
 
 def load_language_model(
