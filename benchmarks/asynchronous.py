@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from report import describe, machine, markdown_table, publish
-from turns import Round, Run, add_options, rounds_of, span, versions
+from turns import Round, Run, add_options, recorded, rounds_of, span, versions
 from workloads import ASYNCHRONOUS
 
 FASTER_BY = {"impala": 8.0, "appo": 6.0, "ppo pong": 1.6}
@@ -30,10 +30,11 @@ def main() -> None:
     make = {"slow runner": slow_runner_page, "impala pong": limit_page}
     options = _parse()
     for work in options.work:
-        conditions = machine()
-        more = {"work": work, "seconds": options.seconds}
-        for rounds in rounds_of({name: job | more for name, job in ASYNCHRONOUS[work].items()}, options):
-            record = {"job": more, "machine": conditions, "rounds": rounds}
+        shared = {"work": work, "seconds": options.seconds}
+        jobs = {name: job | shared for name, job in ASYNCHRONOUS[work].items()}
+        record = recorded(work, {"job": shared, "machine": machine(), "rounds": []}, jobs, options)
+        for rounds in rounds_of(jobs, options, record["rounds"]):
+            record = {**record, "rounds": rounds}
             publish(options.out, work, record, make.get(work, page)(record))
 
 

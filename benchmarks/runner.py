@@ -116,7 +116,7 @@ def own_loop(env_id: str, seconds: float) -> Callable[[], dict[str, float]]:
 
 
 def runner(env_id: str, seconds: float, is_random: bool) -> Callable[[], dict[str, float]]:
-    """Return a function that measures an env runner for `seconds`; only transitions count as steps."""
+    """Return a function that measures an env runner for `seconds`; steps that only reset count, as in the own loop."""
     built = EnvRunner(
         *(env_id, WORK[env_id].num_envs, build_policy),
         seed=1,
@@ -132,7 +132,7 @@ def runner(env_id: str, seconds: float, is_random: bool) -> Callable[[], dict[st
         started, steps, inference_s = time.perf_counter(), 0, 0.0
         while time.perf_counter() - started < seconds:
             sample = built.sample(NUM_STEPS)
-            steps += sample.env_steps
+            steps += sample.trajectory.mask.size
             inference_s += sample.inference_s
         wall_s = time.perf_counter() - started
         return {"steps_per_s": steps / wall_s, "inference": inference_s / wall_s}

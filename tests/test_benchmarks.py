@@ -138,6 +138,22 @@ def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeyp
         report.publish(tmp_path, "b", {}, "table")
 
 
+def test_what_some_configs_learn_replaces_their_rows_alone(tmp_path, monkeypatch):
+    learning = load("learning.py", monkeypatch)
+    page, rows = tmp_path / "learning.md", {name: [f"`{name}`", *"abcdefgh"] for name in ("impala", "ppo", "ppo_b")}
+    page.write_text(f"# A\n{learning.BEGIN}\n{learning.END}\n# B\n")
+    learning.write_table([rows["ppo"], rows["ppo_b"]], "old facts", page)
+    learning.write_table([rows["impala"], [*rows["ppo"][:8], "1 2 3"]], "new facts", page)
+    table = page.read_text().splitlines()
+    assert table[4:8] == [
+        "| `impala` | a | b | c | d | e | f | g | h |",
+        "| `ppo` | a | b | c | d | e | f | g | 1 2 3 |",
+        "| `ppo_b` | a | b | c | d | e | f | g | h |",
+        "",
+    ]
+    assert (table[0], table[8:]) == ("# A", ["new facts", learning.END, "# B"])
+
+
 def test_the_page_has_a_section_for_every_workload(monkeypatch):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     workloads = load("workloads.py", monkeypatch)
@@ -154,6 +170,22 @@ def test_a_command_that_fails_ends_with_its_last_words(tmp_path, monkeypatch):
         )
 
 
+def test_more_rounds_are_those_of_the_same_work(tmp_path, monkeypatch):
+    """Only what had the same job and the same systems belongs into one median."""
+    turns = load("turns.py", monkeypatch)
+    fresh = {"job": {"seconds": 20}, "rounds": []}
+    found = {"job": {"seconds": 20}, "rounds": [{"rlx": {}, "sb3": {}}]}
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"a": found}))
+    alone, more = (SimpleNamespace(out=tmp_path, more=value) for value in (False, True))
+    assert turns.recorded("a", fresh, ["rlx", "sb3"], alone) == fresh
+    assert turns.recorded("a", fresh, ["rlx", "sb3"], more) == found
+    for section, job, systems in (("b", 20, ["rlx", "sb3"]), ("a", 60, ["rlx", "sb3"]), ("a", 20, ["rlx"])):
+        with pytest.raises(
+            SystemExit, match=f"no rounds of {section} with this job and these systems; leave --more out"
+        ):
+            turns.recorded(section, {"job": {"seconds": job}}, systems, more)
+
+
 @pytest.mark.slow
 def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
     shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path)
@@ -168,6 +200,11 @@ def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
         assert run["ready_s"] > 0 and run["returns"] > 10
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| rlx 2 runners, " in text and "## HalfCheetah-v5" in text
+
+    subprocess.run([*command, "--more", "--out", str(tmp_path)], check=True, timeout=120)
+    first, second = json.loads((tmp_path / "benchmarks.json").read_text())["cartpole"]["rounds"]
+    assert first == measured and list(second) == systems and second["rlx"]["seconds"] != first["rlx"]["seconds"]
+    assert "2 iterations a run, 2 rounds." in (tmp_path / "benchmarks.md").read_text()
 
 
 TINY = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"

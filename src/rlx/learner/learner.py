@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlx.errors import RlxError
+from rlx.errors import CheckpointError, RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
@@ -21,6 +22,8 @@ from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_mi
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
+
+log = logging.getLogger("rlx")
 
 
 class Learner:
@@ -65,8 +68,11 @@ class Learner:
         if max_tokens_per_microbatch is None:
             self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
         else:
+            if compile:
+                log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
-        self.prepare, self.loss = prepare, loss
+        self.prepare = prepare
+        self._loss = loss
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
@@ -152,11 +158,11 @@ class Learner:
     @torch.no_grad()
     def measure(self, batch: Batch, coefficients: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
         """Return the loss and its stats on rows of tokens, and learn nothing from them."""
-        batch = self._own(batch)
+        batch, policy = self._own(batch), cast(Any, self.policy)
         weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
         sums: dict[str, float] = {}
-        for _, part in microbatches(weighed, self.max_tokens, self.policy.packs(self.device)):
-            total, stats = self.loss(self.policy, part, coefficients)
+        for _, part in microbatches(weighed, self.max_tokens, policy.packs(self.device)):
+            total, stats = self._loss(policy, part, coefficients)
             for name, stat in ({"loss": total} | stats).items():
                 sums[name] = sums.get(name, 0.0) + float(stat)
         return sums
@@ -176,6 +182,14 @@ class Learner:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
+        saved = {name: array.shape for name, array in state["policy"].items()}
+        mine = {name: tuple(p.shape) for name, p in zip(self.flat.names, self.flat.parameters, strict=True)}
+        if saved != mine:
+            name = min({*saved.items()} ^ {*mine.items()})[0]
+            raise CheckpointError(
+                f"the checkpoint is of another network: its {name} is of shape {saved.get(name)}, and here it is "
+                f"{mine.get(name)}; go on with the model and environment that the run began with."
+            )
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
         for name, buffer in self._buffers().items():
