@@ -115,7 +115,7 @@ def test_what_is_measured_is_what_an_update_would_minimise_and_changes_nothing(l
     measured = learner.measure(make_rows())
     assert np.array_equal(learner.weights(), before)
     stats = learner.update(make_rows(), epochs=1, lr=0.0, seed=0)
-    assert measured == pytest.approx({name: stats[name] for name in measured}, rel=1e-9)
+    assert measured == pytest.approx({name: stats[name] for name in measured}, rel=1e-6)  # float32 sums
     assert {"loss", "kl", "entropy", "ratio", "error"} == measured.keys()
 
 
