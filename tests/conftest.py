@@ -174,7 +174,7 @@ def tiny_text_config(algorithm: str, **sections: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def text_driver():
-    """Run `rlx` in a process of its own: text_driver(folder, ["train", ...], strike) -> exit code; see text_driver.py."""
+    """Run `rlx` in a process of its own: text_driver(folder, ["train", ...], strike) -> exit code."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, str(TEXT_DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -132,8 +132,8 @@ def _add_eval(group: Any) -> None:
         group,
         "eval",
         commands.evaluate,
-        "Evaluate the policy of RUN on fresh episodes, with its observation statistics frozen; a language model on the\n"
-        "rows of evaluation.source.",
+        "Evaluate the policy of RUN on fresh episodes, with its observation statistics frozen; a language model on\n"
+        "the rows of evaluation.source.",
         "rlx eval runs/ppo-CartPole-v1-... --episodes 20 --video cartpole.gif",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
