@@ -564,8 +564,8 @@ def test_a_limit_that_no_evaluation_looks_at_is_refused():
     stop = ToyConfig().stop(evaluation_return_mean=0.5, time_s=1).settings.stop
     stop.require_limit(10)
     assert failure(lambda: stop.require_limit(0)) == (
-        "stop.evaluation_return_mean=0.5 is never looked at with evaluation.interval=0; set the interval to 10, say, or "
-        "the limit to null."
+        "stop.evaluation_return_mean=0.5 is never looked at with evaluation.interval=0; set the interval to 10, say, "
+        "or the limit to null."
     )
 
 
