@@ -8,11 +8,10 @@ whose digits rise. Any causal model and tokenizer of transformers goes the same 
 """
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-
-from itertools import pairwise
 
 from rlx.algorithms.grpo import GRPOConfig
 from rlx.algorithms.sft import SFTConfig
