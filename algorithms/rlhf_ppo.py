@@ -46,7 +46,7 @@ class RLHFPPOTraining(TextTrainingSection):
     value_clip: PositiveFloat | None = None
     """Largest change of a value that the value loss rewards; null turns value clipping off."""
     value_warmup_iterations: NonNegativeInt = 0
-    """First iterations, in which only the value function learns."""
+    """First iterations, in which only the value function learns; weight_decay pulls at all weights all the same."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     normalize_advantage: bool = True

@@ -19,12 +19,10 @@ DEADLINE_S = 100.0
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     before = set(psutil.Process().children(recursive=True))
-    memory = set(os.listdir("/dev/shm"))
     yield
     left = set(psutil.Process().children(recursive=True)) - before
     _, alive = psutil.wait_procs(left, timeout=3)
     assert not alive
-    assert set(os.listdir("/dev/shm")) <= memory
 
 
 def computed(row: dict) -> dict:
@@ -203,19 +201,18 @@ def test_a_reward_that_fails_stops_the_run_or_masks_its_samples(function, messag
         assert row["reward_failures"] == sum(marked)
         assert (~algorithm._batch.mask.any(1)).tolist() == marked
         masked_weights = algorithm.learners.weights()
-        totals = [row["reward_failures"] + sum(map(is_marked, algorithm.train() and algorithm._rollout.texts))]
-        assert algorithm.rollouts.reward_failures == totals[0]
+        total = row["reward_failures"] + sum(map(is_marked, algorithm.train() and algorithm._rollout.texts))
+        assert algorithm.rollouts.reward_failures == total
     with tiny_text("grpo", reward={"function": stray}).build() as algorithm:
-        rollouts, sample = algorithm.rollouts, algorithm.rollouts.complete
-        scorer = rollouts.scorer.score
+        scorer = algorithm.rollouts.scorer
+        original = scorer.score
 
         def score(*arguments):
-            scores = scorer(*arguments)
+            scores = original(*arguments)
             scores.mask[[is_marked(text) for text in arguments[1]]] = False
             return scores
 
-        rollouts.scorer.score = score
-        assert sample is not None
+        scorer.score = score
         algorithm.train()
         assert (algorithm.learners.weights() == masked_weights).all()
 
@@ -230,9 +227,10 @@ def test_a_reward_that_hangs_is_named_or_masked(tiny_text):
         return share_of_ones(prompts, completions)
 
     try:
-        with tiny_text("grpo", reward={"function": hanging, "timeout_s": 0.2}).build() as algorithm:
-            with pytest.raises(RewardError, match=r"longer than 0\.2 s for prompt \d+ '..\+..=' with the completion"):
-                algorithm.train()
+        late = r"longer than 0\.2 s for prompt \d+ '..\+..=' with the completion"
+        made = tiny_text("grpo", reward={"function": hanging, "timeout_s": 0.2})
+        with made.build() as algorithm, pytest.raises(RewardError, match=late):
+            algorithm.train()
         made = tiny_text("grpo", reward={"function": hanging, "timeout_s": 0.2, "on_error": "mask"})
         with made.build() as algorithm:
             row = algorithm.train()

@@ -5,6 +5,7 @@ A line is {"folder": ..., "arguments": [...], "strike": [module, name, number] o
 The answer is the exit code, -9 for a killed one. A start of the interpreter for each would take seconds.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ def kill_at(module: str, name: str, number: int) -> None:
     owner = attrgetter(path)(owner) if path else owner
     original, calls = getattr(owner, last), 0
 
+    @functools.wraps(original)
     def struck(*arguments, **options):
         nonlocal calls
         calls += 1

@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> int:
         config = _config_of_resumed(options.resume, options.config, options.set)
     else:
         config = load_config(options.config, options.set)
-    config.settings.stop.require_limit()
+    config.settings.stop.require_limit(config.settings.evaluation.interval)
     config.validate()
     if options.dry_run:
         _page(config.to_yaml())
@@ -92,7 +92,13 @@ def _evaluate_on_text(options: argparse.Namespace) -> Metrics:
         raise ConfigError(f"{options.run} is a run on text, so there is no video of it; leave --video out.")
     saved = load_state(options.run)["config"]
     found = config_class(saved["algorithm"], options.run, AlgorithmConfig, f'algorithm is "{saved["algorithm"]}"')
-    with found.from_dict(saved).build() as algorithm:
+    config = found.from_dict(saved)
+    if config.settings.evaluation.source is None:
+        raise ConfigError(
+            f"{options.run} has no rows to be evaluated on: evaluation.source is not set; train with it, or look at "
+            "completions with `rlx generate`."
+        )
+    with config.build() as algorithm:
         algorithm.restore(options.run)
         return algorithm.evaluate(options.episodes, seed=options.seed or 0)
 
