@@ -7,6 +7,7 @@ from rlx.errors import ConfigError
 from rlx.nets.flat import FlatParameters
 from rlx.nets.language_model import check_vocabulary, export_language_model, load_language_model
 from rlx.nets.transformer import TransformerPolicy
+from rlx.text.tokenizers import character_tokenizer, stop_ids
 
 TOKENS = torch.arange(10)[None] * 3
 
@@ -48,6 +49,25 @@ def test_an_exported_model_is_loaded_by_transformers_with_identical_logits(
         again = load_language_model(path=str(tmp_path))(input_ids=TOKENS).logits
     assert torch.equal(again, loaded)
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_a_model_from_a_configuration_takes_its_special_tokens_from_the_tokenizer(
+    language_model_configs, tmp_path, family
+):
+    """Llama's own EOS is 2 and Gemma's padding 0, whose embedding would never be learned."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = character_tokenizer("abc")
+    model = load_language_model(config=language_model_configs[family], seed=1)
+    assert [getattr(model.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")] == [None] * 3
+    assert model.get_input_embeddings().padding_idx is None
+    export_language_model(model, tokenizer, tmp_path)
+    assert stop_ids(tokenizer, GenerationConfig.from_pretrained(tmp_path)) == {tokenizer.eos_token_id} == {0}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 0
+    chosen = load_language_model(config={**language_model_configs[family], "eos_token_id": [3, 4]}, seed=1)
+    export_language_model(chosen, tokenizer, tmp_path)
+    assert stop_ids(tokenizer, GenerationConfig.from_pretrained(tmp_path)) == {0, 3, 4}
 
 
 @pytest.mark.parametrize(
