@@ -127,6 +127,7 @@ def says(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_command_serves_a_run_on_text(tiny_text, says, monkeypatch):
     import io
 
@@ -150,7 +151,9 @@ def test_every_command_serves_a_run_on_text(tiny_text, says, monkeypatch):
     shown = says("samples", "run", "--tokens")
     kept = [row for row in read_metrics(Path("run/samples.jsonl")) if row["iteration"] == 2]
     assert len(kept) == 8
-    assert shown.count("iteration 2  score") == 8 and shown.count(" reference ") == sum(len(row["logp"]) for row in kept)
+    assert shown.count("iteration 2  score") == 8 and shown.count(" reference ") == sum(
+        len(row["logp"]) for row in kept
+    )
     for row in kept:
         assert row["kl"] == pytest.approx(sum(row["logp"]) - sum(row["ref_logp"]), abs=1e-3)
     assert [json.loads(line) for line in says("samples", "run", "--json").splitlines()] == kept

@@ -97,7 +97,9 @@ def test_one_update_is_what_the_papers_say(bootstrap, tiny_text):
 
 def test_kl_is_paid_by_the_reward_and_its_coefficient_adapts(tiny_text, tmp_path):
     """A reference of its own: the KL is known from the start, and the coefficient follows Ziegler et al."""
-    made = tiny_text("rlhf_ppo", training={**TRAINING, "kl_target": 0.05, "kl_horizon": 48, "lambda_": 1.0, "gamma": 1.0})
+    made = tiny_text(
+        "rlhf_ppo", training={**TRAINING, "kl_target": 0.05, "kl_horizon": 48, "lambda_": 1.0, "gamma": 1.0}
+    )
     with made.build() as algorithm:
         policy = algorithm.learners.local_policy
         moved(policy.reference)
@@ -112,7 +114,10 @@ def test_kl_is_paid_by_the_reward_and_its_coefficient_adapts(tiny_text, tmp_path
         assert first["ref_kl_sequence"] == pytest.approx(kl, abs=1e-5)
         error = min(max(kl / 0.05 - 1, -0.2), 0.2)
         second = algorithm.train()
-        assert (first["learner/kl_coef"], second["learner/kl_coef"]) == (0.3, pytest.approx(0.3 * (1 + error * 24 / 48)))
+        assert (first["learner/kl_coef"], second["learner/kl_coef"]) == (
+            0.3,
+            pytest.approx(0.3 * (1 + error * 24 / 48)),
+        )
         algorithm.save(tmp_path / "saved")
         assert load_state(tmp_path / "saved")["numbers"]["kl_coef"] == algorithm.numbers["kl_coef"] != 0.3
 

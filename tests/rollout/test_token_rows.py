@@ -56,9 +56,7 @@ def test_tokens_are_never_taken_for_what_they_look_like():
 
 
 def test_one_token_for_one_token():
-    completions = Completions(
-        np.array([9]), np.array([-0.5], np.float32), np.array([1]), np.array([T]), np.array([0])
-    )
+    completions = Completions(np.array([9]), np.array([-0.5], np.float32), np.array([1]), np.array([T]), np.array([0]))
     rows = token_batch(token_trajectory([(9,)], completions, np.ones(1, np.float32)), np.array([1]))
     assert (rows.obs.tolist(), rows.action.tolist(), rows.mask.tolist()) == ([[9]], [[9]], [[True]])
     assert (rows.reward.tolist(), rows.terminated.tolist()) == ([[1.0]], [[True]])
