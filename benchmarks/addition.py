@@ -139,9 +139,9 @@ def conditions(folder: Path) -> str:
     versions = ", ".join(f"{name} {manifest['versions'].get(name, '-')}" for name in ("rlx", "torch", "transformers"))
     return (
         f"Accuracy: share of the {len(rows('eval')):,} held-out pairs that are answered exactly, one sample each at "
-        f"temperature 1; mean, lowest and highest over seeds; greedy: by the likeliest tokens, mean. Explained variance: "
-        f"mean of the last {LAST} iterations, the lowest seed. Tokens: those generated, or in SFT learned from. Seconds: "
-        "training and its evaluations, without starting Python; mean. Measured on "
+        "temperature 1; mean, lowest and highest over seeds; greedy: by the likeliest tokens. Explained variance: "
+        f"mean of the last {LAST} iterations, the lowest seed. Tokens: those generated, or in SFT learned from. "
+        "Seconds: training and its evaluations, without starting Python; mean. Measured on "
         f"{facts['cores']} cores of {facts['cpu']} with Python {manifest['python']}, {versions}."
     )
 

@@ -31,7 +31,7 @@ def main() -> None:
     options = _parse()
     for work in options.work:
         shared = {"work": work, "seconds": options.seconds}
-        jobs = {name: job | shared for name, job in ASYNCHRONOUS[work].items()}
+        jobs = {name: ASYNCHRONOUS[work][name] | shared for name in options.systems or ASYNCHRONOUS[work]}
         record = recorded(work, {"job": shared, "machine": machine(), "rounds": []}, jobs, options)
         for rounds in rounds_of(jobs, options, record["rounds"]):
             record = {**record, "rounds": rounds}
@@ -142,8 +142,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", nargs="+", choices=ASYNCHRONOUS, default=[*ASYNCHRONOUS], help="default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a run after its start (default: 60)")
+    parser.add_argument("--systems", nargs="+", help="of one work beside another library; the first one is the base")
     add_options(parser, rounds=3)
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = {name for work in options.work for name in ASYNCHRONOUS[work] if work in FASTER_BY}
+    if options.systems and (len(options.work) > 1 or not known.issuperset(options.systems)):
+        parser.error(f"--systems needs one --work of {', '.join(FASTER_BY)}, and systems of it: {', '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":

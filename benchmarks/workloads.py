@@ -86,7 +86,7 @@ PONG = PPO | {
     "entropy_coef": 0.01,
 }
 TWO_THREADS = {"runners": 0, "threads": 2, "compile": False}
-IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4, "runners": 1}
+IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4, "runners": 1, "updates_per_iteration": 2}
 HALF = {"precision": "bfloat16"}
 ONE_BEHIND = {"runners": 1, "max_age": 1}
 ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {

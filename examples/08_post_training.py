@@ -8,6 +8,7 @@ whose digits rise. Any causal model and tokenizer of transformers goes the same 
 """
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def rising(prompts: list[str], completions: list[str]) -> list[float]:
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         digits = prompt[0] + completion
-        steps = sum(a <= b for a, b in zip(digits, digits[1:], strict=False))
+        steps = sum(a <= b for a, b in pairwise(digits))
         scores.append(steps / 4 if len(completion) == 4 and completion.isdigit() else 0.0)
     return scores
 

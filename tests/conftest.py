@@ -104,7 +104,8 @@ _SMALL = {
 _GROUPED = _SMALL | {"num_key_value_heads": 2}
 _WIDE = _GROUPED | {"head_dim": 8}
 LANGUAGE_MODELS = {
-    "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    | {"bos_token_id": 1, "eos_token_id": 1},
     "llama": _GROUPED | {"model_type": "llama"},
     "qwen2": _GROUPED
     | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},

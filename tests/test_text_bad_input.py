@@ -21,7 +21,7 @@ def at_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fails(tiny_text, capsys):
-    """Train with changes, and check the exit code, the sentence, and that there is no run folder of what was refused."""
+    """Train with changes, and check exit code and sentence, and that what was refused has no run folder."""
 
     def check(algorithm, message, *changes, code=2):
         made = tiny_text(algorithm, stop={"iterations": 1})

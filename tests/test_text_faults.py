@@ -227,9 +227,10 @@ def test_a_reward_that_hangs_is_named_or_masked(tiny_text):
         return share_of_ones(prompts, completions)
 
     try:
-        with tiny_text("grpo", reward={"function": hanging, "timeout_s": 0.2}).build() as algorithm:
-            with pytest.raises(RewardError, match=r"longer than 0\.2 s for prompt \d+ '..\+..=' with the completion"):
-                algorithm.train()
+        late = r"longer than 0\.2 s for prompt \d+ '..\+..=' with the completion"
+        made = tiny_text("grpo", reward={"function": hanging, "timeout_s": 0.2})
+        with made.build() as algorithm, pytest.raises(RewardError, match=late):
+            algorithm.train()
         made = tiny_text("grpo", reward={"function": hanging, "timeout_s": 0.2, "on_error": "mask"})
         with made.build() as algorithm:
             row = algorithm.train()

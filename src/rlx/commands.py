@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> int:
         config = _config_of_resumed(options.resume, options.config, options.set)
     else:
         config = load_config(options.config, options.set)
-    config.settings.stop.require_limit()
+    config.settings.stop.require_limit(config.settings.evaluation.interval)
     config.validate()
     if options.dry_run:
         _page(config.to_yaml())

@@ -52,9 +52,11 @@ def make_rows(count: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64
     length = torch.randint(2, 12, (count,), generator=generator)
     length[0] = 11
     tokens = torch.randint(0, 40, (count, 12), generator=generator)
-    mask = (torch.arange(11) < length[:, None]) & (
-        torch.arange(11) >= torch.randint(0, 2, (count, 1), generator=generator)
-    )
+    tokens[4:8, :3] = tokens[3:4, :3]  # the samples of one prompt
+    tokens[8:, :2] = tokens[3:4, :2]  # and those of another, which begins like it
+    prompt = torch.randint(0, 2, (count, 1), generator=generator)
+    prompt[3:8], prompt[8:] = 2, 1
+    mask = (torch.arange(11) < length[:, None]) & (torch.arange(11) >= prompt)
     columns = {name: torch.randn(count, 11, generator=generator, dtype=dtype) * mask for name in COLUMNS}
     columns["logp"] = columns["logp"] * 0.3 - 3.7 * mask
     return Batch(obs=tokens[:, :-1], action=tokens[:, 1:], mask=mask, length=length, **columns)
@@ -80,7 +82,11 @@ def without_time(stats: dict[str, float]) -> dict[str, float]:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 @pytest.mark.parametrize("weigh", [None, by_sequence])
 def test_every_layout_makes_one_gradient_and_one_loss(language_model_configs, family, weigh):
-    """In float64; the weights of a minibatch are made before it is cut, in float32, the same for all."""
+    """In float64; the weights of a minibatch are made before it is cut, in float32, the same for all.
+
+    The norms of Llama and Qwen are float32 whatever the model is, and so are the gradients that go through them: where
+    several rows meet in a shared beginning their sum is rounded instead of each.
+    """
     config, reference = language_model_configs[family], None
     for name, (options, max_tokens) in LAYOUTS.items():
         weighing = {} if weigh is None else {"weigh": weigh}
@@ -91,7 +97,20 @@ def test_every_layout_makes_one_gradient_and_one_loss(language_model_configs, fa
         results = [gradient.clone(), *(stats[key] for key in sorted(stats))]
         reference = reference or results
         for ours, expected in zip(results, reference, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12, msg=name)
+            tolerance = 1e-7 if policy_shares(learner.policy, minibatch) and family != "gpt2" else 1e-12
+            torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def policy_shares(policy: Any, rows: Batch) -> bool:
+    return bool(policy._rows(rows).groups)
+
+
+def test_the_rows_of_these_tests_share_beginnings(language_model_configs):
+    """Rows 3 to 7 and 8 to 11 that are long enough to act."""
+    rows = make_rows()
+    policy = build(language_model_configs["llama"], layout="shared")
+    groups = policy._rows(rows).groups
+    assert sorted(len(group) for group in groups)[-2:] == [4, 5]
 
 
 def test_updates_of_every_layout_end_at_the_same_weights(language_model_configs):

@@ -40,7 +40,7 @@ def test_rows_by_hand():
 
 
 def test_tokens_are_never_taken_for_what_they_look_like():
-    """An EOS in the midst of a cut completion, a prompt of EOS and zeros: only lengths and `stopped` say what is what."""
+    """An EOS in the midst of a cut completion, a prompt of EOS and zeros: lengths and `stopped` say what is what."""
     completions = Completions(
         tokens=np.array([9, 0, 9]),
         logp=np.array([-1.0, -2.0, -3.0], np.float32),

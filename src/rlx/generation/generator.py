@@ -33,7 +33,7 @@ class Generator:
         come out otherwise from slots than from their own forward pass.
     max_slots: sequences that are generated at a time; memory is max_slots * length * 2 * layers * size of keys.
     max_length: longest prompt and completion together; None takes the model's context, and memory as it is needed.
-    exact: a completion is the same to the bit whatever else is in the batch, and takes about twice the time; not with
+    exact: a completion is the same to the bit whatever else is in the batch, which takes longer; not with
         mixtures of experts, whose tokens meet in the experts. Without it log-probabilities may differ by about 1e-6
         (float32), and a token where a draw falls that near to an edge.
     """
