@@ -205,3 +205,39 @@ def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
     first, second = json.loads((tmp_path / "benchmarks.json").read_text())["cartpole"]["rounds"]
     assert first == measured and list(second) == systems and second["rlx"]["seconds"] != first["rlx"]["seconds"]
     assert "2 iterations a run, 2 rounds." in (tmp_path / "benchmarks.md").read_text()
+
+
+TINY = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+
+
+@pytest.mark.slow
+def test_the_whole_of_rlhf_runs_in_one_command_and_goes_on_where_it_ended(tmp_path):
+    """A model that has learned nothing, two iterations a stage: every stage reads what those before it wrote."""
+    settings = {
+        "--set-sft": (f"model.config={TINY}", "data.rows_per_iteration=64", "stop.env_steps=null"),
+        "--set-ppo": ("prompts.prompts_per_iteration=8", "training.lr=0.01"),
+        "--set": ("stop.iterations=2", "evaluation.num_rows=8", "learners.torch_threads=1"),
+    }
+    command = [sys.executable, str(BENCHMARKS / "rlhf.py"), "--folder", str(tmp_path), "--smallest-gap", "0"]
+    command += ["--prompts", "24", "--held-out-prompts", "12"]
+    for option, values in settings.items():
+        for value in values:
+            command += [option, value]
+    printed = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert printed.count("rlx train ") == 5 and "24 pairs of 24 prompts" in printed and "12 pairs of 12" in printed
+    models = ["pre-trained", "PPO, adaptive KL", "PPO without KL", "DPO"]
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    assert [row[0] for row in rows] == models
+    assert float(rows[0][-1]) == 0 and abs(float(rows[1][-1])) > 0  # KL
+    assert (tmp_path / "rlhf.png").read_bytes()[:4] == b"\x89PNG"
+    lowered = 0.2 * (1 - 0.2 * 8 / 300)  # 8 completions far below kl_target, of a horizon of 300
+    for name, coefs in (("ppo", [0.2, lowered]), ("ppo_without_kl", [1e-9, 1e-9])):
+        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [set(row) >= {"custom/gold", "ref_kl_sequence"} for row in metrics] == [True, True]
+        assert [row["learner/kl_coef"] for row in metrics] == pytest.approx(coefs)
+
+    (tmp_path / "dpo" / "finished").unlink()
+    printed = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert [line for line in printed.splitlines() if line.startswith("rlx train ")] == [
+        f"rlx train --resume {tmp_path / 'dpo'}"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlx.errors import RlxError
+from rlx.errors import CheckpointError, RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
@@ -21,6 +22,8 @@ from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_mi
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
+
+log = logging.getLogger("rlx")
 
 
 class Learner:
@@ -65,6 +68,8 @@ class Learner:
         if max_tokens_per_microbatch is None:
             self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
         else:
+            if compile:
+                log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
         self.prepare = prepare
         self._loss = loss
@@ -177,6 +182,14 @@ class Learner:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
+        saved = {name: array.shape for name, array in state["policy"].items()}
+        mine = {name: tuple(p.shape) for name, p in zip(self.flat.names, self.flat.parameters, strict=True)}
+        if saved != mine:
+            name = min({*saved.items()} ^ {*mine.items()})[0]
+            raise CheckpointError(
+                f"the checkpoint is of another network: its {name} is of shape {saved.get(name)}, and here it is "
+                f"{mine.get(name)}; go on with the model and environment that the run began with."
+            )
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
         for name, buffer in self._buffers().items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlx.learner.gradient import Gradient, Loss, Stats
 from rlx.nets.flat import FlatParameters
-from rlx.nets.ragged import parts_by_length, positions_within
+from rlx.nets.ragged import positions_within
 from rlx.trajectory import Batch
 
 
@@ -28,8 +28,7 @@ def accumulated_gradient(policy: Any, flat: FlatParameters, loss: Loss, max_toke
         for parameter, view in zip(flat.parameters, views, strict=True):
             parameter.grad = view  # backward() adds to it in place
         sums: Stats = {}
-        packs = policy.packs(flat.data.device)
-        for _, microbatch in microbatches(_not_empty(minibatch), max_tokens, packs):
+        for _, microbatch in microbatches(policy, _not_empty(minibatch), max_tokens):
             total, stats = loss(policy, microbatch, coefficients)
             if total.requires_grad:
                 total.backward()
@@ -45,7 +44,7 @@ def evaluate_in_microbatches(
 ) -> dict[str, Tensor]:
     """Return the columns `names` that `policy.columns` makes of all rows."""
     found: dict[str, Tensor] = {}
-    for rows, part in microbatches(batch, max_tokens, policy.packs(batch.obs.device)):
+    for rows, part in microbatches(policy, batch, max_tokens):
         for name, column in policy.columns(part, names).items():
             if name not in found:
                 of_tokens = column.shape == part.mask.shape
@@ -56,17 +55,17 @@ def evaluate_in_microbatches(
     return found
 
 
-def microbatches(batch: Batch, max_tokens: int | None, packs: bool = False) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield row numbers and microbatches: rows sorted by length, in parts of at most `max_tokens` tokens, trimmed.
+def microbatches(policy: Any, batch: Batch, max_tokens: int | None) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield row numbers and microbatches of at most `max_tokens` tokens, trimmed to their longest row.
 
-    Tokens are counted with the padding, or where rows are packed without it. A row that is longer is alone in its part.
-    A batch without a limit is one part, as it stands.
+    The policy says which rows go together: those of like length, or those that share a beginning. A batch without a
+    limit is one part, as it stands.
     """
     if max_tokens is None:
         yield torch.arange(len(batch), device=batch.mask.device), batch
         return
-    for rows in parts_by_length(batch.length, max_tokens, packs):
-        yield rows, _trimmed(batch, rows, max(1, int(batch.length[rows[-1]].max())))
+    for rows in policy.parts(batch, max_tokens):
+        yield rows, _trimmed(batch, rows, max(1, int(batch.length[rows].max())))
 
 
 def blank(batch: Batch) -> Batch:

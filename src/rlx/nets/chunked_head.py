@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 2**23
-"""Logits that are worked on at a time: 32 MB in float32, of which two or three such buffers exist at once."""
+CHUNK_NUMBERS = 2**22
+"""Logits that are worked on at a time: 16 MB in float32, of which two or three such buffers exist at once."""
 KEPT_NUMBERS = 2**25
 """Up to so many logits (128 MB) are kept for the backward pass; beyond, it computes them again."""
 
@@ -40,7 +40,9 @@ def logp_and_entropy(
     hidden, weight and bias. What follows the product is float32 at least, whatever the dtype of the model.
     Memory beyond inputs and gradients: `CHUNK_NUMBERS` and `KEPT_NUMBERS`, however many the tokens.
     """
-    return _ChunkedHead.apply(hidden, weight, bias, target, transform, temperature)  # type: ignore[return-value]
+    # Inside of the function gradients are always off, so what is needed of it is asked here.
+    keep = torch.is_grad_enabled() and len(hidden) * len(weight) <= KEPT_NUMBERS
+    return _ChunkedHead.apply(hidden, weight, bias, target, transform, temperature, keep)  # type: ignore[return-value]
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -53,18 +55,24 @@ class _ChunkedHead(torch.autograd.Function):
         target: Tensor,
         transform: LogitTransform,
         temperature: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         accurate = torch.promote_types(hidden.dtype, torch.float32)
         logp, entropy, total = (hidden.new_empty(len(hidden), dtype=accurate) for _ in range(3))
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEPT_NUMBERS
         kept: list[Tensor] = []
+        # Two buffers, used again by every chunk: fresh ones of this size would cost more than the arithmetic on them.
+        buffers = [_buffer(hidden, weight, accurate) for _ in range(2)]
         for part in _chunks(hidden, weight):
-            z = _logits(hidden[part], weight, bias, transform, temperature)
-            torch.logsumexp(z, -1, out=total[part])
-            z -= total[part, None]  # the log of every token's probability
+            z = _logits(hidden[part], weight, bias, transform, temperature, None if keep else buffers[0])
+            largest = z.amax(-1, keepdim=True)
+            z -= largest
+            exp = torch.exp(z, out=_rows_of(buffers[1], z))
+            mass = exp.sum(-1, keepdim=True)
+            z -= mass.log()  # the log of every token's probability
+            total[part] = (largest + mass.log()).squeeze(1)
             logp[part] = z.gather(1, target[part, None]).squeeze(1)
-            torch.bmm(z.exp().unsqueeze(1), z.unsqueeze(2), out=entropy[part].view(-1, 1, 1))
+            entropy[part] = exp.mul_(z).sum(-1) / mass.squeeze(1)
             if keep:
                 kept.append(z)
         entropy.neg_()
@@ -80,14 +88,19 @@ class _ChunkedHead(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if needs_hidden else None
         by_weight = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
         by_bias = torch.zeros_like(bias, dtype=total.dtype) if needs_bias else None
+        buffers = [_buffer(hidden, weight, total.dtype) for _ in range(2)]
         for number, part in enumerate(_chunks(hidden, weight)):
             if kept:
                 log_p = kept[number]
             else:
-                log_p = _logits(hidden[part], weight, bias, ctx.transform, ctx.temperature)
+                log_p = _logits(hidden[part], weight, bias, ctx.transform, ctx.temperature, buffers[0])
                 log_p -= total[part, None]
-            by_z = _by_logits(log_p, target[part], entropy[part], _part(by_logp, part), _part(by_entropy, part))
-            _undo(by_z, log_p, total[part], ctx.transform, ctx.temperature)
+            slope = _slope(log_p, total[part], ctx.transform, ctx.temperature)
+            by_z = torch.exp(log_p, out=_rows_of(buffers[1], log_p))
+            scratch = _rows_of(buffers[0], log_p)  # log_p itself, where that is not kept
+            _by_logits(by_z, log_p, scratch, target[part], entropy[part], _part(by_logp, part), _part(by_entropy, part))
+            if slope is not None:
+                by_z *= slope
             in_dtype = by_z.to(hidden.dtype)
             if by_hidden is not None:
                 torch.mm(in_dtype, weight, out=by_hidden[part])
@@ -102,19 +115,42 @@ class _ChunkedHead(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
+def _chunk_rows(weight: Tensor) -> int:
+    return max(1, CHUNK_NUMBERS // len(weight))
+
+
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_NUMBERS // len(weight))
+    size = _chunk_rows(weight)
     return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
 
 
+def _buffer(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = min(len(hidden), _chunk_rows(weight))
+    return torch.empty(rows, len(weight), dtype=dtype, device=hidden.device)
+
+
+def _rows_of(buffer: Tensor, like: Tensor) -> Tensor:
+    return buffer[: len(like)]
+
+
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    temperature: float,
+    buffer: Tensor | None,
 ) -> Tensor:
-    z = torch.mm(hidden, weight.T) if bias is None else torch.addmm(bias, hidden, weight.T)
+    """Return logits over temperature [m, V], float32 at least, in `buffer` where that is given."""
+    out = None if buffer is None or buffer.dtype != hidden.dtype else _rows_of(buffer, hidden)
+    z = torch.mm(hidden, weight.T, out=out)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
+    if bias is not None:
+        z += bias
     if transform.scale != 1.0:
         z *= transform.scale
     if transform.softcap is not None:
@@ -125,36 +161,40 @@ def _logits(
 
 
 def _by_logits(
-    log_p: Tensor, target: Tensor, entropy: Tensor, by_logp: Tensor | None, by_entropy: Tensor | None
-) -> Tensor:
-    """Return the derivative by z, logits over temperature [m, V].
+    p: Tensor,
+    log_p: Tensor,
+    scratch: Tensor,
+    target: Tensor,
+    entropy: Tensor,
+    by_logp: Tensor | None,
+    by_entropy: Tensor | None,
+) -> None:
+    """Turn probabilities [m, V] into the derivative by z, logits over temperature, in place.
 
     d logp / dz_j = [j is target] - p_j;   d entropy / dz_j = -p_j (log p_j + entropy).
     """
-    by_z = log_p.exp()
     if by_entropy is not None:
-        factor = log_p + entropy[:, None]
+        factor = torch.add(log_p, entropy[:, None], out=scratch)
         factor *= -by_entropy[:, None]
         if by_logp is not None:
             factor -= by_logp[:, None]
-        by_z *= factor
+        p *= factor
     elif by_logp is not None:
-        by_z *= -by_logp[:, None]
+        p *= -by_logp[:, None]
     else:
-        by_z.zero_()
+        p.zero_()
     if by_logp is not None:
-        by_z.scatter_add_(1, target[:, None], by_logp[:, None])
-    return by_z
+        p.scatter_add_(1, target[:, None], by_logp[:, None])
 
 
-def _undo(by_z: Tensor, log_p: Tensor, total: Tensor, transform: LogitTransform, temperature: float) -> None:
-    """Turn the derivative by z into that by the product of hidden state and head, in place."""
-    if transform.softcap is not None:  # tanh' = 1 - tanh^2, and z = softcap * tanh(...) / temperature = log_p + total
-        tanh = (log_p + total[:, None]).mul_(temperature / transform.softcap)
-        by_z *= tanh.square_().neg_().add_(1.0)
+def _slope(log_p: Tensor, total: Tensor, transform: LogitTransform, temperature: float) -> Tensor | float | None:
+    """Return the derivative of z by the product of hidden state and head; None where it is 1."""
     factor = transform.scale / temperature
-    if factor != 1.0:
-        by_z *= factor
+    if transform.softcap is None:
+        return None if factor == 1.0 else factor
+    # tanh' = 1 - tanh^2, and z = softcap * tanh(...) / temperature = log_p + total
+    tanh = (log_p + total[:, None]).mul_(temperature / transform.softcap)
+    return tanh.square_().neg_().add_(1.0).mul_(factor)
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:

@@ -12,6 +12,8 @@ def parts_by_length(length: Tensor, max_tokens: int, packs: bool = False) -> lis
     length [S], or [P, 2] of pairs, which stay together. Tokens are counted with the padding up to the longest row of
     a part, or where rows are packed without it.
     """
+    if not len(length):
+        return []
     of_rows = length.reshape(len(length), -1)
     order = of_rows.amax(1).argsort(stable=True)
     padded = (of_rows.amax(1) * of_rows.shape[1])[order].tolist()
@@ -23,7 +25,7 @@ def parts_by_length(length: Tensor, max_tokens: int, packs: bool = False) -> lis
             sizes.append(count)
             count, tokens = 0, without if packs else with_padding
         count += 1
-    return list(order.split([*sizes, count])) if count else []
+    return list(order.split([*sizes, count]))
 
 
 def positions_within(rows: Tensor, length: Tensor) -> Tensor:

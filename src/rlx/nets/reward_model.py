@@ -59,7 +59,7 @@ class RewardModel(nn.Module):
     def score(self, tokens: Tensor, length: Tensor, *, max_tokens: int = 4096) -> Tensor:
         """Return normalised scores [S] of tokens [S, L], of which the first length [S] count, in their parts."""
         scores = torch.empty(len(tokens), device=tokens.device)
-        for rows in parts_by_length(length, max_tokens, resolved_layout(self.layout, tokens.device) == "packed"):
+        for rows in parts_by_length(length, max_tokens, self._layout(tokens) == "packed"):
             longest = max(1, int(length[rows[-1]]))
             scores[rows] = self._raw(tokens[rows, :longest], length[rows]).float()
         return (scores - self.mean) / self.std
@@ -80,13 +80,17 @@ class RewardModel(nn.Module):
         """Return {"score": the normalised scores}, [S] or [P, 2]."""
         return {name: (self.evaluate(minibatch) - self.mean) / self.std for name in names if name == "score"}
 
-    def packs(self, device: torch.device) -> bool:
-        """Return whether rows are packed there, so that padding costs nothing."""
-        return resolved_layout(self.layout, device) == "packed"
+    def parts(self, batch: Batch, max_tokens: int) -> list[Tensor]:
+        """Return row numbers in parts of at most `max_tokens` tokens, as this model runs them best."""
+        return parts_by_length(batch.length, max_tokens, self._layout(batch.obs) == "packed")
+
+    def _layout(self, tokens: Tensor) -> Layout:
+        layout = resolved_layout(self.layout, tokens.device)
+        return "padded" if layout == "shared" else layout  # sequences are scored whole
 
     def _raw(self, tokens: Tensor, length: Tensor) -> Tensor:
         tokens = torch.where(positions_within(tokens, length), tokens, 0)
         last = torch.arange(len(tokens), device=tokens.device) * tokens.shape[1] + (length - 1).clamp(min=0)
         with gradient_modes([self.trunk], self.dropout, self.activation_checkpointing):
-            hidden = self.trunk.hidden(tokens, length, last, resolved_layout(self.layout, tokens.device))
+            hidden = self.trunk.hidden(tokens, length, last, self._layout(tokens), None)
         return self.score_head(hidden.to(self.score_head.weight.dtype)).squeeze(1)

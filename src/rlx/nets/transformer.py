@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rlx.errors import ConfigError, RlxError
 from rlx.nets.chunked_head import logp_and_entropy
-from rlx.nets.ragged import positions_within
+from rlx.nets.ragged import parts_by_length, positions_within
+from rlx.nets.shared_prefix import SharedRows, groups_of, parts_by_group, share, sharing_pays, widths
 from rlx.nets.trunk import Layout, Trunk, unwrapped
 from rlx.trajectory import Batch
 
@@ -44,8 +45,9 @@ class TransformerPolicy(nn.Module):
         temperature: divides the logits, as it did when the tokens were sampled; the same for the reference.
         value: "shared" reads it from the model's last hidden state, "separate" from that of `value_model`.
         reference: what `ref_logp` asks; it is frozen. A peft model needs none, as its adapter can be switched off.
-        layout: "auto" packs rows on CUDA and pads them elsewhere. dropout: leave the model's own on while there are
-        gradients; off it is always otherwise. activation_checkpointing: compute a layer twice rather than keep it.
+        layout: "auto" packs rows on CUDA; elsewhere it pads them, or runs common prompts once where that costs less.
+        dropout: leave the model's own on while there are gradients; off it is always otherwise.
+        activation_checkpointing: compute a layer twice rather than keep it.
         """
         super().__init__()
         if (value == "separate") != (value_model is not None):
@@ -80,7 +82,7 @@ class TransformerPolicy(nn.Module):
         """
         trunks = [trunk for trunk in (self.trunk, self.value_trunk) if trunk is not None]
         with gradient_modes(trunks, self.dropout, self.activation_checkpointing):
-            rows = _Rows(minibatch, resolved_layout(self.layout, minibatch.obs.device))
+            rows = self._rows(minibatch)
             hidden = rows.hidden(self.trunk)
             new_logp, entropy_M = self._head(self.trunk, hidden, rows.action)
             if self.value_trunk is not None:
@@ -91,7 +93,7 @@ class TransformerPolicy(nn.Module):
     @torch.no_grad()
     def ref_logp(self, minibatch: Batch) -> Tensor:
         """Return the reference's log-probability of every action, shaped like minibatch.action: 0 off the mask."""
-        rows = _Rows(minibatch, resolved_layout(self.layout, minibatch.obs.device))
+        rows = self._rows(minibatch)
         if self.reference_trunk is not None:
             return rows.spread(self._head(self.reference_trunk, rows.hidden(self.reference_trunk), rows.action)[0])
         if not hasattr(self.model, "get_base_model"):
@@ -109,9 +111,18 @@ class TransformerPolicy(nn.Module):
             found["ref_logp"] = self.ref_logp(minibatch)
         return {name: found[name] for name in names}
 
-    def packs(self, device: torch.device) -> bool:
-        """Return whether rows are packed there, so that padding costs nothing."""
-        return resolved_layout(self.layout, device) == "packed"
+    def parts(self, batch: Batch, max_tokens: int) -> list[Tensor]:
+        """Return row numbers in parts of at most `max_tokens` tokens, as this policy runs them best."""
+        layout = resolved_layout(self.layout, batch.obs.device)
+        if layout == "shared" and batch.length.ndim == 1:  # pairs stay together, whatever their prompts
+            rows = _Rows(batch, layout, self.trunk, choose=self.layout == "auto")
+            if rows.groups and max(rows.widths) <= max_tokens:
+                return [part.to(batch.obs.device) for part in parts_by_group(rows.groups, rows.widths, max_tokens)]
+        return parts_by_length(batch.length, max_tokens, layout == "packed")
+
+    def _rows(self, minibatch: Batch) -> _Rows:
+        layout = resolved_layout(self.layout, minibatch.obs.device)
+        return _Rows(minibatch, layout, self.trunk, choose=self.layout == "auto")
 
     def _head(self, trunk: Trunk, hidden: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         head, transform = language_head(trunk.causal_lm), trunk.transform
@@ -125,7 +136,8 @@ class TransformerPolicy(nn.Module):
 class _Rows:
     """A minibatch's rows [S, L] and the M positions of them whose actions count."""
 
-    def __init__(self, minibatch: Batch, layout: Layout) -> None:
+    def __init__(self, minibatch: Batch, layout: Layout, trunk: Trunk, choose: bool) -> None:
+        """`choose`: rows are shared only where that pays."""
         self.shape, width = minibatch.action.shape, minibatch.action.shape[-1]
         self.length = minibatch.length.reshape(-1)
         obs = minibatch.obs.reshape(-1, width)
@@ -133,9 +145,27 @@ class _Rows:
         self.index = minibatch.mask.flatten().nonzero().squeeze(1)
         self.action = minibatch.action.flatten().index_select(0, self.index)
         self.layout: Layout = layout
+        self.groups: list[list[int]] = []
+        self.shared: SharedRows | None = None
+        if layout == "shared":
+            self._group(minibatch.mask.reshape(-1, width), trunk, choose)
 
     def hidden(self, trunk: Trunk) -> Tensor:
-        return trunk.hidden(self.obs, self.length, self.index, self.layout)
+        if self.groups and self.shared is None:
+            self.shared = share(self.obs, self.prefix, self.length, self.groups)
+        return trunk.hidden(self.obs, self.length, self.index, self.layout, self.shared)
+
+    def _group(self, mask: Tensor, trunk: Trunk, choose: bool) -> None:
+        """Find the rows with the same prompt, the token before the first action included."""
+        first = mask.to(torch.uint8).argmax(1) + 1
+        self.prefix = torch.where(mask.any(1), first, self.length).minimum(self.length)
+        groups = groups_of(self.obs, self.prefix)
+        self.widths = widths(groups, self.prefix, self.length)
+        pays = len(groups) < len(self.obs) and sharing_pays(self.widths, self.length, trunk.hidden_size, trunk.inner)
+        if pays or not choose:
+            self.groups = groups
+        else:
+            self.layout = "padded"
 
     def spread(self, values: Tensor | None) -> Tensor:
         """Return values [M] in their places, zeros elsewhere."""
@@ -146,9 +176,9 @@ class _Rows:
 
 def resolved_layout(layout: Layout | str, device: torch.device) -> Layout:
     """Return the layout that "auto" means on this device; any other as it is."""
-    if layout in ("padded", "packed"):
+    if layout != "auto":
         return layout  # type: ignore[return-value]
-    return "packed" if device.type == "cuda" else "padded"
+    return "packed" if device.type == "cuda" else "shared"
 
 
 def language_head(model: nn.Module) -> Any:

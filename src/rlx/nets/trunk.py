@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from rlx.errors import ConfigError
 from rlx.nets.chunked_head import LogitTransform
 from rlx.nets.ragged import positions_within
+from rlx.nets.shared_prefix import SharedRows
 
-Layout = Literal["padded", "packed"]
-"""padded: rows on the right, no mask but the causal one. packed: one row of all tokens that count, no padding."""
+Layout = Literal["padded", "packed", "shared"]
+"""padded: rows on the right, no mask but the causal one. packed: one row of all tokens that count, no padding.
+shared: what rows have in common at their beginning, as the samples of one prompt do, is run once."""
 
 
 class Trunk:
@@ -25,39 +27,54 @@ class Trunk:
         self.config: Any = self.causal_lm.config.get_text_config(decoder=True)
         self.transform = _logit_transform(self.config)
         self.hidden_size = int(self.config.hidden_size)
+        inner = getattr(self.config, "intermediate_size", None) or getattr(self.config, "n_inner", None)
+        self.inner = int(inner or 4 * self.hidden_size)
+        """Width inside a layer's feed-forward part."""
         self._windows = _attention_windows(self.config)
 
-    def hidden(self, obs: Tensor, length: Tensor, index: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, obs: Tensor, length: Tensor, index: Tensor, layout: Layout, shared: SharedRows | None) -> Tensor:
         """Return the last hidden states [M, H] of the positions `index` [M] of the flattened rows.
 
         obs [S, L] int64, of which the first length [S] positions of a row count: no other can have an influence.
+        shared: the same rows as `share` has put them together, for the layout of that name.
         """
+        if not len(index):
+            return next(self.decoder.parameters()).new_zeros(0, self.hidden_size)
         if layout == "padded":
             states = self._run(obs, None, None)
-            return states.flatten(0, 1).index_select(0, index)
-        counted = positions_within(obs, length)
-        places = counted.flatten().nonzero().squeeze(1)
-        position = torch.arange(obs.shape[1], device=obs.device).expand_as(obs).flatten()[places]
-        row = torch.arange(len(obs), device=obs.device).repeat_interleave(length.clamp(max=obs.shape[1]))
-        states = self._run(obs.flatten()[places][None], position[None], self._block_masks(row, position))
-        packed_place = counted.flatten().cumsum(0) - 1  # of every position that counts, where it went
-        return states[0].index_select(0, packed_place[index])
+        elif shared is not None:
+            masks = self._block_masks(shared.segment, shared.position)
+            states = self._run(shared.tokens, shared.position, masks)
+            index = shared.place.flatten()[index]
+        else:
+            counted = positions_within(obs, length)
+            places = counted.flatten().nonzero().squeeze(1)
+            position = torch.arange(obs.shape[1], device=obs.device).expand_as(obs).flatten()[places][None]
+            # No row has the number 0, which stands for what all have in common.
+            row = torch.arange(1, len(obs) + 1, device=obs.device).repeat_interleave(length.clamp(max=obs.shape[1]))
+            states = self._run(obs.flatten()[places][None], position, self._block_masks(row[None], position))
+            index = (counted.flatten().cumsum(0) - 1)[index]  # of every position that counts, where it went
+        return states.flatten(0, 1).index_select(0, index)
 
     def _run(self, tokens: Tensor, position: Tensor | None, mask: Any) -> Tensor:
         extra = {} if position is None else {"position_ids": position}
         return self.decoder(input_ids=tokens, attention_mask=mask, use_cache=False, **extra).last_hidden_state
 
-    def _block_masks(self, row: Tensor, position: Tensor) -> Any:
-        """Return additive masks [1, 1, T, T] that let a token see itself and what stands before it in its own row."""
-        distance = position[:, None] - position[None, :]
-        seen = (row[:, None] == row[None, :]) & (distance >= 0)
+    def _block_masks(self, segment: Tensor, position: Tensor) -> Any:
+        """Return additive masks [R, 1, T, T]: a token of [R, T] sees itself and what stands before it in its own row.
+
+        That is what has its own segment, or the segment 0.
+        """
+        distance = position[:, :, None] - position[:, None, :]
+        own = segment[:, :, None] == segment[:, None, :]
+        seen = (own | (segment[:, None, :] == 0)) & (distance >= 0)
         dtype = next(self.decoder.parameters()).dtype
         masks = {}
         for kind, window in self._windows.items():
             allowed = seen if window is None else seen & (distance < window)
-            mask = torch.zeros(allowed.shape, dtype=dtype, device=row.device)
+            mask = torch.zeros(allowed.shape, dtype=dtype, device=segment.device)
             # Additive: the eager attention adds what it is given, so that a mask of bool would be silently wrong.
-            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
+            masks[kind] = mask.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
