@@ -16,7 +16,7 @@ from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup
 from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
-from rlx.nets.language_model import language_model_config, load_language_model
+from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.prompts import Prompt
@@ -41,7 +41,9 @@ def model_path(path: str) -> str:
 
 def build_tokenizer(m: TextModelSection) -> Any:
     """Return the tokenizer that a model is used with."""
-    return load_tokenizer(m.tokenizer if m.tokenizer is not None else model_path(m.path or ""))
+    if m.tokenizer is not None:
+        return load_tokenizer(m.tokenizer)
+    return load_tokenizer(find_model(model_path(m.path or "")))
 
 
 def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:

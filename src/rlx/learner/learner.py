@@ -161,7 +161,7 @@ class Learner:
         batch, policy = self._own(batch), cast(Any, self.policy)
         weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
         sums: dict[str, float] = {}
-        for _, part in microbatches(weighed, self.max_tokens, policy.packs(self.device)):
+        for _, part in microbatches(policy, weighed, self.max_tokens):
             total, stats = self._loss(policy, part, coefficients)
             for name, stat in ({"loss": total} | stats).items():
                 sums[name] = sums.get(name, 0.0) + float(stat)

@@ -60,11 +60,25 @@ def language_model_config(*, path: str | None = None, config: Mapping[str, Any] 
         return _made_config(config or {}).get_text_config()
     from transformers import AutoConfig
 
-    path = _known(path)
+    path = find_model(path)
     try:
         return AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
+
+
+def find_model(path: str) -> str:
+    """Return where transformers finds a model: a folder that is one, or a hub id; ConfigError where there is neither.
+
+    It does not take long to say so, as loading from a hub that cannot be reached does.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        _check_hub(path)
+        return path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
+    return str(folder)
 
 
 def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
@@ -98,23 +112,12 @@ def _dtype(name: str) -> torch.dtype:
 def _from_path(path: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    path = _known(path)
+    path = find_model(path)
     try:
         with _without_bars():
             return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
-
-
-def _known(path: str) -> str:
-    """Return where transformers finds a model: a folder that is one, or the hub's id."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        _check_hub(path)
-        return path
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
-    return str(folder)
 
 
 def _check_hub(path: str) -> None:
