@@ -83,8 +83,18 @@ def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | Non
     path = m.path if path is None else path
     if path is not None:
         return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
-    config = {"vocab_size": vocabulary, **m.config}
+    config = {"vocab_size": vocabulary, **_special_tokens(m), **m.config}
     return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
+
+
+def _special_tokens(m: TextModelSection) -> dict[str, int | None]:
+    """Return which tokens begin and end a text, for the config of a new model, and with it for what it exports.
+
+    The defaults of an architecture are those of the vocabulary it was published with: Llama ends at token 2, which in
+    another vocabulary is a digit.
+    """
+    tokenizer = build_tokenizer(m)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
 
 
 def build_policy(
