@@ -175,7 +175,7 @@ def _made_config(config: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(name, made_of.to_dict(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name!r} is no setting of a {kind} model.{hint}")
-    # A family's ids of special tokens are those of its own tokenizer; with another one Llama's EOS, 2, is any character.
+    # A family's ids of special tokens are those of its own tokenizer; in another one Llama's EOS, 2, is any character.
     special = {f"{name}_token_id": None for name in ("bos", "eos", "pad") if hasattr(made_of, f"{name}_token_id")}
     try:
         return AutoConfig.for_model(kind, **special | settings)
