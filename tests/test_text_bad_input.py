@@ -35,7 +35,7 @@ def fails(tiny_text, capsys):
         error = capsys.readouterr().err
         said = error[error.index("rlx: error: ") :]
         assert re.search(message, said), said
-        assert "Traceback" not in error
+        assert "Traceback" not in said
         assert not list(Path().glob("run/checkpoints/*"))
 
     return check

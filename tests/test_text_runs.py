@@ -2,12 +2,15 @@
 
 import json
 import random
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlx.checkpoint import list_checkpoints, load_checkpoint
+from rlx.cli import main
 from rlx.metrics import read_metrics
 
 LATE = {"stop": {"iterations": 8}, "checkpointing": {"interval": 3, "keep": 2}}
@@ -105,3 +108,80 @@ def test_a_run_killed_at_random_moments_goes_on_as_if_it_had_not_been(tiny_text,
         arguments = ["--resume", "killed"] if (tmp_path / "killed/checkpoints/iter_000000").exists() else arguments
     assert codes[-1] == 0 and len(codes) >= 3, (codes, output.read_text())
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+# What can be done with a run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def says(monkeypatch, capsys, tmp_path):
+    """Run a command that has to end with 0; return what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments):
+        capsys.readouterr()
+        assert main(list(arguments)) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.slow
+def test_every_command_serves_a_run_on_text(tiny_text, says, monkeypatch):
+    import io
+
+    from transformers import AutoModelForCausalLM
+
+    made = tiny_text("grpo", training=KL, evaluation=WATCHED, stop={"iterations": 2})
+    Path("config.yaml").write_text(made.to_yaml())
+    assert "prompts_per_iteration: 6" in says("train", "config.yaml", "--dry-run")
+    assert "llama" in says("config", "show", "config.yaml")
+    assert says("train", "config.yaml", "--run-dir", "run").count("rlx eval run") == 1
+    rows = read_metrics(Path("run/metrics.jsonl"))
+
+    evaluated = dict(line.split() for line in says("eval", "run").splitlines())
+    assert float(evaluated["episodes"]) == 4
+    for name in ("episode_return_mean", "episode_length_mean"):
+        assert float(evaluated[name]) == pytest.approx(rows[-1][f"evaluation/{name}"], rel=1e-4), name
+    assert dict(line.split() for line in says("eval", "run", "--episodes", "2").splitlines())["episodes"] == "2"
+    assert says("eval", "run", "--seed", "1") != says("eval", "run")
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 2
+
+    shown = says("samples", "run", "--tokens")
+    kept = [row for row in read_metrics(Path("run/samples.jsonl")) if row["iteration"] == 2]
+    assert len(kept) == 8
+    assert shown.count("iteration 2  score") == 8 and shown.count(" reference ") == sum(
+        len(row["logp"]) for row in kept
+    )
+    for row in kept:
+        assert row["kl"] == pytest.approx(sum(row["logp"]) - sum(row["ref_logp"]), abs=1e-3)
+    assert [json.loads(line) for line in says("samples", "run", "--json").splitlines()] == kept
+    says("samples", "run", "-o", "all.jsonl")
+    assert len(read_metrics(Path("all.jsonl"))) == 16
+
+    completions = says("generate", "run", "--prompt", "37+58=", "-n", "3", "--temperature", "0").split()
+    assert len(set(completions)) == 1 and re.fullmatch(r"37\+58=[0-9+=]{0,5}", completions[0])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1+2=\n"))
+    assert re.fullmatch(r"[0-9+=]{0,5}\n", says("chat", "run", "--temperature", "0"))
+    assert says("plot", "run") == "run/curve.png\n" and Path("run/curve.png").stat().st_size > 1000
+    assert "grpo" in says("list")
+
+    assert says("export", "run", "-o", "out") == "out\n"
+    first, second = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in ("out", "run/model"))
+    assert all((first[name] == second[name]).all() for name in first)
+    assert says("generate", "out", "--prompt", "37+58=", "--temperature", "0", "--max-new-tokens", "5").split() == [
+        completions[0]
+    ]
+    made = tiny_text("rlhf_ppo", stop={"iterations": 1}, model={"config": {}, "tokenizer": None, "path": "run"})
+    Path("next.yaml").write_text(made.to_yaml())
+    says("train", "next.yaml", "--run-dir", "next")
+
+
+def test_a_supervised_run_is_evaluated_by_its_loss(tiny_text, says):
+    watched = {"interval": 1, "source": "rlx.envs.addition:rows", "kwargs": {"split": "sft", "seed": 5}, "num_rows": 20}
+    Path("config.yaml").write_text(tiny_text("sft", evaluation=watched, stop={"iterations": 2}).to_yaml())
+    says("train", "config.yaml", "--run-dir", "run")
+    loss = read_metrics(Path("run/metrics.jsonl"))[-1]["evaluation/loss"]
+    assert says("eval", "run").split() == ["loss", f"{loss:.5g}"]
+    assert not Path("run/samples.jsonl").exists()

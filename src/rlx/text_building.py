@@ -16,7 +16,7 @@ from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup
 from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
-from rlx.nets.language_model import language_model_config, load_language_model
+from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.prompts import Prompt
@@ -41,7 +41,9 @@ def model_path(path: str) -> str:
 
 def build_tokenizer(m: TextModelSection) -> Any:
     """Return the tokenizer that a model is used with."""
-    return load_tokenizer(m.tokenizer if m.tokenizer is not None else model_path(m.path or ""))
+    if m.tokenizer is not None:
+        return load_tokenizer(m.tokenizer)
+    return load_tokenizer(find_model(model_path(m.path or "")))
 
 
 def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
@@ -81,8 +83,18 @@ def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | Non
     path = m.path if path is None else path
     if path is not None:
         return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
-    config = {"vocab_size": vocabulary, **m.config}
+    config = {"vocab_size": vocabulary, **_special_tokens(m), **m.config}
     return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
+
+
+def _special_tokens(m: TextModelSection) -> dict[str, int | None]:
+    """Return which tokens begin and end a text, for the config of a new model, and with it for what it exports.
+
+    The defaults of an architecture are those of the vocabulary it was published with: Llama ends at token 2, which in
+    another vocabulary is a digit.
+    """
+    tokenizer = build_tokenizer(m)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
 
 
 def build_policy(

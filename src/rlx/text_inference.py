@@ -65,8 +65,8 @@ def load_text_policy(path: str | Path) -> TextPolicy:
     """Return the language model of a run's newest checkpoint, a checkpoint, a folder of transformers, or a hub id."""
     folder = Path(path).expanduser()
     if not ((folder / "checkpoints").is_dir() or (folder / "state.json").is_file()):
-        tokenizer = load_tokenizer(path)
         model = load_language_model(path=str(path))
+        tokenizer = load_tokenizer(path)
         return TextPolicy(model, tokenizer, stop_ids(tokenizer, model.generation_config), GenerationSection())
     state = load_state(folder)
     if "rollouts" not in state:

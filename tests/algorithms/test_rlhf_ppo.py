@@ -36,7 +36,7 @@ def logp_of(model, row, batch):
 
 @pytest.mark.parametrize("bootstrap", [False, True])
 def test_one_update_is_what_the_papers_say(bootstrap, tiny_text):
-    """KL by k1 in the reward, GAE by its definition, whitening, eq. 7 of PPO, and the values' squared error."""
+    """KL by k1 in the reward, GAE by its definition, whitening, PPO's eq. 7, and the values' squared error."""
     made = tiny_text("rlhf_ppo", training={**TRAINING, "lr": 0.0, "bootstrap_truncated": bootstrap})
     with made.build() as algorithm:
         policy = algorithm.learners.local_policy

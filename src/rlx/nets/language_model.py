@@ -60,11 +60,25 @@ def language_model_config(*, path: str | None = None, config: Mapping[str, Any] 
         return _made_config(config or {}).get_text_config()
     from transformers import AutoConfig
 
-    path = _known(path)
+    path = find_model(path)
     try:
         return AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
+
+
+def find_model(path: str) -> str:
+    """Return where transformers finds a model: a folder that is one, or a hub id; ConfigError where there is neither.
+
+    It does not take long to say so, as loading from a hub that cannot be reached does.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        _check_hub(path)
+        return path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
+    return str(folder)
 
 
 def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
@@ -102,23 +116,12 @@ def _dtype(name: str) -> torch.dtype:
 def _from_path(path: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    path = _known(path)
+    path = find_model(path)
     try:
         with _without_bars():
             return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
-
-
-def _known(path: str) -> str:
-    """Return where transformers finds a model: a folder that is one, or the hub's id."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        _check_hub(path)
-        return path
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
-    return str(folder)
 
 
 def _check_hub(path: str) -> None:
@@ -172,7 +175,7 @@ def _made_config(config: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(name, made_of.to_dict(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name!r} is no setting of a {kind} model.{hint}")
-    # A family's ids of special tokens are those of its own tokenizer; with another one Llama's EOS, 2, is any character.
+    # A family's ids of special tokens are those of its own tokenizer; in another one Llama's EOS, 2, is any character.
     special = {f"{name}_token_id": None for name in ("bos", "eos", "pad") if hasattr(made_of, f"{name}_token_id")}
     try:
         return AutoConfig.for_model(kind, **special | settings)
