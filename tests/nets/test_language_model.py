@@ -5,9 +5,8 @@ import torch
 
 from rlx.errors import ConfigError
 from rlx.nets.flat import FlatParameters
-from rlx.nets.language_model import check_vocabulary, export_language_model, load_language_model
+from rlx.nets.language_model import export_language_model, load_language_model
 from rlx.nets.transformer import TransformerPolicy
-from rlx.text.tokenizers import character_tokenizer, stop_ids
 
 TOKENS = torch.arange(10)[None] * 3
 
@@ -49,25 +48,6 @@ def test_an_exported_model_is_loaded_by_transformers_with_identical_logits(
         again = load_language_model(path=str(tmp_path))(input_ids=TOKENS).logits
     assert torch.equal(again, loaded)
     assert not (tmp_path / "adapter_config.json").exists()
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
-def test_a_model_from_a_configuration_takes_its_special_tokens_from_the_tokenizer(
-    language_model_configs, tmp_path, family
-):
-    """Llama's own EOS is 2 and Gemma's padding 0, whose embedding would never be learned."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    tokenizer = character_tokenizer("abc")
-    model = load_language_model(config=language_model_configs[family], seed=1)
-    assert [getattr(model.config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")] == [None] * 3
-    assert model.get_input_embeddings().padding_idx is None
-    export_language_model(model, tokenizer, tmp_path)
-    assert stop_ids(tokenizer, GenerationConfig.from_pretrained(tmp_path)) == {tokenizer.eos_token_id} == {0}
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == 0
-    chosen = load_language_model(config={**language_model_configs[family], "eos_token_id": [3, 4]}, seed=1)
-    export_language_model(chosen, tokenizer, tmp_path)
-    assert stop_ids(tokenizer, GenerationConfig.from_pretrained(tmp_path)) == {0, 3, 4}
 
 
 @pytest.mark.parametrize(
@@ -112,10 +92,3 @@ def test_a_folder_without_a_model_or_with_a_torn_one_is_named(language_model_con
 def test_settings_of_an_adapter_that_do_not_fit_are_shown(language_model_configs, lora):
     with pytest.raises(ConfigError, match="lora settings"):
         load_language_model(config=language_model_configs["llama"], lora=lora)
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(language_model_configs):
-    model = load_language_model(config=language_model_configs["llama"])
-    check_vocabulary(model, 40)
-    with pytest.raises(ConfigError, match="41 token ids and the model an embedding of 40"):
-        check_vocabulary(model, 41)
