@@ -16,8 +16,9 @@ Why this one:
 - It is learnable. What a small character model writes varies in spelling above all, so `words` decides nearly every
   pair, and whoever was trained to predict the next character has in its hidden states how likely each one was.
 - It can be hacked. What a model samples hardly ever repeats itself, so in the pairs `variety` is as good as constant,
-  and a reward model cannot learn that it matters. A policy that maximises the learned score alone ends at the few words
-  that are liked best, again and again: `words` is then 1, the learned score at its highest, and the product near 0.
+  and a reward model cannot learn that it matters. A policy that maximises the learned score alone can
+  end at the few words that are liked best, again and again: `words` is then 1, the learned score at its highest, and
+  the product near 0.
 - A product, since a mean would let two perfect parts pay for the one that was given up.
 - It is not saturated: texts of the corpus score 0.65 on average, with a deviation of 0.2, since names and examples are
   no frequent words; with a tenth of their characters damaged they score 0.3.

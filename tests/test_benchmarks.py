@@ -215,8 +215,13 @@ def test_the_whole_of_rlhf_runs_in_one_command_and_goes_on_where_it_ended(tmp_pa
     """A model that has learned nothing, two iterations a stage: every stage reads what those before it wrote."""
     settings = {
         "--set-sft": (f"model.config={TINY}", "data.rows_per_iteration=64", "stop.env_steps=null"),
-        "--set-ppo": ("prompts.prompts_per_iteration=8", "training.minibatch_sequences=4", "training.lr=0.01"),
-        "--set": ("stop.iterations=2", "evaluation.num_rows=8", "learners.torch_threads=1"),
+        "--set-ppo": (
+            "prompts.prompts_per_iteration=8",
+            "training.minibatch_sequences=4",
+            "training.lr=0.01",
+            "evaluation.interval=0",
+        ),
+        "--set": ("stop.iterations=2", "evaluation.interval=2", "evaluation.num_rows=8", "learners.torch_threads=1"),
     }
     command = [sys.executable, str(BENCHMARKS / "rlhf.py"), "--folder", str(tmp_path), "--smallest-gap", "0"]
     command += ["--prompts", "24", "--held-out-prompts", "12"]
