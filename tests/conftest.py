@@ -122,6 +122,10 @@ LANGUAGE_MODELS = {
 
 @pytest.fixture
 def language_model_configs() -> dict[str, dict[str, Any]]:
+    """Configurations by family; from here on arithmetic has one thread, as two would mostly wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
     return LANGUAGE_MODELS
 
 

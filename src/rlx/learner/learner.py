@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,11 +158,11 @@ class Learner:
     @torch.no_grad()
     def measure(self, batch: Batch, coefficients: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
         """Return the loss and its stats on rows of tokens, and learn nothing from them."""
-        batch, policy = self._own(batch), cast(Any, self.policy)
+        batch = self._own(batch)
         weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
         sums: dict[str, float] = {}
-        for _, part in microbatches(policy, weighed, self.max_tokens):
-            total, stats = self._loss(policy, part, coefficients)
+        for _, part in microbatches(self.policy, weighed, self.max_tokens):
+            total, stats = self._loss(self.policy, part, coefficients)
             for name, stat in ({"loss": total} | stats).items():
                 sums[name] = sums.get(name, 0.0) + float(stat)
         return sums

@@ -100,6 +100,10 @@ def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) 
         model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        generation: Any = copy.deepcopy(model.generation_config)
+        if generation.eos_token_id is None:  # as of a model made from a configuration: what ends its completions
+            generation.eos_token_id = tokenizer.eos_token_id
+            generation.save_pretrained(folder)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -171,8 +175,10 @@ def _made_config(config: Mapping[str, Any]) -> Any:
             near = difflib.get_close_matches(name, made_of.to_dict(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name!r} is no setting of a {kind} model.{hint}")
+    # A family's ids of special tokens are those of its own tokenizer; in another one Llama's EOS, 2, is any character.
+    special = {f"{name}_token_id": None for name in ("bos", "eos", "pad") if hasattr(made_of, f"{name}_token_id")}
     try:
-        return AutoConfig.for_model(kind, **settings)
+        return AutoConfig.for_model(kind, **special | settings)
     except Exception as error:  # whatever a configuration that does not fit together raises
         raise ConfigError(f"no {kind} model can be made from this config: {_reason(error)}") from error
 
