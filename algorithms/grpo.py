@@ -90,7 +90,7 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
             batch = self.with_columns(batch, "ref_logp")
         counts = batch.counts
         if training.mask_truncated:
-            counts = counts & ~batch.truncated.any(1)
+            counts = counts & ~(batch.truncated & batch.mask).any(1)
         advantage_S = group_advantage(
             batch.score,
             self.settings.prompts.samples_per_prompt,

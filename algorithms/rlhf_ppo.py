@@ -46,7 +46,7 @@ class RLHFPPOTraining(TextTrainingSection):
     value_clip: PositiveFloat | None = None
     """Largest change of a value that the value loss rewards; null turns value clipping off."""
     value_warmup_iterations: NonNegativeInt = 0
-    """First iterations, in which only the value function learns."""
+    """First iterations, in which only the value function learns; weight_decay pulls at all weights all the same."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     normalize_advantage: bool = True
@@ -71,6 +71,11 @@ class RLHFPPOConfig(TextConfig, training=RLHFPPOTraining):
     @staticmethod
     def check(settings: Any) -> None:
         """Raise ConfigError where the KL term would do nothing."""
+        if settings.training.kl_target is not None and not settings.training.kl_coef:
+            raise ConfigError(
+                f"training.kl_target={settings.training.kl_target} cannot be reached from training.kl_coef=0, which is "
+                "adapted by factors; begin with a small one, such as 0.05, or set kl_target to null."
+            )
         if settings.training.kl_in == "loss" and settings.training.kl_estimator == "k1":
             raise ConfigError(
                 "training.kl_estimator=k1 has no gradient in the loss, on average; set it to k2 or k3, or "

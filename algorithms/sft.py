@@ -1,7 +1,7 @@
 """Supervised fine-tuning: the mean log-probability of the examples' tokens is raised.
 
 One iteration: the next rows of `data`, one pass of minibatch steps on them. What is learned of a row, its completion
-and the EOS behind it, or all of it, is said in docs/text_data.md.
+and the EOS behind it, or all of it, is said in docs/language_models.md.
 """
 
 from __future__ import annotations

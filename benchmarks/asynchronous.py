@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from report import describe, machine, markdown_table, publish
-from turns import Round, Run, add_options, rounds_of, span, versions
+from turns import Round, Run, add_options, recorded, rounds_of, span, versions
 from workloads import ASYNCHRONOUS
 
 FASTER_BY = {"impala": 8.0, "appo": 6.0, "ppo pong": 1.6}
@@ -30,10 +30,11 @@ def main() -> None:
     make = {"slow runner": slow_runner_page, "impala pong": limit_page}
     options = _parse()
     for work in options.work:
-        conditions = machine()
-        more = {"work": work, "seconds": options.seconds}
-        for rounds in rounds_of({name: job | more for name, job in ASYNCHRONOUS[work].items()}, options):
-            record = {"job": more, "machine": conditions, "rounds": rounds}
+        shared = {"work": work, "seconds": options.seconds}
+        jobs = {name: ASYNCHRONOUS[work][name] | shared for name in options.systems or ASYNCHRONOUS[work]}
+        record = recorded(work, {"job": shared, "machine": machine(), "rounds": []}, jobs, options)
+        for rounds in rounds_of(jobs, options, record["rounds"]):
+            record = {**record, "rounds": rounds}
             publish(options.out, work, record, make.get(work, page)(record))
 
 
@@ -141,8 +142,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", nargs="+", choices=ASYNCHRONOUS, default=[*ASYNCHRONOUS], help="default: all")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a run after its start (default: 60)")
+    parser.add_argument("--systems", nargs="+", help="of one work beside another library; the first one is the base")
     add_options(parser, rounds=3)
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = {name for work in options.work for name in ASYNCHRONOUS[work] if work in FASTER_BY}
+    if options.systems and (len(options.work) > 1 or not known.issuperset(options.systems)):
+        parser.error(f"--systems needs one --work of {', '.join(FASTER_BY)}, and systems of it: {', '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PACKAGES = {
         "setuptools==80.9.0",  # whose pkg_resources it imports
     ],
     "rlox": ["torch==2.13.0", "rlox==1.2.0", "gymnasium[classic-control,mujoco]==1.4.0", "mujoco==4.0.0"],
+    "trl": ["torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "datasets==5.2.0", "accelerate==1.15.0"],
 }
 INSTALL_TIMEOUT_S = 1800
 

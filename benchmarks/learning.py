@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 from report import machine, markdown_table
 
 import rlx
-from rlx.config_lookup import list_configs
+from rlx.config import list_configs, load_config
 from rlx.metrics import read_metrics
 
 EVALUATION_EPISODES = 30
 TRAINING_TIMEOUT_S = 3600.0
-BEGIN, END = "<!-- begin learning -->", "<!-- end learning -->"
 HEADER = ["config", "environment", "seeds", "env steps", "seconds", "mean return", "IQM", "min", "each seed"]
 PACKAGES = ("rlx", "torch", "gymnasium", "numpy", "mujoco")
 
@@ -49,7 +48,7 @@ def main() -> None:
         results = [measure(config, seed, options.runs) for seed in options.seeds]
         rows.append(table_row(config, results))
         print(*rows[-1], sep="  ", flush=True)
-    write_table(f"{markdown_table(HEADER, rows)}\n\n{conditions(results[-1].folder)}", options.out)
+        write_table(rows, conditions(results[-1].folder), options.out)
     print(f"table: {options.out}")
 
 
@@ -97,18 +96,38 @@ def conditions(folder: Path) -> str:
     )
 
 
-def write_table(table: str, file: Path) -> None:
-    """Write the table as `file`, or between the two marks of a file that has them."""
+BEGIN, END = "<!-- begin learning -->", "<!-- end learning -->"
+
+
+def write_table(rows: list[list[str]], facts: str, file: Path) -> None:
+    """Write the table as `file`, or between the two marks of a file that has them; there, other configs' rows stay."""
+    old = section_of(file, "learning")
+    cells = [line.strip("| ").split(" | ") for line in old.splitlines() if line.startswith("| `")]
+    merged = {row[0].strip("`"): row for row in [*cells, *rows]}
+    write_section(f"{markdown_table(HEADER, [merged[name] for name in sorted(merged)])}\n\n{facts}", file)
+
+
+def section_of(file: Path, section: str) -> str:
+    """Return what stands between the two marks of a section; nothing where the file has none."""
     text = file.read_text() if file.exists() else ""
-    if BEGIN in text and END in text:
-        table = text.partition(BEGIN)[0] + f"{BEGIN}\n{table}\n{END}" + text.partition(END)[2]
+    return text.partition(f"<!-- begin {section} -->")[2].partition(f"<!-- end {section} -->")[0]
+
+
+def write_section(table: str, file: Path, section: str = "learning") -> None:
+    """Write the table as `file`, or between the two marks of a section in a file that has them."""
+    begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
+    text = file.read_text() if file.exists() else ""
+    if begin in text and end in text:
+        table = text.partition(begin)[0] + f"{begin}\n{table}\n{end}" + text.partition(end)[2]
     file.write_text(table.rstrip("\n") + "\n")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    names = [name for name, _ in list_configs()]
-    parser.add_argument("--configs", nargs="+", default=names, metavar="NAME", help="default: every shipped config")
+    names = [name for name, _ in list_configs() if hasattr(load_config(name).settings, "environment")]
+    parser.add_argument(
+        "--configs", nargs="+", default=names, metavar="NAME", help="default: every one on environments"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4")
     parser.add_argument("--out", type=Path, default=Path("learning.md"), help="markdown file for the table")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"), help="folder of the run folders")

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from report import describe, machine, markdown_table, publish
-from turns import Round, add_options, rounds_of, span, versions
+from turns import Round, add_options, recorded, rounds_of, span, versions
 from workloads import RUNS_ONLY, SYSTEMS, WORK
 
 
@@ -21,13 +21,13 @@ def main() -> None:
     """Run the benchmark."""
     options = _parse()
     for work in options.work:
-        conditions = machine()
         job = WORK[work] | {"work": work} | ({"iterations": options.iterations} if options.iterations else {})
-        systems = [name for name in options.systems if name in RUNS_ONLY.get(work, SYSTEMS)]
+        systems = [name for name in options.systems or RUNS_ONLY[work] if name in RUNS_ONLY[work]]
         if not systems:
             raise SystemExit(f"{work} is run with {', '.join(RUNS_ONLY[work])} only; add one of them to --systems.")
-        for rounds in rounds_of({name: job | SYSTEMS[name] for name in systems}, options):
-            record = {"job": job, "machine": conditions, "rounds": rounds}
+        record = recorded(work, {"job": job, "machine": machine(), "rounds": []}, systems, options)
+        for rounds in rounds_of({name: job | SYSTEMS[name] for name in systems}, options, record["rounds"]):
+            record = {**record, "rounds": rounds}
             publish(options.out, work, record, page(record))
 
 
@@ -63,7 +63,7 @@ def page(record: dict[str, Any]) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", nargs="+", choices=WORK, default=[*WORK], help="default: all")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=[*SYSTEMS], help="the first one is the base")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="the first one is the base; default: the work's")
     parser.add_argument("--iterations", type=int, help="measured iterations in a run (default: the workload's)")
     add_options(parser, rounds=5)
     return parser.parse_args()

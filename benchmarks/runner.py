@@ -4,7 +4,8 @@
 
 The own loop is gymnasium's or ale-py's vector environment, stepped with actions drawn beforehand and nothing else.
 The runner does all that it does in training (fragments, episodes, masks, checks), with the same random actions; and
-once more with an untrained policy, to show how much of its time a network takes.
+once more with an untrained policy, to show how much of its time a network takes. On a machine that others use as well,
+steps per second of processor time say more than steps per second.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from report import DOCS, busy_cores, describe, machine, markdown_table, publish
+from turns import span
 
 from rlx.nets.policy import build_policy
 from rlx.rollout.env_runner import EnvRunner
@@ -105,18 +107,19 @@ def own_loop(env_id: str, seconds: float) -> Callable[[], dict[str, float]]:
     rng = np.random.default_rng(1)
 
     def measure() -> dict[str, float]:
-        started, steps = time.perf_counter(), 0
+        started, cpu_started, steps = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - started < seconds:
             for action_B in actions(env.single_action_space, NUM_STEPS, num_envs, rng):
                 env.step(action_B)
             steps += NUM_STEPS * num_envs
-        return {"steps_per_s": steps / (time.perf_counter() - started)}
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        return {"steps_per_s": steps / wall_s, "steps_per_cpu_s": steps / cpu_s}
 
     return measure
 
 
 def runner(env_id: str, seconds: float, is_random: bool) -> Callable[[], dict[str, float]]:
-    """Return a function that measures an env runner for `seconds`; only transitions count as steps."""
+    """Return a function that measures an env runner for `seconds`; steps that only reset count, as in the own loop."""
     built = EnvRunner(
         *(env_id, WORK[env_id].num_envs, build_policy),
         seed=1,
@@ -129,13 +132,13 @@ def runner(env_id: str, seconds: float, is_random: bool) -> Callable[[], dict[st
     built.sample(NUM_STEPS)
 
     def measure() -> dict[str, float]:
-        started, steps, inference_s = time.perf_counter(), 0, 0.0
+        started, cpu_started, steps, inference_s = time.perf_counter(), time.process_time(), 0, 0.0
         while time.perf_counter() - started < seconds:
             sample = built.sample(NUM_STEPS)
-            steps += sample.env_steps
+            steps += sample.trajectory.mask.size
             inference_s += sample.inference_s
-        wall_s = time.perf_counter() - started
-        return {"steps_per_s": steps / wall_s, "inference": inference_s / wall_s}
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        return {"steps_per_s": steps / wall_s, "steps_per_cpu_s": steps / cpu_s, "inference": inference_s / wall_s}
 
     return measure
 
@@ -145,14 +148,19 @@ def page(conditions: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -
     rows = []
     for env_id, rounds in results.items():
         own, ours, policy = ([one[name] for one in rounds] for name in ("own", "random", "policy"))
-        ratios = [b["steps_per_s"] / a["steps_per_s"] for a, b in zip(own, ours, strict=True)]
+        ratios, cpu_ratios = (
+            [b[rate] / a[rate] for a, b in zip(own, ours, strict=True)] for rate in ("steps_per_s", "steps_per_cpu_s")
+        )
         row = [f"{env_id}, {WORK[env_id].num_envs}"]
         row += [f"{median(one['steps_per_s'] for one in side):,.0f}" for side in (own, ours)]
-        row += [f"{median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}", f"{TARGET}"]
+        for values in (ratios, cpu_ratios):
+            row += [f"{median(values):.2f}", span(values, ".2f")]
+        row += [f"{TARGET}"]
         row += [f"{median(one['steps_per_s'] for one in policy):,.0f}"]
         row += [f"{100 * median(one['inference'] for one in policy):.0f}%"]
         rows.append(row)
-    header = ["environment, how many", "own loop, steps/s", "runner, random actions", "ratio", "range", "wanted"]
+    header = ["environment, how many", "own loop, steps/s", "runner, random actions", "ratio", "range"]
+    header += ["ratio of steps per processor second", "range", "wanted"]
     header += ["runner, untrained policy", "of it inference"]
     return f"{markdown_table(header, rows)}\n\n{len(rounds)} rounds. {describe(conditions)}"
 

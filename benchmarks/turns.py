@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,17 @@ Round = dict[str, Run]
 """By the name of the system."""
 
 
-def rounds_of(jobs: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[list[Round]]:
+def rounds_of(
+    jobs: Mapping[str, dict[str, Any]], options: argparse.Namespace, before: Sequence[Round] = ()
+) -> Iterator[list[Round]]:
     """Yield all rounds so far after each one, in which every system does its job with the round's seed.
 
     jobs: by system; job["script"] is a file of `peers/` without its suffix. options: those of `add_options`.
+    before: rounds that `recorded` found, which are gone on from.
     """
     pythons = {name: python_of(peer_of(job), options.envs, dict(options.python)) for name, job in jobs.items()}
-    rounds: list[Round] = []
-    for seed in range(1, options.rounds + 1):
+    rounds = list(before)
+    for seed in range(len(rounds) + 1, len(rounds) + options.rounds + 1):
         rounds.append({})
         for name, job in jobs.items():
             rounds[-1][name] = run = measure(pythons[name], job | {"seed": seed})
@@ -54,6 +57,17 @@ def measure(python: str, job: dict[str, Any]) -> Run:
     return {**run, "ready_s": ready_s, "busy_cores_before": busy}
 
 
+def recorded(section: str, record: dict[str, Any], systems: Iterable[str], options: argparse.Namespace) -> Any:
+    """Return what `record` goes on from: with --more the section's record of the same job and systems, else itself."""
+    raw = options.out / "benchmarks.json"
+    if not options.more:
+        return record
+    found = json.loads(raw.read_text()).get(section) if raw.exists() else None
+    if found is None or found["job"] != record["job"] or list(found["rounds"][0]) != [*systems]:
+        raise SystemExit(f"--more: {raw} has no rounds of {section} with this job and these systems; leave --more out.")
+    return found
+
+
 def peer_of(job: Mapping[str, Any]) -> str:
     """Return the library that a job is for: sample_factory of the script sample_factory_appo."""
     return job["script"].rpartition("_")[0]
@@ -72,6 +86,7 @@ def versions(run: Run) -> str:
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """Add what every benchmark of this kind can be told."""
     parser.add_argument("--rounds", type=int, default=rounds, help=f"runs of each system (default: {rounds})")
+    parser.add_argument("--more", action="store_true", help="add the rounds to those in benchmarks.json")
     parser.add_argument("--envs", type=Path, default=Path(".benchmark-envs"), help="folder of the peers' environments")
     parser.add_argument(
         "--python",

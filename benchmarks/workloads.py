@@ -13,9 +13,13 @@ CARTPOLE = PPO | {
     "entropy_coef": 0.01,
 }
 CHEETAH = PPO | {"envs": 8, "fragment_length": 256, "epochs": 10, "minibatch_size": 64, "lr": 3e-4, "entropy_coef": 0.0}
+CARTPOLE_RUN = CARTPOLE | {"env": "CartPole-v1", "iterations": 100}
+CHEETAH_RUN = CHEETAH | {"env": "HalfCheetah-v5", "iterations": 20}
 WORK: dict[str, dict[str, Any]] = {
-    "cartpole": CARTPOLE | {"env": "CartPole-v1", "iterations": 100},
-    "halfcheetah": CHEETAH | {"env": "HalfCheetah-v5", "iterations": 20},
+    "cartpole": CARTPOLE_RUN,
+    "halfcheetah": CHEETAH_RUN,
+    "cartpole one behind": CARTPOLE_RUN,
+    "halfcheetah one behind": CHEETAH_RUN,
     "costly": CARTPOLE | {"env": "CostlyCartPole", "iterations": 8},
 }
 """Of benchmarks/ppo.py."""
@@ -35,8 +39,16 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "rllib 2 runners": RLLIB | {"runners": 2},
     "rlox": ALONE | {"script": "rlox_ppo"},
 }
-RUNS_ONLY = {"costly": ("rlx", "rlx 1 runner", "rlx 2 runners")}
-"""Workloads that ask about env runners alone, with the systems that answer."""
+IN_TURNS = tuple(name for name in SYSTEMS if "one behind" not in name)
+BEHIND = ("rlx 1 runner, one behind", "rlx 2 runners, one behind", "rlx", "sb3")
+RUNS_ONLY = {
+    "cartpole": IN_TURNS,
+    "halfcheetah": IN_TURNS,
+    "cartpole one behind": BEHIND,
+    "halfcheetah one behind": BEHIND,
+    "costly": ("rlx", "rlx 1 runner", "rlx 2 runners"),
+}
+"""The systems that answer what a workload asks."""
 
 TOGETHER = NETS | {"runners": 2, "threads": 1, "compile": False, "env": "CartPole-v1", "envs": 16, "entropy_coef": 0.01}
 IMPALA = TOGETHER | {
@@ -74,7 +86,7 @@ PONG = PPO | {
     "entropy_coef": 0.01,
 }
 TWO_THREADS = {"runners": 0, "threads": 2, "compile": False}
-IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4, "runners": 1}
+IMPALA_PONG = IMPALA | {"env": "ALE/Pong-v5", "lr": 6e-4, "runners": 1, "updates_per_iteration": 2}
 HALF = {"precision": "bfloat16"}
 ONE_BEHIND = {"runners": 1, "max_age": 1}
 ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {

@@ -73,10 +73,10 @@ def text_configuration_page() -> str:
         "",
         "<!-- Written by `python docs/generate.py` from src/rlx/text_settings.py and algorithms/grpo.py. -->",
         "",
-        "How settings are written and changed is said in [configuration.md](configuration.md). These are the sections of",
-        "`algorithm: grpo`; `rlhf_ppo`, `sft`, `reward_model` and `dpo` differ in `training` only, as in `rlx config show",
-        "NAME --comments`. `prompts`, `reward` and `generation` are for reinforcement learning and for evaluations by",
-        "completions, `data` for supervised training.",
+        "How settings are written and changed is said in [configuration.md](configuration.md). These are the sections",
+        "of `algorithm: grpo`; `rlhf_ppo`, `sft`, `reward_model` and `dpo` differ in `training` only, as in",
+        "`rlx config show NAME --comments`. `prompts`, `reward`, `generation` are for reinforcement learning and for",
+        "evaluations by completions, `data` for supervised training.",
         "",
     ]
     return "\n".join([*lines, *sections(GRPOConfig())])

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ def pytest_collection_finish() -> None:
 
 
 TOY_RUNTIME = Path(__file__).parent / "toy_runtime.py"
+TEXT_DRIVER = Path(__file__).parent / "text_driver.py"
 
 
 @dataclass
@@ -125,3 +127,69 @@ def language_model_configs() -> dict[str, dict[str, Any]]:
 
     torch.set_num_threads(1)
     return LANGUAGE_MODELS
+
+
+# Runs on text ----------------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "model_type": "llama",
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32},
+}
+TEXT_CONFIGS = {
+    "sft": "SFTConfig",
+    "dpo": "DPOConfig",
+    "reward_model": "RewardModelConfig",
+    "grpo": "GRPOConfig",
+    "rlhf_ppo": "RLHFPPOConfig",
+}
+
+
+@pytest.fixture
+def tiny_text():
+    """Make the config of the smallest run of an algorithm on additions: tiny_text("grpo", training={"lr": 0.1}).
+
+    Rewards are random ones that depend on every character of a batch: no completion changes unnoticed.
+    """
+    return tiny_text_config
+
+
+def tiny_text_config(algorithm: str, **sections: dict[str, Any]) -> Any:
+    from rlx.envs import addition
+
+    made = getattr(importlib.import_module(f"rlx.algorithms.{algorithm}"), TEXT_CONFIGS[algorithm])()
+    made.model(config=LLAMA, tokenizer="rlx.envs.addition:tokenizer").learners(torch_threads=1)
+    made.training(lr=3e-3).generation(max_new_tokens=5).reporting(progress="none")
+    if algorithm == "sft":
+        made.data("rlx.envs.addition:rows", kwargs={"split": "sft", "limit": 40}, rows_per_iteration=16)
+    elif algorithm in ("dpo", "reward_model"):
+        rows = addition.rows("sft", limit=40)
+        pairs = [
+            {"prompt": row["prompt"], "chosen": row["answer"], "rejected": row["answer"][::-1] + "1"} for row in rows
+        ]
+        made.data(pairs, rows_per_iteration=16)
+    else:
+        made.prompts("rlx.envs.addition:rows", kwargs={"split": "rl", "limit": 20}, prompts_per_iteration=6)
+        made.prompts(samples_per_prompt=4).reward("rlx.envs.addition:random_reward")
+        made.training(minibatch_sequences=8)
+    for section, settings in sections.items():
+        getattr(made, section)(**settings)
+    return made
+
+
+@pytest.fixture(scope="module")
+def text_driver():
+    """Run `rlx` in a process of its own: text_driver(folder, ["train", ...], strike) -> exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(TEXT_DRIVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as driver:
+        assert driver.stdin is not None and driver.stdout is not None
+
+        def run(folder: Path, arguments: list[str], strike: tuple[str, str, int] | None = None) -> int:
+            line = json.dumps({"folder": str(folder), "arguments": arguments, "strike": strike})
+            print(line, file=driver.stdin, flush=True)
+            return int(driver.stdout.readline())  # type: ignore[union-attr]
+
+        yield run
+        driver.stdin.close()

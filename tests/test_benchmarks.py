@@ -138,6 +138,22 @@ def test_a_section_of_the_page_is_replaced_and_the_others_stay(tmp_path, monkeyp
         report.publish(tmp_path, "b", {}, "table")
 
 
+def test_what_some_configs_learn_replaces_their_rows_alone(tmp_path, monkeypatch):
+    learning = load("learning.py", monkeypatch)
+    page, rows = tmp_path / "learning.md", {name: [f"`{name}`", *"abcdefgh"] for name in ("impala", "ppo", "ppo_b")}
+    page.write_text(f"# A\n{learning.BEGIN}\n{learning.END}\n# B\n")
+    learning.write_table([rows["ppo"], rows["ppo_b"]], "old facts", page)
+    learning.write_table([rows["impala"], [*rows["ppo"][:8], "1 2 3"]], "new facts", page)
+    table = page.read_text().splitlines()
+    assert table[4:8] == [
+        "| `impala` | a | b | c | d | e | f | g | h |",
+        "| `ppo` | a | b | c | d | e | f | g | 1 2 3 |",
+        "| `ppo_b` | a | b | c | d | e | f | g | h |",
+        "",
+    ]
+    assert (table[0], table[8:]) == ("# A", ["new facts", learning.END, "# B"])
+
+
 def test_the_page_has_a_section_for_every_workload(monkeypatch):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     workloads = load("workloads.py", monkeypatch)
@@ -154,6 +170,22 @@ def test_a_command_that_fails_ends_with_its_last_words(tmp_path, monkeypatch):
         )
 
 
+def test_more_rounds_are_those_of_the_same_work(tmp_path, monkeypatch):
+    """Only what had the same job and the same systems belongs into one median."""
+    turns = load("turns.py", monkeypatch)
+    fresh = {"job": {"seconds": 20}, "rounds": []}
+    found = {"job": {"seconds": 20}, "rounds": [{"rlx": {}, "sb3": {}}]}
+    (tmp_path / "benchmarks.json").write_text(json.dumps({"a": found}))
+    alone, more = (SimpleNamespace(out=tmp_path, more=value) for value in (False, True))
+    assert turns.recorded("a", fresh, ["rlx", "sb3"], alone) == fresh
+    assert turns.recorded("a", fresh, ["rlx", "sb3"], more) == found
+    for section, job, systems in (("b", 20, ["rlx", "sb3"]), ("a", 60, ["rlx", "sb3"]), ("a", 20, ["rlx"])):
+        with pytest.raises(
+            SystemExit, match=f"no rounds of {section} with this job and these systems; leave --more out"
+        ):
+            turns.recorded(section, {"job": {"seconds": job}}, systems, more)
+
+
 @pytest.mark.slow
 def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
     shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path)
@@ -168,3 +200,44 @@ def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
         assert run["ready_s"] > 0 and run["returns"] > 10
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| rlx 2 runners, " in text and "## HalfCheetah-v5" in text
+
+    subprocess.run([*command, "--more", "--out", str(tmp_path)], check=True, timeout=120)
+    first, second = json.loads((tmp_path / "benchmarks.json").read_text())["cartpole"]["rounds"]
+    assert first == measured and list(second) == systems and second["rlx"]["seconds"] != first["rlx"]["seconds"]
+    assert "2 iterations a run, 2 rounds." in (tmp_path / "benchmarks.md").read_text()
+
+
+TINY = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+
+
+@pytest.mark.slow
+def test_the_whole_of_rlhf_runs_in_one_command_and_goes_on_where_it_ended(tmp_path):
+    """A model that has learned nothing, two iterations a stage: every stage reads what those before it wrote."""
+    settings = {
+        "--set-sft": (f"model.config={TINY}", "data.rows_per_iteration=64", "stop.env_steps=null"),
+        "--set-ppo": ("prompts.prompts_per_iteration=8", "training.lr=0.01"),
+        "--set": ("stop.iterations=2", "evaluation.num_rows=8", "learners.torch_threads=1"),
+    }
+    command = [sys.executable, str(BENCHMARKS / "rlhf.py"), "--folder", str(tmp_path), "--smallest-gap", "0"]
+    command += ["--prompts", "24", "--held-out-prompts", "12"]
+    for option, values in settings.items():
+        for value in values:
+            command += [option, value]
+    printed = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert printed.count("rlx train ") == 5 and "24 pairs of 24 prompts" in printed and "12 pairs of 12" in printed
+    models = ["pre-trained", "PPO, adaptive KL", "PPO without KL", "DPO"]
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    assert [row[0] for row in rows] == models
+    assert float(rows[0][-1]) == 0 and abs(float(rows[1][-1])) > 0  # KL
+    assert (tmp_path / "rlhf.png").read_bytes()[:4] == b"\x89PNG"
+    lowered = 0.2 * (1 - 0.2 * 8 / 300)  # 8 completions far below kl_target, of a horizon of 300
+    for name, coefs in (("ppo", [0.2, lowered]), ("ppo_without_kl", [1e-9, 1e-9])):
+        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [set(row) >= {"custom/gold", "ref_kl_sequence"} for row in metrics] == [True, True]
+        assert [row["learner/kl_coef"] for row in metrics] == pytest.approx(coefs)
+
+    (tmp_path / "dpo" / "finished").unlink()
+    printed = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
+    assert [line for line in printed.splitlines() if line.startswith("rlx train ")] == [
+        f"rlx train --resume {tmp_path / 'dpo'}"
+    ]

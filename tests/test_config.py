@@ -556,8 +556,17 @@ def test_build_validates_freezes_and_hands_the_config_over():
 
 
 def test_a_run_needs_a_limit_only_where_it_asks_for_one():
-    assert "stop sets no limit" in failure(ToyConfig().settings.stop.require_limit)
-    ToyConfig().stop(time_s=1).settings.stop.require_limit()
+    assert "stop sets no limit" in failure(lambda: ToyConfig().settings.stop.require_limit(10))
+    ToyConfig().stop(time_s=1).settings.stop.require_limit(0)
+
+
+def test_a_limit_that_no_evaluation_looks_at_is_refused():
+    stop = ToyConfig().stop(evaluation_return_mean=0.5, time_s=1).settings.stop
+    stop.require_limit(10)
+    assert failure(lambda: stop.require_limit(0)) == (
+        "stop.evaluation_return_mean=0.5 is never looked at with evaluation.interval=0; set the interval to 10, say, "
+        "or the limit to null."
+    )
 
 
 # --- what derives from the sections

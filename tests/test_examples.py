@@ -96,3 +96,11 @@ def test_06_shows_every_verb_of_the_actor_core(tmp_path):
     printed = run(tmp_path, EXAMPLES / "06_actors.py")
     assert number("after publishing:", printed) == 5.0
     assert "was killed by SIGKILL in draw()" in printed and "restarts: 1" in printed
+
+
+def test_08_teaches_a_form_by_examples_and_the_rest_by_reward(tmp_path):
+    """A digit is not below the one before it with probability 0.55, so that 0.9 has to be learned from the reward."""
+    printed = run(tmp_path, EXAMPLES / "08_post_training.py")
+    assert number("SFT: loss", printed) < 2.0
+    scores = [float(score) for score in re.findall(r"GRPO: score ([\d.]+)", printed)]
+    assert scores[0] < 0.6 and scores[1] > 0.9

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlx.algorithms.grpo import GRPOConfig
 from rlx.errors import CheckpointError, ConfigError
 from rlx.plotting import Curve, group_by_config, load_curve, mean_and_range, plot_runs
 
@@ -78,6 +79,16 @@ def test_the_picture_shows_a_line_per_config_with_its_band_and_the_goal(tmp_path
         "solved at 475",
     ):
         assert f"<!-- {shown} -->" in text
+
+
+def test_a_run_on_text_is_named_by_its_model_and_steps_in_tokens(tmp_path):
+    config = GRPOConfig().model("runs/sft/").prompts([{"prompt": "1+1="}]).reward(lambda prompts, completions: [])
+    for folder, one in (("path", config), ("weights", config.copy().model(path=None, config={"model_type": "llama"}))):
+        make_run(tmp_path / folder, [0.1, 0.2])
+        (tmp_path / folder / "config.yaml").write_text(one.to_yaml())
+    text = plot_runs([tmp_path / "path", tmp_path / "weights"], tmp_path / "curve.svg").read_text()
+    assert "<!-- grpo on llama / grpo on sft -->" in text
+    assert "<!-- env_steps (tokens) -->" in text
 
 
 def test_runs_that_share_no_stretch_are_drawn_without_a_mean(tmp_path):

@@ -19,7 +19,7 @@ from rlx.algorithms.ppo import PPOConfig
 
 CONFIGS = {"ppo": PPOConfig, "impala": IMPALAConfig, "appo": APPOConfig}
 TRAINING = (
-    *("gamma", "lambda_", "lr", "epochs", "minibatch_size", "batch_size", "max_age"),
+    *("gamma", "lambda_", "lr", "epochs", "minibatch_size", "batch_size", "max_age", "updates_per_iteration"),
     *("clip_range", "value_coef", "entropy_coef", "max_grad_norm"),
 )
 STEP_COST_S = 1e-3

@@ -132,12 +132,16 @@ def _add_eval(group: Any) -> None:
         group,
         "eval",
         commands.evaluate,
-        "Evaluate the policy of RUN on fresh episodes, with its observation statistics frozen.",
+        "Evaluate the policy of RUN on fresh episodes, with its observation statistics frozen; a language model on\n"
+        "the rows of evaluation.source.",
         "rlx eval runs/ppo-CartPole-v1-... --episodes 20 --video cartpole.gif",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder (its newest checkpoint) or checkpoint folder")
     parser.add_argument(
-        "--episodes", metavar="N", type=_positive, help="number of episodes (default: evaluation.num_episodes)"
+        "--episodes",
+        metavar="N",
+        type=_positive,
+        help="episodes, or rows of text (default: the run's evaluation section)",
     )
     parser.add_argument(
         "--video", metavar="FILE", type=Path, help="record the first environment: .gif, or .mp4 with rlx[video]"
@@ -146,7 +150,7 @@ def _add_eval(group: Any) -> None:
         "--seed",
         metavar="S",
         type=int,
-        help="seed of the first episode, the next ones count up (default: evaluation.seed)",
+        help="seed of the first episode or prompt, the next ones count up (default: evaluation.seed; text: 0)",
     )
 
 

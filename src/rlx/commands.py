@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> int:
         config = _config_of_resumed(options.resume, options.config, options.set)
     else:
         config = load_config(options.config, options.set)
-    config.settings.stop.require_limit()
+    config.settings.stop.require_limit(config.settings.evaluation.interval)
     config.validate()
     if options.dry_run:
         _page(config.to_yaml())
@@ -50,10 +50,20 @@ def train(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Play evaluation episodes with a trained policy."""
+    """Play evaluation episodes with a trained policy, or complete the evaluation's prompts with a language model."""
     if not any((options.run / name).exists() for name in ("checkpoints", "state.json")):
         fault = "is neither a run folder nor a checkpoint" if options.run.exists() else "does not exist"
         raise CheckpointError(f"{options.run} {fault}; give the folder that `rlx train` printed after `run`.")
+    metrics = _evaluate_on_text(options) if _is_on_text(options.run) else _play(options)
+    for name, value in metrics.items():
+        shown = "-" if value is None else f"{value:.5g}"
+        print(f"{name.removeprefix('evaluation/'):<20} {shown:>10}")
+    if options.video is not None:
+        print(f"{'video':<20} {options.video}")
+
+
+def _play(options: argparse.Namespace) -> Metrics:
+    """Return the metrics of evaluation episodes."""
     if options.video is not None:
         from rlx import video
 
@@ -63,11 +73,34 @@ def evaluate(options: argparse.Namespace) -> None:
 
     policy = load_policy(options.run)
     with _recording(options.video, policy.settings.environment.id) as add_frame:
-        metrics = policy.evaluate(options.episodes, seed=options.seed, on_frame=add_frame)
-    for name, value in metrics.items():
-        print(f"{name.removeprefix('evaluation/'):<20} {value:>10.5g}")
+        return policy.evaluate(options.episodes, seed=options.seed, on_frame=add_frame)
+
+
+def _is_on_text(run: Path) -> bool:
+    from rlx.checkpoint import load_state
+
+    return "rollouts" in load_state(run)
+
+
+def _evaluate_on_text(options: argparse.Namespace) -> Metrics:
+    """Return the metrics of a language model on the evaluation's rows of its run."""
+    from rlx.checkpoint import load_state
+    from rlx.config import AlgorithmConfig
+    from rlx.config_lookup import config_class
+
     if options.video is not None:
-        print(f"{'video':<20} {options.video}")
+        raise ConfigError(f"{options.run} is a run on text, so there is no video of it; leave --video out.")
+    saved = load_state(options.run)["config"]
+    found = config_class(saved["algorithm"], options.run, AlgorithmConfig, f'algorithm is "{saved["algorithm"]}"')
+    config = found.from_dict(saved)
+    if config.settings.evaluation.source is None:
+        raise ConfigError(
+            f"{options.run} has no rows to be evaluated on: evaluation.source is not set; train with it, or look at "
+            "completions with `rlx generate`."
+        )
+    with config.build() as algorithm:
+        algorithm.restore(options.run)
+        return algorithm.evaluate(options.episodes, seed=options.seed or 0)
 
 
 def list_all(options: argparse.Namespace) -> None:
@@ -204,7 +237,8 @@ def _tokenizer_of(run: Path) -> Any:
     from rlx.config import load_config
     from rlx.text_building import build_tokenizer
 
-    return build_tokenizer(load_config(run / "config.yaml").settings.model)
+    settings: Any = load_config(run / "config.yaml").settings
+    return build_tokenizer(settings.model)
 
 
 def report(error: RlxError) -> int:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from rlx import video
+from rlx.errors import ConfigError
 from rlx.interrupts import deferred_interrupt
 from rlx.learner.learner_group import LearnersLost
 from rlx.metrics import Metrics
@@ -20,7 +21,7 @@ log = logging.getLogger("rlx")
 
 def fit(algo: Trainable) -> Metrics:
     """Do what `Trainable.fit` says."""
-    algo.settings.stop.require_limit()
+    algo.settings.stop.require_limit(algo.settings.evaluation.interval)
     algo.stop_request = ""
     _check_films(algo)
     algo.saves.open()
@@ -49,6 +50,7 @@ def iterate(algo: Trainable) -> Metrics:
         metrics |= algo.evaluate()
         _film(algo)
         metrics["time/evaluation_s"] = time.perf_counter() - started
+        _stop_at_goal(algo, metrics)
     algo.saves.write_metrics(metrics)
     _track_best(algo, metrics)
     interval = algo.settings.checkpointing.interval
@@ -62,6 +64,21 @@ def reason_to_stop(algo: Trainable) -> str:
     mean = algo.window.summary()["episode_return_mean"] if algo.window.is_full else None
     limits = {"iterations": algo.iteration, "env_steps": algo.env_steps, "time_s": algo.total_s}
     return algo.stop_request or algo.settings.stop.reached(mean, **limits)
+
+
+def _stop_at_goal(algo: Trainable, metrics: Metrics) -> None:
+    """Request a stop where this evaluation has reached stop.evaluation_return_mean."""
+    goal = algo.settings.stop.evaluation_return_mean
+    if goal is None:
+        return
+    mean = metrics.get("evaluation/episode_return_mean")
+    if mean is None:
+        raise ConfigError(
+            f"stop.evaluation_return_mean={goal:g} needs evaluations with a return, and here they measure a loss; set "
+            "reward.function, or the limit to null."
+        )
+    if mean >= goal:
+        algo.request_stop(f"evaluation/episode_return_mean {mean:.3g} reached {goal:g}")
 
 
 def _check_films(algo: Any) -> None:

@@ -136,11 +136,10 @@ def _draw_group(axes: Axes, label: str, curves: Sequence[Curve], color: str) -> 
 
 def _describe(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
     """Title, labels with units, the goal, and a light grid."""
-    titles = {
-        f"{one.settings['algorithm'].rpartition('/')[2]} on {one.settings['environment']['id']}" for one in curves
-    }
+    titles = {f"{one.settings['algorithm'].rpartition('/')[2]} on {_subject(one.settings)}" for one in curves}
     axes.set_title(" / ".join(sorted(titles)), loc="left", fontweight="bold")
-    axes.set_xlabel("env_steps (environment steps)\n", labelpad=6)
+    steps = {"environment steps" if "environment" in one.settings else "tokens" for one in curves}
+    axes.set_xlabel(f"env_steps ({' or '.join(sorted(steps))})\n", labelpad=6)
     meaning = "\n".join(textwrap.wrap(METRICS[metric].partition(";")[0].rstrip("."), 110))
     axes.text(1, -0.155, meaning, transform=axes.transAxes, ha="right", va="top", fontsize=7, color="0.45")
     axes.set_ylabel(metric + _unit(metric))
@@ -152,6 +151,14 @@ def _describe(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
+
+
+def _subject(settings: dict[str, Any]) -> str:
+    """Return what a run trains on, an environment, or the language model that it trains."""
+    if "environment" in settings:
+        return settings["environment"]["id"]
+    model = settings["model"]
+    return (model["path"] or model["config"]["model_type"]).rstrip("/").rpartition("/")[2]
 
 
 def _unit(metric: str) -> str:

@@ -19,7 +19,7 @@ from rlx.rollout.token_runner import Completions
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import Scores
 from rlx.text.tokenizers import encode, encode_start
-from rlx.text_building import build_model, build_tokenizer, share_of_cores
+from rlx.text_building import build_model, build_tokenizer, load_trained, share_of_cores
 from rlx.text_settings import TextModelSection, TextSettings
 
 ADVICE = Advice(
@@ -51,8 +51,7 @@ def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
     tokenizer = build_tokenizer(settings.model)
     model = build_reward_model(settings.model, vocabulary=len(tokenizer), seed=settings.runtime.seed)
     saved = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
-    if model.load_state_dict(saved, strict=False).unexpected_keys:
-        raise CheckpointError(f"{run} holds a reward model of another architecture than its config describes.")
+    load_trained(model, saved, str(run))
     model.normalize(numbers["score_mean"], numbers["score_std"])
     return model.requires_grad_(False), tokenizer
 
@@ -119,6 +118,10 @@ class RewardModels:
                 f"the completion {texts[first]!r}; its training has diverged: train it with a lower training.lr."
             )
         return Scores(score, np.ones(len(score), bool))
+
+    def take_restarts(self) -> int:
+        """Return how many actors were started again since the last call."""
+        return 0 if self._actors is None else self._actors.take_restarts()
 
     def close(self) -> None:
         """End the actors."""

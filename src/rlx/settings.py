@@ -348,11 +348,18 @@ class StopSection(Section):
     """Environment steps over all environments; null: no limit."""
     episode_return_mean: float | None = None
     """Mean return over the last reporting.window_episodes episodes, once there are that many; null: no limit."""
+    evaluation_return_mean: float | None = None
+    """Mean return of one evaluation, of which there is one every evaluation.interval iterations; null: no limit."""
     time_s: float | None = Field(default=None, gt=0)
     """Wall-clock seconds; null: no limit."""
 
-    def require_limit(self) -> None:
-        """Raise ConfigError where no limit is set: the run would never end."""
+    def require_limit(self, evaluation_interval: int) -> None:
+        """Raise ConfigError where no limit is set, or one that no evaluation looks at: the run would never end."""
+        if self.evaluation_return_mean is not None and not evaluation_interval:
+            raise ConfigError(
+                f"stop.evaluation_return_mean={self.evaluation_return_mean:g} is never looked at with "
+                "evaluation.interval=0; set the interval to 10, say, or the limit to null."
+            )
         if all(value is None for _, value in self):
             names = ", ".join(f"stop.{name}" for name in type(self).model_fields)
             raise ConfigError(f"stop sets no limit, so the run would never end; set at least one of {names}.")

@@ -26,7 +26,7 @@ from rlx.nets.language_model import export_language_model
 from rlx.rollout.token_runners import TokenRunners
 from rlx.samples import sample_record
 from rlx.text.order import order
-from rlx.text.prompts import load_prompts
+from rlx.text.prompts import Prompt, load_prompts
 from rlx.text_building import (
     EXPORT,
     build_learners,
@@ -36,6 +36,8 @@ from rlx.text_building import (
     build_runners,
     build_scorer,
     build_tokenizer,
+    fitted,
+    plan_updates,
 )
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
@@ -113,7 +115,7 @@ class TextAlgorithm(Trainable):
         length = rollout.completions.length
         self.env_steps += int(length.sum())
         self.episodes += len(length)
-        self.runner_restarts += self.rollouts.runners.take_restarts()
+        self.runner_restarts += self.rollouts.take_restarts()
         counted = zip(rollout.score[rollout.counts], length[rollout.counts], strict=True)
         self.window.add([(float(score), int(steps)) for score, steps in counted])
         self.callbacks("on_sample_end", self, rollout.trajectory)
@@ -138,7 +140,7 @@ class TextAlgorithm(Trainable):
             found = self.learners.evaluate(batch, *names)
         return Batch(**(batch.tensors | found.tensors))
 
-    def update(self, batch: Batch, **options: Any) -> dict[str, float]:
+    def update(self, batch: Batch, **options: Any) -> Metrics:
         """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
         t = self.training
         started = time.perf_counter()
@@ -154,7 +156,7 @@ class TextAlgorithm(Trainable):
         self._batch = batch
         for name in ("busy_s", "gradient_steps", "stopped_early"):
             stats.pop(name)
-        return self._finite(stats | {"lr": t.lr.at(self.env_steps)})
+        return {**self._finite(stats), "lr": t.lr.at(self.env_steps)}
 
     def publish(self) -> None:
         """Have all completions that begin from now on made with the learners' weights."""
@@ -165,15 +167,21 @@ class TextAlgorithm(Trainable):
 
     # What a user calls ------------------------------------------------------------------------------------------
 
-    def evaluate(self, num_episodes: int | None = None) -> Metrics:
+    def evaluate(self, num_episodes: int | None = None, seed: int = 0) -> Metrics:
         """Complete and score the evaluation's prompts, or measure the loss on its examples; touch no training state.
 
-        num_episodes: how many rows; default: evaluation.num_rows.
+        num_episodes: how many rows; default: evaluation.num_rows. seed: of the first prompt's draws, the next ones
+        count up.
         """
         self.callbacks("on_evaluate_start", self)
-        metrics = self._evaluate(num_episodes or self.settings.evaluation.num_rows)
+        metrics = self._evaluate(num_episodes or self.settings.evaluation.num_rows, seed)
         self.callbacks.with_metrics("on_evaluate_end", self, metrics)
         return metrics
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """The completions of this iteration with their prompts and scores, for callbacks; None where none are drawn."""
+        return self._rollout
 
     def export(self, folder: str | Path) -> Path:
         """Write the model as it is now, adapter merged, and its tokenizer, as from_pretrained(folder) reads them."""
@@ -208,15 +216,35 @@ class TextAlgorithm(Trainable):
         self._batch: Batch | None = None
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
+        self._fitted = s = fitted(s, self.tokenizer)
+        self._prompts: Sequence[Prompt] = ()
+        p = s.prompts
         if self._is_supervised:
             self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
+        else:
+            self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
         self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
+        make_policy = self.policy_builder(vocabulary)
+        if s.learners.num_learners:  # before any process starts
+            self._announce_plan(make_policy())
         weigh = functools.partial(self.weigh, training=s.training, max_new_tokens=s.generation.max_new_tokens)
-        self.learners = build_learners(s, self.policy_builder(vocabulary), self.loss, weigh, self._runtime)
+        self.learners = build_learners(s, make_policy, self.loss, weigh, self._runtime)
+        if self.learners.local_policy is not None:
+            self._announce_plan(self.learners.local_policy)
         if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
             scorer = build_scorer(s, self.tokenizer, self._runtime)
             self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
-            self.rollouts = build_rollouts(s, self.tokenizer, self.runners, scorer)
+            self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
+
+    def _announce_plan(self, policy: Any) -> None:
+        """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
+        s = self.settings
+        if self._is_supervised:
+            sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
+        else:
+            sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
+            longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
+        log.info("%s", plan_updates(s, policy, sequences, longest))
 
     @property
     def _is_supervised(self) -> bool:
@@ -224,27 +252,38 @@ class TextAlgorithm(Trainable):
 
     def _train_once(self) -> Metrics:
         self._rollout = self._batch = None
-        metrics = super()._train_once()
+        position, rollouts = self.position, None if self.rollouts is None else self.rollouts.get_state()
+        try:
+            metrics = super()._train_once()
+        except BaseException:  # no row is passed over: what was not learned from is taken once more
+            self.position = position
+            if self.rollouts is not None and rollouts is not None:
+                self.rollouts.set_state(rollouts)
+            raise
         self._keep_samples()
         return metrics
 
-    def _evaluate(self, count: int) -> Metrics:
+    def _evaluate(self, count: int, seed: int) -> Metrics:
         e, g = self.settings.evaluation, self.settings.generation
         if e.source is None:
             raise ConfigError("evaluation.source is not set, so there is nothing to evaluate on.")
         if self.rollouts is None:
             if self._evaluation_rows is None:
-                self._evaluation_rows = self.load_rows(e.source, e.kwargs, self.settings, self.tokenizer)
+                self._evaluation_rows = self.load_rows(e.source, e.kwargs, self._fitted, self.tokenizer)
             stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
             return {f"evaluation/{name}": value for name, value in stats.items()}
         if self._evaluation_rows is None:
-            self._evaluation_rows = load_prompts(e.source, self.tokenizer, kwargs=e.kwargs)
+            p = self._fitted.prompts
+            self._evaluation_rows = load_prompts(
+                e.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, e.kwargs
+            )
         if self._weights_are_stale:
             self.publish()
         prompts = self._evaluation_rows[:count]
+        numbers = range(seed, seed + len(prompts))
         sampling = Sampling(g.temperature if e.temperature is None else e.temperature, g.top_k, g.top_p, g.min_p)
         rollout = self.rollouts.complete(
-            *(prompts, e.samples_per_prompt, range(len(prompts)), EVALUATION, sampling, Clock(self.clock_parts))
+            *(prompts, e.samples_per_prompt, numbers, EVALUATION, sampling, Clock(self.clock_parts))
         )
         return rollout.metrics()
 
@@ -262,11 +301,12 @@ class TextAlgorithm(Trainable):
             }
         if batch is not None and "ref_logp" in batch.tensors and "logp" in batch.tensors:
             weight = sample_weight(batch.mask)
-            k1_mean = weighted_sum(k1(batch.logp, batch.ref_logp), weight).item()
+            logp, ref_logp = (batch.tensors[name].masked_fill(~batch.mask, 0) for name in ("logp", "ref_logp"))
+            k1_mean = weighted_sum(k1(logp, ref_logp), weight).item()
             sequences = int(batch.mask.any(-1).sum())
             metrics |= {
                 "ref_kl_k1": k1_mean,
-                "ref_kl_k3": weighted_sum(k3(batch.logp, batch.ref_logp), weight).item(),
+                "ref_kl_k3": weighted_sum(k3(logp, ref_logp), weight).item(),
                 "ref_kl_sequence": k1_mean * int(batch.mask.sum()) / max(1, sequences),
             }
         return metrics

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rlx.actors.machine import cpu_count
+from rlx.actors.machine import cpu_count, memory_bytes
 from rlx.building import GetRuntime, restart_rule
-from rlx.errors import ConfigError
+from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup
-from rlx.nets.language_model import load_language_model
+from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
+from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
-from rlx.text.prompts import load_prompts
+from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
-from rlx.text.tokenizers import load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_rollouts import FunctionScorer, Rollouts, Scorer, SumScorer
 from rlx.text_settings import TextModelSection, TextSettings
 
@@ -39,7 +41,34 @@ def model_path(path: str) -> str:
 
 def build_tokenizer(m: TextModelSection) -> Any:
     """Return the tokenizer that a model is used with."""
-    return load_tokenizer(m.tokenizer if m.tokenizer is not None else model_path(m.path or ""))
+    if m.tokenizer is not None:
+        return load_tokenizer(m.tokenizer)
+    return load_tokenizer(find_model(model_path(m.path or "")))
+
+
+def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
+    """Return the settings with the lengths that the model's context allows, where they leave them open.
+
+    Raises ConfigError where the tokenizer does not fit the model, or a length its context.
+    """
+    m = s.model
+    path = None if m.path is None else model_path(m.path)
+    config = language_model_config(path=path, config={"vocab_size": len(tokenizer), **m.config})
+    check_vocabulary(tokenizer, config.vocab_size)
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return s
+    sections = {}
+    for section, name, most in (("data", "max_tokens", context), ("prompts", "max_prompt_tokens", context - 1)):
+        values = getattr(s, section)
+        wanted = getattr(values, name)
+        if wanted is not None and wanted > most:
+            raise ConfigError(
+                f"{section}.{name}={wanted} is more than the model's context of {context} tokens allows; set it to "
+                f"{most} or less, or to null for as many as there can be."
+            )
+        sections[section] = values.model_copy(update={name: most if wanted is None else wanted})
+    return s.model_copy(update=sections)
 
 
 def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
@@ -54,8 +83,18 @@ def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | Non
     path = m.path if path is None else path
     if path is not None:
         return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
-    config = {"vocab_size": vocabulary, **m.config}
+    config = {"vocab_size": vocabulary, **_special_tokens(m), **m.config}
     return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
+
+
+def _special_tokens(m: TextModelSection) -> dict[str, int | None]:
+    """Return which tokens begin and end a text, for the config of a new model, and with it for what it exports.
+
+    The defaults of an architecture are those of the vocabulary it was published with: Llama ends at token 2, which in
+    another vocabulary is a digit.
+    """
+    tokenizer = build_tokenizer(m)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
 
 
 def build_policy(
@@ -84,6 +123,24 @@ def build_policy(
         layout=layout,
         activation_checkpointing=activation_checkpointing,
     )
+
+
+def load_trained(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
+    """Set the learned parameters of a model to those saved in the run or checkpoint `source`, by their names.
+
+    CheckpointError where they are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    learned = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    wrong = sorted(learned ^ saved.keys()) or [
+        name for name, tensor in saved.items() if tensor.shape != parameters[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds a model of another architecture than its config describes, as {wrong[0]} shows; the model "
+            "that it was trained from has changed since."
+        )
+    model.load_state_dict(dict(saved), strict=False)
 
 
 def build_learners(
@@ -134,12 +191,11 @@ def build_runners(
     )
 
 
-def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, scorer: Scorer) -> Rollouts:
-    """Return what asks the prompts of the settings; none where they have no source, as in supervised training."""
-    g, p = s.generation, s.prompts
-    prompts = []
-    if p.source is not None:
-        prompts = load_prompts(p.source, tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs)
+def build_rollouts(
+    s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, runners: TokenRunners, scorer: Scorer
+) -> Rollouts:
+    """Return what has these prompts completed and scored; none in supervised training, which evaluates others."""
+    g = s.generation
     return Rollouts(
         prompts,
         runners,
@@ -149,7 +205,7 @@ def build_rollouts(s: TextSettings, tokenizer: Any, runners: TokenRunners, score
         max_new_tokens=g.max_new_tokens,
         sampling=Sampling(g.temperature, g.top_k, g.top_p, g.min_p),
         truncated_score=s.reward.truncated_score,
-        shuffle=p.shuffle,
+        shuffle=s.prompts.shuffle,
         seed=s.runtime.seed,
     )
 
@@ -181,6 +237,30 @@ def build_scorer(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Scorer
 
         parts.append(RewardModels(r.model, tokenizer, s, runtime))
     return parts[0] if len(parts) == 1 else SumScorer(parts)
+
+
+def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: int) -> str:
+    """Return how updates are cut and what memory they need, in words; ConfigError where a device has too little.
+
+    sequences: rows of an iteration; longest: tokens of the longest there can be.
+    """
+    on_cuda = next(policy.parameters()).is_cuda
+    devices = torch.cuda.device_count() if on_cuda else 1
+    free = torch.cuda.mem_get_info()[0] if on_cuda else memory_bytes()
+    update = UpdateSize(
+        sequences=sequences,
+        longest=longest,
+        minibatch_sequences=min(s.training.minibatch_sequences or sequences, sequences),
+        max_tokens_per_microbatch=s.learners.max_tokens_per_microbatch,
+        activation_checkpointing=s.learners.activation_checkpointing,
+    )
+    return memory_plan(
+        NetSize.of(policy),
+        update,
+        available=free if s.learners.max_memory_gb is None else s.learners.max_memory_gb * 1e9,
+        num_learners=max(1, s.learners.num_learners),
+        num_devices=devices,
+    ).text
 
 
 def model_summary(s: TextSettings) -> str:

@@ -16,7 +16,7 @@ from rlx.nets.language_model import export_language_model, load_language_model
 from rlx.text.chat import render
 from rlx.text.prompts import prompt_tokens
 from rlx.text.tokenizers import decode, load_tokenizer, stop_ids
-from rlx.text_building import build_model, build_tokenizer, stop_tokens
+from rlx.text_building import build_model, build_tokenizer, load_trained, stop_tokens
 from rlx.text_settings import GenerationSection, TextSettings
 
 
@@ -65,12 +65,14 @@ def load_text_policy(path: str | Path) -> TextPolicy:
     """Return the language model of a run's newest checkpoint, a checkpoint, a folder of transformers, or a hub id."""
     folder = Path(path).expanduser()
     if not ((folder / "checkpoints").is_dir() or (folder / "state.json").is_file()):
-        tokenizer = load_tokenizer(path)
         model = load_language_model(path=str(path))
+        tokenizer = load_tokenizer(path)
         return TextPolicy(model, tokenizer, stop_ids(tokenizer, model.generation_config), GenerationSection())
     state = load_state(folder)
     if "rollouts" not in state:
         raise CheckpointError(f"{path} is no run on text; use rlx.load_policy for it.")
+    if "score_std" in state["numbers"]:
+        raise CheckpointError(f"{path} is a run of {state['config']['algorithm']}: it scores texts and writes none.")
     # Without the algorithm's own section no module of its has to be imported: loading executes no code.
     sections = {name: value for name, value in state["config"].items() if name != "training"}
     settings = TextSettings.model_validate(sections)
@@ -81,9 +83,5 @@ def load_text_policy(path: str | Path) -> TextPolicy:
         for name, array in state["learners"]["learner"]["policy"].items()
         if name.startswith("model.")
     }
-    unexpected = model.load_state_dict(saved, strict=False).unexpected_keys
-    if unexpected or not saved:
-        raise CheckpointError(
-            f"{path} holds no language model of this architecture; {settings.algorithm} trains another."
-        )
+    load_trained(model, saved, str(path))
     return TextPolicy(model, tokenizer, stop_tokens(settings, tokenizer), settings.generation)

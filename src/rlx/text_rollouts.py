@@ -30,6 +30,10 @@ class Scorer(Protocol):
         """Return a score for each of S completions, given the prompt of each, its text and its tokens."""
         ...
 
+    def take_restarts(self) -> int:
+        """Return how many of its processes were started again since the last call."""
+        ...
+
     def close(self) -> None:
         """End its processes."""
         ...
@@ -55,11 +59,12 @@ class Rollout:
     def metrics(self) -> Metrics:
         """Return evaluation/ metrics, as of episodes."""
         score, length = self.score[self.counts], self.completions.length
+        reductions = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
         return {
-            "evaluation/episode_return_mean": float(score.mean()),
-            "evaluation/episode_return_std": float(score.std()),
-            "evaluation/episode_return_min": float(score.min()),
-            "evaluation/episode_return_max": float(score.max()),
+            **{
+                f"evaluation/episode_return_{name}": float(reduce(score)) if len(score) else None
+                for name, reduce in reductions.items()
+            },
             "evaluation/episode_length_mean": float(length.mean()),
             "evaluation/episodes": len(length),
             "evaluation/truncated_fraction": float((~self.completions.stopped).mean()),
@@ -140,6 +145,10 @@ class Rollouts:
     def _draw_seed(self, stream: int, number: int) -> int:
         return int(np.random.SeedSequence([self._seed, stream, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
+    def take_restarts(self) -> int:
+        """Return how many runners, and actors of reward models, were started again since the last call."""
+        return self.runners.take_restarts() + self.scorer.take_restarts()
+
     def close(self) -> None:
         """End the processes of runners and scorers."""
         self.runners.close()
@@ -165,6 +174,10 @@ class FunctionScorer:
         asked, records = [prompt.text for prompt in prompts], [prompt.record for prompt in prompts]
         return self._function.score(asked, texts, records, [prompt.index for prompt in prompts])
 
+    def take_restarts(self) -> int:
+        """Return 0: it has no process."""
+        return 0
+
     def close(self) -> None:
         """Nothing to close."""
 
@@ -181,6 +194,10 @@ class SumScorer:
         failures = {index: error for one in scores for index, error in one.failures.items()}
         mask = np.logical_and.reduce([one.mask for one in scores])
         return Scores(np.sum([one.score for one in scores], axis=0), mask, failures)
+
+    def take_restarts(self) -> int:
+        """Return the restarts of all parts."""
+        return sum(part.take_restarts() for part in self._parts)
 
     def close(self) -> None:
         """Close every part."""

@@ -18,7 +18,7 @@ def requests_of(prompts, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_512_ragged_samples_have_the_logp_of_the_full_forward_pass(build, forward_logp, ragged, temperature):
-    """Each at its own limit, in 100 slots. Asked for is 1e-4; measured were 2e-6."""
+    """Each at its own limit, in 100 slots; 1e-4 is asked for, 1e-5 is held."""
     model = build("llama", **SMALL)
     limits = np.random.default_rng(1).integers(1, 40, 128)
     requests = [
@@ -62,20 +62,20 @@ def test_a_cut_law_is_renormalised_over_what_is_left(build, sampling):
 def test_exact_mode_gives_the_same_bits_whatever_else_is_in_the_batch(build, ragged, same, family):
     """Alone, among others, in another order, in few slots and in many."""
     model = build(family)
-    requests = requests_of(ragged(24, longest=30), n=3, max_new_tokens=20)
+    requests = requests_of(ragged(12, longest=30), n=2, max_new_tokens=12)
     generator = Generator(model, exact=True)
     together = generator.generate(requests)
     assert same(together[::-1], generator.generate(requests[::-1]))
-    assert same(together, Generator(model, exact=True, max_slots=7).generate(requests))
+    assert same(together, Generator(model, exact=True, max_slots=5).generate(requests))
     assert same(together, Generator(model, exact=True, max_length=60).generate(requests))
-    for index in (0, 11, 23):
+    for index in (0, 11):
         assert same([together[index]], generator.generate([requests[index]]))
 
 
 def test_without_exact_mode_the_bound_is_held(build, ragged):
     model = build("llama")
-    requests = requests_of(ragged(40), n=2, max_new_tokens=20)
-    wide, narrow = (Generator(model, max_slots=slots).generate(requests) for slots in (256, 3))
+    requests = requests_of(ragged(16), n=2, max_new_tokens=12)
+    wide, narrow = (Generator(model, max_slots=slots).generate(requests) for slots in (256, 5))
     for one, other in zip(wide, narrow, strict=True):
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a.tokens, b.tokens)
@@ -250,6 +250,13 @@ def test_a_generator_that_was_stopped_half_way_can_be_used_again(build, ragged, 
         generator.generate(requests, on_finished=interrupt)
     assert len(told) == 9
     assert same(before, generator.generate(requests))
+
+
+def test_a_generator_does_one_thing_at_a_time(build):
+    generator, request = Generator(build("llama")), Request([1, 2], max_new_tokens=2)
+    with pytest.raises(RlxError, match="generating already"):
+        generator.generate([request], on_finished=lambda *_: generator.generate([request]))
+    assert len(generator.generate([request])) == 1
 
 
 def test_weights_that_are_not_numbers_are_named_and_leave_no_trace(build, same):

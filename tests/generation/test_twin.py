@@ -79,6 +79,14 @@ def test_other_parameter_objects_count_too(build, same):
     assert same(generator.generate(REQUESTS), Generator(model).generate(REQUESTS))
 
 
+def test_a_model_that_changes_its_precision_is_followed(build, same):
+    model = build("llama")
+    generator = Generator(model)
+    generator.generate(REQUESTS)
+    model.double()
+    assert same(generator.generate(REQUESTS), Generator(model).generate(REQUESTS))
+
+
 def test_a_twin_shares_parameters_and_keeps_its_own_rotary_tables(build):
     model = build("llama")
     model.register_buffer("saved", torch.zeros(2))

@@ -129,6 +129,17 @@ def test_updates_of_every_layout_end_at_the_same_weights(language_model_configs)
         assert without_time(measured) == pytest.approx(without_time(stats[0]), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("max_tokens", [None, 30, 1])
+def test_what_is_measured_is_what_an_update_would_minimise_and_changes_nothing(language_model_configs, max_tokens):
+    learner = Learner(partial(build, language_model_configs["llama"]), loss, max_tokens_per_microbatch=max_tokens)
+    before = learner.weights()
+    measured = learner.measure(make_rows())
+    assert np.array_equal(learner.weights(), before)
+    stats = learner.update(make_rows(), epochs=1, lr=0.0, seed=0)
+    assert measured == pytest.approx({name: stats[name] for name in measured}, rel=1e-6)  # float32 sums
+    assert {"loss", "kl", "entropy", "ratio", "error"} == measured.keys()
+
+
 def make_weights(make: Any) -> np.ndarray:
     return Learner(make, loss).weights()
 

@@ -168,6 +168,27 @@ def test_images_are_not_normalised(make_runner):
     assert sample.obs_moments is None
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_episodes_of_fragments_are_those_of_a_walk_over_the_rows(seed, make_runner, count):
+    """Ends, failures and reset rows at random, also at the borders; rewards are whole numbers: exact sums."""
+    rng, runner, num_envs = np.random.default_rng(seed), make_runner(count, 3), 3
+    return_B, length_B = [0.0] * num_envs, [0] * num_envs
+    for num_steps in (5, 1, 4):
+        done, failed = (rng.random((num_steps, num_envs)) < rate for rate in (0.4, 0.1))
+        mask = (rng.random((num_steps, num_envs)) < 0.8) & ~failed
+        reward = rng.integers(-9, 10, (num_steps, num_envs)) * mask.astype(float)
+        expected = []
+        for t, index in np.ndindex(num_steps, num_envs):
+            return_B[index] += reward[t, index]
+            length_B[index] += int(mask[t, index])
+            if done[t, index]:
+                expected.append((return_B[index], length_B[index]))
+            if done[t, index] or failed[t, index]:
+                return_B[index], length_B[index] = 0.0, 0
+        assert runner._ended_episodes(reward, done, failed, mask) == expected
+        assert (runner._return_B.tolist(), runner._length_B.tolist()) == (return_B, length_B)
+
+
 def test_the_moments_of_discounted_returns_come_from_unscaled_rewards(count, make_runner):
     """Rewards 1 2 3 with gamma .5: 1, 2.5, 4.25."""
     sample = make_runner(count, 1, normalize_reward=True, gamma=0.5).sample(3)

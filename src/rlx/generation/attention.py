@@ -1,7 +1,8 @@
 """Attention of one query over the slots, for CPUs: two batched products and a softmax.
 
-On a CPU, sdpa's kernel visits every head of every row by itself; with one query in each, and a mask, two batched
-products take half of its time or less. Prefill, other devices and whatever this function does not know go to sdpa.
+On a CPU, sdpa's kernel visits every head of every row by itself; with one query in each, two batched products took less
+time where they were measured alone (docs/design.md). Prefill, other devices and what this
+function does not know go to sdpa.
 """
 
 from __future__ import annotations

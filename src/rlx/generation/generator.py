@@ -33,8 +33,9 @@ class Generator:
         come out otherwise from slots than from their own forward pass.
     max_slots: sequences that are generated at a time; memory is max_slots * length * 2 * layers * size of keys.
     max_length: longest prompt and completion together; None takes the model's context, and memory as it is needed.
-    exact: a completion is the same to the bit whatever else is in the batch, and takes about twice the time. Without
-        it log-probabilities may differ by about 1e-6 (float32), and a token where a draw falls that near to an edge.
+    exact: a completion is the same to the bit whatever else is in the batch, which takes longer; not with
+        mixtures of experts, whose tokens meet in the experts. Without it log-probabilities may differ by about 1e-6
+        (float32), and a token where a draw falls that near to an edge.
     """
 
     def __init__(self, model: Any, *, max_slots: int = 256, max_length: int | None = None, exact: bool = False) -> None:
@@ -47,6 +48,7 @@ class Generator:
         self._twin = Twin(model)
         self._slots: Slots | None = None
         self._slots_of: Any = None
+        self._is_busy = False
         try_out(self._ready_slots(), self._twin.model(), self.architecture)
 
     def generate(
@@ -56,7 +58,10 @@ class Generator:
 
         An interrupt, or an exception of `on_finished`, ends the call; what had not ended by then is lost, and the
         generator can be used again. ConfigError: a prompt that is too long, or token ids outside the vocabulary.
+        RlxError: it is generating already (`on_finished` cannot ask for more), or the logits are not finite.
         """
+        if self._is_busy:
+            raise RlxError("this generator is generating already; let that call end, or make a second Generator.")
         check_requests(requests, self.architecture.vocabulary, self.architecture.context)
         if not requests:
             return []
@@ -69,11 +74,14 @@ class Generator:
                 on_finished(request, sample, completion)
 
         with torch.inference_mode():
+            self._is_busy = True
             try:
                 self._run(slots, requests, sampling or Sampling(), finish)
             except BaseException:
                 slots.forget()  # what is in them may be half written, or not be numbers
                 raise
+            finally:
+                self._is_busy = False
         return completions
 
     def _ready_slots(self) -> Slots:

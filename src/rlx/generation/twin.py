@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -23,14 +24,16 @@ class Twin:
     def __init__(self, original: nn.Module) -> None:
         self._original = original
         self._parameters: list[nn.Parameter] = []
+        self._kind: Any = None
         self._model: Any = None
 
     def model(self) -> Any:
-        """Return the twin, made anew where the original has other Parameter objects than before."""
+        """Return the twin, made anew where the original has other Parameter objects, another dtype or device."""
         parameters = list(self._original.parameters())
-        known = self._parameters
-        if len(known) != len(parameters) or any(one is not other for one, other in zip(known, parameters, strict=True)):
-            self._model, self._parameters = _twin_of(self._original), parameters
+        kind, known = (parameters[0].dtype, parameters[0].device), self._parameters
+        same = len(known) == len(parameters) and all(map(operator.is_, known, parameters))
+        if not same or kind != self._kind:
+            self._model, self._parameters, self._kind = _twin_of(self._original), parameters, kind
         return self._model
 
 

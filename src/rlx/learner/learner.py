@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlx.errors import RlxError
+from rlx.errors import CheckpointError, RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
@@ -71,7 +71,8 @@ class Learner:
             if compile:
                 log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
             self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
-        self.prepare, self.loss = prepare, loss
+        self.prepare = prepare
+        self._loss = loss
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
@@ -160,8 +161,8 @@ class Learner:
         batch = self._own(batch)
         weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
         sums: dict[str, float] = {}
-        for _, part in microbatches(weighed, self.max_tokens, self.policy.packs(self.device)):
-            total, stats = self.loss(self.policy, part, coefficients)
+        for _, part in microbatches(self.policy, weighed, self.max_tokens):
+            total, stats = self._loss(self.policy, part, coefficients)
             for name, stat in ({"loss": total} | stats).items():
                 sums[name] = sums.get(name, 0.0) + float(stat)
         return sums
@@ -181,6 +182,14 @@ class Learner:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
+        saved = {name: array.shape for name, array in state["policy"].items()}
+        mine = {name: tuple(p.shape) for name, p in zip(self.flat.names, self.flat.parameters, strict=True)}
+        if saved != mine:
+            name = min({*saved.items()} ^ {*mine.items()})[0]
+            raise CheckpointError(
+                f"the checkpoint is of another network: its {name} is of shape {saved.get(name)}, and here it is "
+                f"{mine.get(name)}; go on with the model and environment that the run began with."
+            )
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
         for name, buffer in self._buffers().items():

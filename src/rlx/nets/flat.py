@@ -20,8 +20,9 @@ class FlatParameters:
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        dtype = torch.float64 if all(p.dtype == torch.float64 for p in self.parameters) else torch.float32
-        self.data = torch.cat([p.detach().reshape(-1).to(device, dtype) for p in self.parameters])
+        dtype = torch.float64 if {p.dtype for p in self.parameters} == {torch.float64} else torch.float32
+        none = torch.empty(0, dtype=dtype, device=device)  # for a policy that learns nothing
+        self.data = torch.cat([none, *(p.detach().reshape(-1).to(device, dtype) for p in self.parameters)])
         for parameter, view in zip(self.parameters, self.views(self.data), strict=True):
             parameter.data = view
 

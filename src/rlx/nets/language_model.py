@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import socket
@@ -9,7 +10,7 @@ import textwrap
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlx.errors import ConfigError, MissingExtra
-from rlx.nets.trunk import unwrapped
 
 
 def load_language_model(
@@ -51,14 +51,34 @@ def load_language_model(
     return model.eval()
 
 
-def check_vocabulary(model: nn.Module, size: int) -> None:
-    """Raise ConfigError where a tokenizer with `size` token ids does not fit the model's embedding."""
-    rows = unwrapped(model).get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    if size > rows:
-        raise ConfigError(
-            f"the tokenizer has {size} token ids and the model an embedding of {rows}: take the tokenizer that belongs "
-            f"to the model, or in a config set vocab_size to {size} or more."
-        )
+def language_model_config(*, path: str | None = None, config: Mapping[str, Any] | None = None) -> Any:
+    """Return the configuration that `load_language_model` would make a model of, without making one.
+
+    Of a model for text and more it is the part for text. Raises ConfigError like `load_language_model`.
+    """
+    if path is None:
+        return _made_config(config or {}).get_text_config()
+    from transformers import AutoConfig
+
+    path = find_model(path)
+    try:
+        return AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
+
+
+def find_model(path: str) -> str:
+    """Return where transformers finds a model: a folder that is one, or a hub id; ConfigError where there is neither.
+
+    It does not take long to say so, as loading from a hub that cannot be reached does.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        _check_hub(path)
+        return path
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
+    return str(folder)
 
 
 def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) -> None:
@@ -76,9 +96,14 @@ def export_language_model(model: nn.Module, tokenizer: Any, folder: str | Path) 
         key = (tensor.data_ptr(), tensor.shape)  # tied weights stay tied
         copies.setdefault(key, tensor.detach().cpu().clone())
         state[name] = copies[key]
-    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    with _without_bars():
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        generation: Any = copy.deepcopy(model.generation_config)
+        if generation.eos_token_id is None:  # as of a model made from a configuration: what ends its completions
+            generation.eos_token_id = tokenizer.eos_token_id
+            generation.save_pretrained(folder)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -91,16 +116,11 @@ def _dtype(name: str) -> torch.dtype:
 def _from_path(path: str, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
-        path = str(folder)
-    else:
-        _check_hub(path)
+    path = find_model(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        with _without_bars():
+            return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
 
 
@@ -130,7 +150,17 @@ def _check_hub(path: str) -> None:
 
 
 def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    made = _made_config(config)
+    try:
+        return AutoModelForCausalLM.from_config(made, **options)
+    except Exception as error:  # whatever a configuration that does not fit together raises
+        raise ConfigError(f"no {made.model_type} model can be made from this config: {_reason(error)}") from error
+
+
+def _made_config(config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
 
     settings = dict(config)
@@ -145,8 +175,10 @@ def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(name, made_of.to_dict(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name!r} is no setting of a {kind} model.{hint}")
+    # A family's ids of special tokens are those of its own tokenizer; in another one Llama's EOS, 2, is any character.
+    special = {f"{name}_token_id": None for name in ("bos", "eos", "pad") if hasattr(made_of, f"{name}_token_id")}
     try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), **options)
+        return AutoConfig.for_model(kind, **special | settings)
     except Exception as error:  # whatever a configuration that does not fit together raises
         raise ConfigError(f"no {kind} model can be made from this config: {_reason(error)}") from error
 
@@ -167,6 +199,21 @@ def _with_adapter(model: Any, lora: Mapping[str, Any]) -> Any:
             return get_peft_model(model, LoraConfig(**(defaults | dict(lora))))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"no adapter can be made from the lora settings {dict(lora)}: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off a terminal that shows a run."""
+    from transformers.utils import logging as of_transformers
+
+    if not of_transformers.is_progress_bar_enabled():
+        yield
+        return
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        of_transformers.enable_progress_bar()
 
 
 def _reason(error: Exception) -> str:

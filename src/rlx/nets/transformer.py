@@ -114,7 +114,7 @@ class TransformerPolicy(nn.Module):
     def parts(self, batch: Batch, max_tokens: int) -> list[Tensor]:
         """Return row numbers in parts of at most `max_tokens` tokens, as this policy runs them best."""
         layout = resolved_layout(self.layout, batch.obs.device)
-        if layout == "shared":
+        if layout == "shared" and batch.length.ndim == 1:  # pairs stay together, whatever their prompts
             rows = _Rows(batch, layout, self.trunk, choose=self.layout == "auto")
             if rows.groups and max(rows.widths) <= max_tokens:
                 return [part.to(batch.obs.device) for part in parts_by_group(rows.groups, rows.widths, max_tokens)]

@@ -280,24 +280,24 @@ class EnvRunner:
         raw_B = envs.obs_B
         step = envs.step if acting.state_B is None else self._step_and_forget
         self._done_B = self._ended_B
+        raw_T_B, action_T_B, reward_T_B = fragment.raw, fragment.action, fragment.reward
+        terminated_T_B, truncated_T_B = fragment.terminated, fragment.truncated
         for t in range(num_steps):
-            obs_B = fragment.raw[t]
-            obs_B[...] = raw_B
-            if normalizer is not None:
-                obs_B = normalizer(obs_B, out=fragment.obs[t])
+            raw_T_B[t] = raw_B
+            obs_B = raw_T_B[t] if normalizer is None else normalizer(raw_T_B[t], out=fragment.obs[t])
             acting_started = clock()
             action_B = acting.act(t, obs_B)
             self._checks.action(action_B, t, self._fragment - 1)
             stepping_started = clock()
-            fragment.action[t] = action_B
+            action_T_B[t] = action_B
             try:
-                raw_B, fragment.reward[t], terminated_B, truncated_B, final_obs = step(action_B)
+                raw_B, reward_T_B[t], terminated_B, truncated_B, final_obs = step(action_B)
             except Exception as error:
                 error.add_note(f"at step {t} of fragment {self._fragment - 1} ({num_steps} steps)")
                 raise
             env_s += clock() - stepping_started
             inference_s += stepping_started - acting_started
-            fragment.terminated[t], fragment.truncated[t] = terminated_B, truncated_B
+            terminated_T_B[t], truncated_T_B[t] = terminated_B, truncated_B
             if fragment.lives is not None:
                 fragment.lives[t + 1] = envs.lives_B
             for index, obs in final_obs.items():
@@ -352,19 +352,23 @@ class EnvRunner:
         self, reward_T_B: np.ndarray, done_T_B: np.ndarray, failed_T_B: np.ndarray, mask_T_B: np.ndarray
     ) -> list[tuple[float, int]]:
         """Return (return, length) of the episodes that ended; running ones are carried over, failed ones dropped."""
-        episodes = []
-        first_B, total = [0] * self._envs.num_envs, np.add.reduce  # what .sum() calls, at half its price
-        length_T_B = self._length_B + mask_T_B.cumsum(0)
-        for t, index in np.argwhere(done_T_B | failed_T_B).tolist():
-            if done_T_B[t, index]:
-                return_ = self._return_B[index] + total(reward_T_B[first_B[index] : t + 1, index])
-                episodes.append((float(return_), int(length_T_B[t, index])))
-            self._return_B[index], first_B[index] = 0.0, t + 1
-            length_T_B[t:, index] -= length_T_B[t, index]
-        for index, first in enumerate(first_B):
-            self._return_B[index] += total(reward_T_B[first:, index])
-        self._length_B = length_T_B[-1].copy()
-        return episodes
+        num_steps, num_envs = done_T_B.shape
+        # What one environment did up to an end, or up to the border, is a piece P of the rows, environment by
+        # environment; all pieces are summed at once, as short episodes are many.
+        over_N = (done_T_B | failed_T_B).T.ravel()
+        start_P = np.union1d(np.arange(num_envs) * num_steps, over_N.nonzero()[0] + 1)
+        start_P = start_P[start_P < len(over_N)]
+        last_P = np.append(start_P[1:], len(over_N)) - 1
+        return_P = np.add.reduceat(reward_T_B.T.ravel(), start_P)
+        length_P = np.add.reduceat(mask_T_B.T.ravel(), start_P, dtype=np.int64)
+        goes_on_P = start_P % num_steps == 0
+        return_P[goes_on_P] += self._return_B
+        length_P[goes_on_P] += self._length_B
+        carried_P, is_over_P = last_P % num_steps == num_steps - 1, over_N[last_P]
+        self._return_B, self._length_B = (np.where(is_over_P, 0, piece)[carried_P] for piece in (return_P, length_P))
+        (ended,) = done_T_B.T.ravel()[last_P].nonzero()
+        ended = ended[np.argsort(last_P[ended] % num_steps, kind="stable")]  # in the order of their ends
+        return list(zip(return_P[ended].tolist(), length_P[ended].tolist(), strict=True))
 
     def _moments(
         self, fragment: Fragment, done_T_B: np.ndarray, mask_T_B: np.ndarray

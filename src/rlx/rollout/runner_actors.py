@@ -11,7 +11,6 @@ from typing import Any
 
 from rlx.actors import ActorHandle, Err, Future, Ok, Restart, Runtime
 from rlx.errors import ActorDied, ActorError, CallTimeout
-from rlx.nets.observation import Space
 from rlx.rollout.first_ready import make_runner
 from rlx.rollout.normalizers import State
 
@@ -113,7 +112,7 @@ class RunnerActors:
         self._asked.append([])
         self.calls.append(0)
 
-    def start(self) -> tuple[Space, Space]:
+    def start(self) -> Any:
         """Return what every runner has to say once it is up: the environment's spaces."""
         return self.gather([self.ask(index, "spaces", tuple, self._start_timeout_s) for index in range(len(self))])[0]
 

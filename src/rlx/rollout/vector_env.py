@@ -124,11 +124,21 @@ class VectorEnvAdapter:
         return self.obs_B, np.zeros(self.num_envs), none_B, none_B, dict.fromkeys(range(self.num_envs), FAILED)
 
     def _step(self, action_B: np.ndarray) -> Step:
-        returned = self._call("step", self.actions.to_env(action_B))
+        env, watchdog, actions = self.env, self._failures.watchdog, self.actions.to_env(action_B)
+        try:
+            try:  # as Watchdog.run does it: this is the hot loop
+                watchdog.call = ("step", 0)
+                returned = env.step(actions)
+            finally:
+                watchdog.call = None
+        except Exception as error:
+            self._note(error, "step", (actions,))
+            raise
         if not self._checked:
             self._check_step(returned)
         obs_B, reward_B, terminated_B, truncated_B, info = returned
-        self._count_lives(info)
+        if self.lives_B is not None:
+            self._count_lives(info)
         if self._hooks is not None:
             self._hooks.vector_step(np.logical_or(terminated_B, truncated_B), info, self._mode)
         obs_B, final_obs = self._rows("step", obs_B), NO_FINALS
@@ -236,8 +246,11 @@ class VectorEnvAdapter:
         try:
             return self._failures.watchdog.run(method, 0, getattr(self.env, method), *args, **kwargs)
         except Exception as error:
-            error.add_note(f"in {method}() of the vector environment {self.name}, called with {args or kwargs}")
+            self._note(error, method, args or kwargs)
             raise
+
+    def _note(self, error: Exception, method: str, given: Any) -> None:
+        error.add_note(f"in {method}() of the vector environment {self.name}, called with {given}")
 
     def _check_step(self, returned: Any) -> None:
         if not (isinstance(returned, tuple) and len(returned) == 5):

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError, DataError
@@ -163,7 +164,7 @@ def encode_continuation(
     return alone
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stops: Collection[int] = ()) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray, stops: Collection[int] = ()) -> str:
     """Return the text of a completion, exactly: without the stop token at its end and without special tokens."""
     kept = list(map(int, tokens))
     if kept and kept[-1] in stops:

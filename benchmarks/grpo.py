@@ -1,0 +1,179 @@
+"""Compares a GRPO step of rlx with TRL's: generation, rewards, loss, gradient, optimizer, of one model on two cores.
+
+    python benchmarks/grpo.py                                 # into docs/benchmarks.md
+    python benchmarks/grpo.py --rounds 1 --out /tmp           # a quick look
+
+Both trainers stay up, each in a process of its own with two torch threads, and take turns step by step; the one that
+waits uses no processor. A step that nobody counts comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from environments import python_of
+from report import DOCS, busy_cores, describe, machine, markdown_table, publish
+from turns import PEERS, span
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+JOB = {"model": SIZES, "prompts": 32, "samples": 8, "lr": 1e-4, "threads": 2, "seed": 0}
+PARTS = ("generate_s", "score_s", "logp_s", "train_s", "sync_s")
+ANSWER_TIMEOUT_S = 150.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """How long completions are, and how many steps of it make a turn."""
+
+    name: str
+    new_tokens: int
+    stops: bool
+    steps: int
+    aim: float | None
+
+
+CASES = (
+    Case("6 new tokens, none ends early", 6, False, 6, 2.5),
+    Case("64 new tokens, none ends early", 64, False, 1, 2.0),
+    Case("up to 64 new tokens, EOS ends", 64, True, 1, None),
+)
+
+
+class Trainer:
+    """One library in a process of its own, which makes a step when it is told to; `opened` leaves nothing behind."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], errors: Path) -> None:
+        self.name, self._process, self._errors = name, process, errors
+        self.packages: dict[str, str] = {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, name: str, python: str, job: dict[str, Any]) -> Iterator[Trainer]:
+        """Yield the trainer, started; `wait_until_ready` says when its first step is behind it."""
+        with tempfile.TemporaryDirectory() as scratch:
+            errors = Path(scratch) / "errors"
+            command = [python, str(PEERS / f"{name}_grpo.py"), json.dumps(job)]
+            with (
+                errors.open("w") as sink,
+                subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, text=True, cwd=scratch
+                ) as process,
+            ):
+                try:
+                    yield cls(name, process, errors)
+                finally:
+                    process.kill()
+
+    def wait_until_ready(self) -> None:
+        """Wait for the end of the step that nobody counts."""
+        self.packages = self._answer()["packages"]
+
+    def steps(self, count: int) -> dict[str, float]:
+        """Return the means over so many steps: seconds, tokens of a completion, and what else the library tells."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"steps": count}) + "\n")
+        self._process.stdin.flush()
+        steps = self._answer()["steps"]
+        return {name: fmean(step[name] for step in steps) for name in steps[0]}
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        late = threading.Timer(ANSWER_TIMEOUT_S, self._process.kill)
+        late.start()
+        line = self._process.stdout.readline()
+        late.cancel()
+        if not line:
+            raise SystemExit(
+                f"{self.name} gave no answer within {ANSWER_TIMEOUT_S:.0f} s, or ended; its last words:\n"
+                f"{self._errors.read_text()[-3000:]}"
+            )
+        return json.loads(line)
+
+
+def measure(case: Case, pythons: dict[str, str], rounds: int) -> dict[str, Any]:
+    """Return every round's means of both libraries, and their packages."""
+    job = JOB | {"new_tokens": case.new_tokens, "stops": case.stops}
+    found: list[dict[str, dict[str, float]]] = []
+    with contextlib.ExitStack() as stack:
+        trainers = [stack.enter_context(Trainer.opened(name, pythons[name], job)) for name in ("rlx", "trl")]
+        for trainer in trainers:
+            trainer.wait_until_ready()
+        for _ in range(rounds):
+            found.append({trainer.name: trainer.steps(case.steps) for trainer in trainers})
+            print(case.name, {name: f"{one['seconds']:.3f} s" for name, one in found[-1].items()}, flush=True)
+            if not case.stops:
+                assert all(one["tokens"] == case.new_tokens for one in found[-1].values()), found[-1]
+        packages = {trainer.name: trainer.packages for trainer in trainers}
+    return {"name": case.name, "steps": case.steps, "aim": case.aim, "rounds": found, "packages": packages}
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return the tables: seconds of a step beside each other, and what rlx's went to."""
+    beside, split = [], []
+    for case in record["cases"]:
+        rlx, trl = ([one[name] for one in case["rounds"]] for name in ("rlx", "trl"))
+        ratios = [other["seconds"] / own["seconds"] for own, other in zip(rlx, trl, strict=True)]
+        aim = case["aim"]
+        row = [case["name"]]
+        for steps in (rlx, trl):
+            row += [f"{1000 * median(one['seconds'] for one in steps):,.0f}"]
+            row += [f"{fmean(one['tokens'] for one in steps):.1f}"]
+        row += [f"{median(ratios):.2f}", span(ratios, ".2f")]
+        beside.append([*row, "" if aim is None else f"{aim:g}" + ("" if median(ratios) >= aim else ", missed")])
+        means = {name: median(one[name] for one in rlx) for name in (*PARTS, "seconds")}
+        rest = median(one["seconds"] - sum(one[name] for name in PARTS) for one in rlx)
+        split.append([case["name"], *(f"{1000 * means[name]:,.1f}" for name in PARTS), f"{1000 * rest:,.1f}"])
+    header = ["step", "rlx, ms", "tokens each", "TRL, ms", "tokens each", "rlx beside TRL", "range", "aim"]
+    parts = ["rlx's step, ms", *(name.removesuffix("_s") for name in PARTS), "rest"]
+    first = record["cases"][0]
+    packages = [
+        f"- {name}: {', '.join(f'{package} {version}' for package, version in versions.items() if version != '-')}"
+        for name, versions in first["packages"].items()
+    ]
+    turns = ", ".join(str(case["steps"]) for case in record["cases"])
+    facts = (
+        f"`{record['command']}`: {len(first['rounds'])} rounds, in turns of {turns} steps; {JOB['threads']} torch "
+        f"threads. {describe(record['machine'])} Cores busy with other work before: "
+        f"{record['busy_cores_before'] or 0:.2f}."
+    )
+    return "\n".join([markdown_table(header, beside), "", markdown_table(parts, split), "", facts, "", *packages])
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", type=int, nargs="+", default=[0, 1, 2], help="numbers of the cases (default: all)")
+    parser.add_argument("--envs", type=Path, default=Path(".benchmark-envs"), help="folder of TRL's environment")
+    parser.add_argument("--trl", help="use an interpreter that has TRL instead of an environment in --envs")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.md and .json (default: docs)")
+    options = parser.parse_args()
+    given = {} if options.trl is None else {"trl": options.trl}
+    pythons = {name: python_of(name, options.envs, given) for name in ("rlx", "trl")}
+    record: dict[str, Any] = {"command": f"python benchmarks/grpo.py --rounds {options.rounds}"}
+    record |= {"machine": machine(), "busy_cores_before": busy_cores(), "cases": []}
+    for case in [CASES[number] for number in options.only]:
+        record["cases"].append(measure(case, pythons, options.rounds))
+        publish(options.out, "grpo", record, page(record))
+    print(page(record))
+
+
+if __name__ == "__main__":
+    main()

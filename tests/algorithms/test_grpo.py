@@ -1,0 +1,191 @@
+"""GRPO: whole iterations against numbers worked out by torch alone, and what must make no difference."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from rlx.errors import ConfigError
+from rlx.trajectory import Batch
+
+LONG = {"max_new_tokens": 12}
+
+
+# The log-probabilities of who generates and who learns ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_the_learner_finds_the_log_probabilities_that_were_drawn_with(temperature, tiny_text, ragged, sharpen):
+    made = tiny_text("grpo", generation={**LONG, "temperature": temperature}, prompts={"source": ragged, "kwargs": {}})
+    made.prompts(prompts_per_iteration=64, samples_per_prompt=8).training(minibatch_sequences=None)
+    made.reward(lambda prompts, completions: [len(text) + text.count("1") for text in completions])
+    with made.build() as algorithm:
+        sharpen(algorithm)
+        batch = algorithm.sample()
+        again = algorithm.with_columns(Batch(**batch.tensors), "logp")
+        assert batch.mask.shape[0] == 512 and len(batch.length.unique()) > 10
+        assert batch.logp[batch.mask].std() > 0.3
+        difference = (again.logp - batch.logp).abs().max().item()
+        assert difference < 1e-5
+        assert (again.logp - batch.logp).exp().sub(1).abs().max().item() < 1e-5
+        row = algorithm.train()
+    assert abs(row["learner/kl"]) < 1e-9
+    assert row["learner/clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rlhf_ppo"])
+def test_without_a_learning_rate_nothing_moves(algorithm, tiny_text, sharpen):
+    with tiny_text(algorithm, training={"lr": 0.0, "kl_coef": 0.1, "epochs": 2}).build() as one:
+        before = one.learners.weights()
+        for _ in range(3):
+            row = one.train()
+            assert abs(row["ref_kl_k1"]) < 1e-6 and abs(row["ref_kl_k3"]) < 1e-9
+            assert abs(row["learner/kl"]) < 1e-9 and row["learner/clip_fraction"] == 0
+            assert row["learner/grad_norm"] > 0
+        assert one.learners.weights().tobytes() == before.tobytes()
+
+
+# One update, by torch alone --------------------------------------------------------------------------------------
+
+
+def sequence_logp(model, row, batch, temperature=1.0):
+    """Return the log-probabilities of a row's completion by the model's own forward pass."""
+    length = int(batch.length[row])
+    tokens = torch.cat([batch.obs[row, :length], batch.action[row, length - 1 :][:1]])
+    logits = model(input_ids=tokens[None]).logits[0, :-1] / temperature
+    logp = torch.log_softmax(logits, -1).gather(1, tokens[1:, None]).squeeze(1)
+    return logp[batch.mask[row, :length]]
+
+
+def test_one_update_is_what_the_paper_says(tiny_text):
+    """Shao et al. 2024, eq. 3 and 4, with ratios off 1 on both sides of the range; Adam's first step with eps 1."""
+    made = tiny_text("grpo", training={"kl_coef": 0.3, "aggregation": "sequence_mean", "lr": 0.5, "adam_eps": 1.0})
+    made.training(minibatch_sequences=None, max_grad_norm=0.05, clip_range=0.1).generation(temperature=0.8)
+    with made.build() as algorithm:
+        policy = algorithm.learners.local_policy
+        reference = copy.deepcopy(policy.model)
+        draw = algorithm.sample
+
+        def sample_and_move():
+            batch = draw()
+            noise = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+            return batch
+
+        algorithm.sample = sample_and_move
+        twin = copy.deepcopy(policy.model)
+        noise = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+        row = algorithm.train()
+        batch, score = algorithm._batch, torch.from_numpy(algorithm._rollout.score)
+
+        losses, clipped, counted = [], 0, 0
+        for index in range(24):
+            group = score[index // 4 * 4 : index // 4 * 4 + 4]
+            advantage = (score[index] - group.mean()) / (group.std() + 1e-4)
+            new = sequence_logp(twin, index, batch, 0.8)
+            with torch.no_grad():
+                old = sequence_logp(
+                    reference, index, batch, 0.8
+                )  # nothing was learned before: who drew is the reference
+            ratio = (new - old).exp()
+            surrogate = torch.min(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage)
+            log_ratio = old - new
+            penalty = log_ratio.exp() - log_ratio - 1
+            losses.append((-surrogate + 0.3 * penalty).mean())
+            clipped += int(((ratio - 1).abs() > 0.1).sum())
+            counted += len(ratio)
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in twin.parameters()])
+        norm = gradient.norm()
+        assert 0 < clipped < counted and norm > 0.05
+        assert row["learner/loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert row["learner/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        gradient = gradient * 0.05 / norm
+        before = torch.cat([parameter.detach().flatten() for parameter in twin.parameters()])
+        expected = before - 0.5 * gradient / (gradient.abs() + 1)
+        np.testing.assert_allclose(algorithm.learners.weights(), expected.numpy(), rtol=0, atol=2e-6)
+
+
+# What must make no difference ------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01, "aggregation": "sequence_mean"},
+    "dapo": {"clip_range_high": 0.28, "mask_truncated": True},
+    "rloo": {"aggregation": "sequence_sum", "baseline": "leave_one_out", "scale": "none"},
+    "gspo": {"aggregation": "sequence_mean", "ratio": "sequence", "clip_range": 3e-4, "clip_range_high": 4e-4},
+    "cispo": {"objective": "cispo", "baseline": "batch_mean", "scale": "batch_std"},
+    "dr. grpo": {"aggregation": "constant", "scale": "none"},
+}
+
+
+@pytest.mark.parametrize("training", VARIANTS.values(), ids=VARIANTS)
+def test_what_does_not_count_has_no_influence(training, tiny_text, ragged, garbage, computed):
+    made = tiny_text("grpo", training={**training, "epochs": 2}, prompts={"source": ragged, "kwargs": {}})
+    outcomes = []
+    for fill in (lambda batch: batch, garbage):
+        with made.copy().build() as algorithm:
+            draw = algorithm.sample
+            algorithm.sample = lambda draw=draw, fill=fill: fill(draw())
+            rows = [computed(algorithm.train()) for _ in range(2)]
+            outcomes.append((rows, algorithm.learners.weights().tobytes()))
+    assert outcomes[0] == outcomes[1]
+
+
+def after_two_iterations(made):
+    with made.build() as algorithm:
+        rows = [algorithm.train() for _ in range(2)]
+        return rows, algorithm.learners.weights()
+
+
+def assert_alike(first, second, tolerance):
+    """Stats and weights are equal up to rounding."""
+    (rows, weights), (others, other_weights) = first, second
+    np.testing.assert_allclose(other_weights, weights, rtol=0, atol=tolerance)
+    for row, other in zip(rows, others, strict=True):
+        for name in row:
+            if name.startswith(("learner/", "ref_kl", "score", "episode")):
+                assert other[name] == pytest.approx(row[name], rel=1e-4, abs=tolerance), name
+
+
+@pytest.mark.parametrize(
+    "learners",
+    [
+        {"max_tokens_per_microbatch": 20},
+        {"layout": "padded", "max_tokens_per_microbatch": 100_000},
+        {"layout": "packed"},
+        {"activation_checkpointing": True},
+        pytest.param({"num_learners": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("algorithm", ["grpo", "rlhf_ppo"])
+def test_how_it_is_learned_makes_no_difference(learners, algorithm, tiny_text, ragged):
+    made = tiny_text(algorithm, training={"kl_coef": 0.1, "epochs": 2, "adam_eps": 1e-3, "lr": 1e-3})
+    made.prompts(ragged, kwargs={})
+    whole = after_two_iterations(made.copy())
+    assert_alike(whole, after_two_iterations(made.learners(**learners)), 2e-6)
+
+
+@pytest.mark.slow
+def test_who_generates_makes_no_difference(tiny_text, ragged, computed):
+    """To the bit where completions are exact: one runner in the driver is one or two in processes."""
+    histories = []
+    for count in (0, 1, 2):
+        made = tiny_text("grpo", prompts={"source": ragged, "kwargs": {}}, generation={**LONG, "exact": True})
+        made.token_runners(num_token_runners=count, torch_threads=1)
+        with made.build() as algorithm:
+            rows = [computed(algorithm.train()) for _ in range(2)]
+            histories.append((rows, algorithm.learners.weights().tobytes()))
+    assert histories[0] == histories[1] == histories[2]
+
+
+def test_groups_of_one_are_refused(tiny_text):
+    with pytest.raises(ConfigError, match="samples_per_prompt=1 leaves nothing to compare a completion with"):
+        tiny_text("grpo", prompts={"samples_per_prompt": 1}).build()

@@ -1,0 +1,40 @@
+"""The limits that end a run after an evaluation."""
+
+import pytest
+
+from rlx.algorithms.ppo import PPOConfig
+from rlx.algorithms.sft import SFTConfig
+from rlx.errors import ConfigError
+
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+LLAMA |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+
+
+def ppo(**stop):
+    """Every return of CartPole-v1 is between 1 and 500."""
+    c = PPOConfig().environment("CartPole-v1").env_runners(num_envs_per_env_runner=2, rollout_fragment_length=16)
+    return c.training(minibatch_size=32).evaluation(interval=2, num_episodes=2).reporting(progress="none").stop(**stop)
+
+
+def test_the_first_evaluation_that_reaches_the_goal_ends_the_run():
+    with ppo(evaluation_return_mean=1.0, iterations=9).build() as algo:
+        mean = algo.fit()["evaluation/episode_return_mean"]
+        assert algo.iteration == 2
+        assert algo.stop_reason == f"evaluation/episode_return_mean {mean:.3g} reached 1"
+
+
+def test_a_goal_that_no_evaluation_reaches_leaves_the_other_limits():
+    with ppo(evaluation_return_mean=501.0, iterations=3).build() as algo:
+        algo.fit()
+        assert (algo.iteration, algo.stop_reason) == (3, "iterations 3 reached 3")
+
+
+def test_evaluations_that_measure_a_loss_have_no_return_to_reach():
+    rows = [{"prompt": "1+1=", "completion": "2"}]
+    config = SFTConfig().model(config=LLAMA, tokenizer="rlx.envs.addition:tokenizer").data(rows)
+    config.learners(torch_threads=1).evaluation(interval=1, source=rows).stop(evaluation_return_mean=0.4)
+    with (
+        config.reporting(progress="none").build() as algo,
+        pytest.raises(ConfigError, match=r"evaluation_return_mean=0\.4 needs evaluations with a return"),
+    ):
+        algo.fit()

@@ -1,0 +1,241 @@
+"""Bad input of runs on text, through the command line: exit code 2 and one sentence that says what to do."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlx.cli import main
+
+PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path, monkeypatch):
+    """A working directory; what a command changes in this process is put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def fails(tiny_text, capsys):
+    """Train with changes, and check exit code and sentence, and that what was refused has no run folder."""
+
+    def check(algorithm, message, *changes, code=2):
+        made = tiny_text(algorithm, stop={"iterations": 1})
+        if isinstance(made.settings.data.source, list):
+            Path("pairs.jsonl").write_text(json.dumps(PAIR) + "\n")
+            made.data("pairs.jsonl")
+        Path("config.yaml").write_text(made.to_yaml())
+        settings = [word for change in changes for word in ("--set", change)]
+        capsys.readouterr()
+        assert main(["train", "config.yaml", "--run-dir", "run", *settings]) == code
+        error = capsys.readouterr().err
+        said = error[error.index("rlx: error: ") :]
+        assert re.search(message, said), said
+        assert "Traceback" not in said
+        assert not list(Path().glob("run/checkpoints/*"))
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a model: whole, without weights, without tokenizer, of unknown type, with a small vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlx.envs.addition import tokenizer
+
+    home = tmp_path_factory.mktemp("models")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, vocabulary in (("whole", 13), ("small", 9), ("no_weights", 13), ("no_eos", 13)):
+        config = LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=32, vocab_size=vocabulary)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+        LlamaForCausalLM(config).save_pretrained(home / name)
+        words = tokenizer()
+        if name == "no_eos":
+            words.eos_token = None
+        words.save_pretrained(home / name)
+    (home / "no_weights/model.safetensors").unlink()
+    (home / "torn").mkdir()
+    for file in (home / "whole").iterdir():
+        (home / "torn" / file.name).write_bytes(file.read_bytes())
+    (home / "torn/model.safetensors").write_bytes((home / "whole/model.safetensors").read_bytes()[:2000])
+    (home / "strange").mkdir()
+    (home / "strange/config.json").write_text('{"model_type": "lama"}')
+    for file in (home / "whole").glob("tokenizer*"):
+        (home / "strange" / file.name).write_bytes(file.read_bytes())
+    (home / "empty").mkdir()
+    return home
+
+
+# Models and tokenizers -------------------------------------------------------------------------------------------
+
+MODELS = {
+    "absent": ("nowhere/model/at/all", "there is no folder .*nowhere/model/at/all"),
+    "empty": ("empty", "no tokenizer can be loaded from the folder|holds no config.json"),
+    "without weights": ("no_weights", "no_weights cannot be loaded as a causal language model: .*model.safetensors"),
+    "torn": ("torn", "torn cannot be loaded as a causal language model: "),
+    "of an unknown type": ("strange", "strange cannot be loaded as a causal language model: .*lama"),
+    "without EOS": ("no_eos", "has no EOS token"),
+    "with too few embeddings": ("small", "has 13 tokens and the model 9 embeddings"),
+}
+
+
+@pytest.mark.parametrize("folder, message", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_models_that_cannot_be_used(folder, message, algorithm, folders, fails):
+    path = folder if "/" in folder else folders / folder
+    fails(algorithm, message, f"model={{path: {path}}}")
+
+
+CONFIGS = {
+    "unknown type": ("{model_type: lama}", "model_type 'lama' .* no causal language model. Did you mean 'llama'"),
+    "unknown size": ("{model_type: llama, hiden_size: 8}", "'hiden_size' is no setting of a llama model. Did you mean"),
+    "sizes that do not fit": (
+        "{model_type: llama, hidden_size: 30, num_attention_heads: 4, num_hidden_layers: 1}",
+        "no llama model can be made from this config|language model",
+    ),
+    "small vocabulary": (
+        "{model_type: llama, hidden_size: 32, num_attention_heads: 2, num_hidden_layers: 1, vocab_size: 9}",
+        "has 13 tokens and the model 9 embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, message", CONFIGS.values(), ids=CONFIGS)
+def test_configurations_that_make_no_model(config, message, fails):
+    fails("grpo", message, f"model={{config: {config}, tokenizer: rlx.envs.addition:tokenizer}}")
+
+
+# Lengths ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_longer_than_the_context_is_refused_before_anything_is_made(fails):
+    Path("long.jsonl").write_text('{"prompt": "1+2="}\n{"prompt": "%s="}\n' % ("1" * 40))
+    fails("grpo", r"long\.jsonl:2", "prompts={source: long.jsonl}")
+    Path("long.jsonl").write_text(
+        '{"prompt": "1=", "completion": "2"}\n{"prompt": "1=", "completion": "%s"}\n' % ("1" * 40)
+    )
+    fails("sft", r"long\.jsonl:2", "data={source: long.jsonl}")
+    Path("long.jsonl").write_text(json.dumps(PAIR | {"rejected": "1" * 40}) + "\n")
+    fails("dpo", r"long\.jsonl:1", "data={source: long.jsonl}")
+    fails("sft", "data.max_tokens=33 is more than the model's context of 32 tokens allows", "data.max_tokens=33")
+    fails(
+        "grpo", "prompts.max_prompt_tokens=32 is more than the .* set it to 31 or less", "prompts.max_prompt_tokens=32"
+    )
+
+
+# Data ------------------------------------------------------------------------------------------------------------
+
+FILES = {
+    "torn": ('{"prompt": "1+2="}\n{"prompt": "1+', r"rows\.jsonl:2"),
+    "empty": ("", r"rows\.jsonl"),
+    "without prompt": (
+        '{"prompt": "1+2="}\n{"question": "1+2="}\n',
+        r'rows\.jsonl:2 has neither "prompt" nor "messages"',
+    ),
+    "an empty prompt": ('{"prompt": ""}\n', r"rows\.jsonl:1 is empty"),
+    "of other characters": ('{"prompt": "1+2="}\n{"prompt": "one"}\n', r"rows\.jsonl:2 has characters .* no token for"),
+    "no text": ('{"prompt": 3}\n', r"rows\.jsonl:1"),
+}
+
+
+@pytest.mark.parametrize("text, message", FILES.values(), ids=FILES)
+def test_files_of_prompts_that_cannot_be_used(text, message, fails):
+    Path("rows.jsonl").write_text(text)
+    fails("grpo", message, "prompts={source: rows.jsonl}")
+
+
+def test_rows_of_another_kind_are_named(fails):
+    Path("rows.jsonl").write_text('{"prompt": "1+2="}\n')
+    fails("sft", r"rows\.jsonl:1", "data={source: rows.jsonl}")
+    fails("dpo", r"rows\.jsonl:1", "data={source: rows.jsonl}")
+    fails("reward_model", r"rows\.jsonl:1", "data={source: rows.jsonl}")
+    fails("grpo", "absent.jsonl", "prompts={source: absent.jsonl}")
+
+
+# Settings --------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "no reward": ("grpo", "reward.function and reward.model are not set", "reward={}"),
+    "no prompts": ("grpo", "prompts.source is not set", "prompts={}"),
+    "no data": ("sft", "data.source is not set", "data={}"),
+    "no such reward": ("grpo", "reward.function is .*rewrd", "reward.function=rlx.envs.addition:rewrd"),
+    "no such judge": ("grpo", "reward.model=runs/judge is no folder", "reward={model: runs/judge}"),
+    "no model": ("grpo", "give one of them", "model={}"),
+    "no such setting": ("grpo", "Did you mean training.clip_range", "training.clip_rnge=0.1"),
+    "a law that is cut": ("grpo", "completions drawn from the policy itself", "generation.top_k=3"),
+    "a stop of two tokens": ("grpo", "generation.stop: '12' is 2 tokens long", "generation.stop=['12']"),
+    "a target without a start": ("rlhf_ppo", "kl_target=1.0 cannot be reached", "training={kl_coef: 0, kl_target: 1}"),
+    "k1 in a loss": ("rlhf_ppo", "has no gradient in the loss", "training={kl_in: loss}"),
+    "nothing to evaluate on": ("grpo", "evaluation.interval=2 has no rows", "evaluation.interval=2"),
+}
+
+
+@pytest.mark.parametrize("algorithm, message, change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_make_no_sense(algorithm, message, change, fails):
+    fails(algorithm, message, change)
+
+
+# Runs and checkpoints --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tiny_text):
+    """Train one iteration into the folder `run`, without a word."""
+
+    def train(algorithm, **sections):
+        with tiny_text(algorithm, stop={"iterations": 1}, **sections).build(run_dir="run") as made:
+            made.fit()
+        return Path("run")
+
+    return train
+
+
+def refused(arguments, message, capsys):
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_a_run_whose_model_has_changed_since_is_refused(trained, folders, capsys):
+    import shutil
+
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shutil.copytree(folders / "whole", "base")
+    run = trained("sft", model={"config": {}, "tokenizer": None, "path": "base"})
+    config = LlamaConfig.from_pretrained("base")
+    config.intermediate_size = 48
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    expected = r"is of shape|another architecture"
+    refused(["train", "--resume", str(run), "--set", "stop.iterations=2"], expected, capsys)
+    refused(["generate", str(run), "--prompt", "1+2="], expected, capsys)
+    refused(["export", str(run), "-o", "out"], expected, capsys)
+    assert (run / "checkpoints/iter_000001/state.json").is_file()
+
+
+def test_a_run_of_another_kind_is_refused(trained, capsys):
+    run = str(trained("reward_model"))
+    refused(["generate", run, "--prompt", "1+2="], "it scores texts and writes none", capsys)
+    refused(["samples", run], "has no samples", capsys)
+    refused(["eval", run], "evaluation.source is not set", capsys)
+    refused(["eval", run, "--video", "film.gif"], "no video of it", capsys)
+    refused(["generate", "nowhere", "--prompt", "1"], "nowhere", capsys)
+    refused(["eval", "nowhere"], "does not exist", capsys)
+
+
+def test_a_run_that_has_not_exported_yet_is_no_model_to_go_on_with(trained, fails):
+    import shutil
+
+    run = trained("sft").rename("base")
+    shutil.rmtree(run / "model")
+    fails("grpo", "the run base has not exported a model yet; .* rlx export base", "model={path: base}")
+    assert main(["export", "base"]) == 0
+    Path("config.yaml").write_text(Path("config.yaml").read_text())
+    assert main(["train", "config.yaml", "--run-dir", "next", "--set", "model={path: base}"]) == 0
