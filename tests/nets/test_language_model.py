@@ -5,7 +5,7 @@ import torch
 
 from rlx.errors import ConfigError
 from rlx.nets.flat import FlatParameters
-from rlx.nets.language_model import check_vocabulary, export_language_model, load_language_model
+from rlx.nets.language_model import export_language_model, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 
 TOKENS = torch.arange(10)[None] * 3
@@ -92,10 +92,3 @@ def test_a_folder_without_a_model_or_with_a_torn_one_is_named(language_model_con
 def test_settings_of_an_adapter_that_do_not_fit_are_shown(language_model_configs, lora):
     with pytest.raises(ConfigError, match="lora settings"):
         load_language_model(config=language_model_configs["llama"], lora=lora)
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(language_model_configs):
-    model = load_language_model(config=language_model_configs["llama"])
-    check_vocabulary(model, 40)
-    with pytest.raises(ConfigError, match="41 token ids and the model an embedding of 40"):
-        check_vocabulary(model, 41)
