@@ -15,14 +15,14 @@ import argparse
 import json
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from report import markdown_table
+from learning import write_section
+from report import describe, machine, markdown_table
 
 from rlx import cli
 from rlx.envs import docstring_preferences, docstrings
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is not finished yet, then write table and plot."""
     options = _parse(arguments)
     folder: Path = options.folder
-    started = time.perf_counter()
+    facts = machine()
     runs = {name: folder / name for name in (*MODELS, "reward_model")}
     train("sft_docstrings", runs["sft"], options.set_sft + options.set)
     counts = {"train": options.prompts, "eval": options.held_out_prompts}
@@ -61,13 +61,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train("rlhf_ppo_docstrings", runs["ppo"], ppo)
     train("rlhf_ppo_docstrings", runs["ppo_without_kl"], ppo + list(WITHOUT_KL))
     train("dpo", runs["dpo"], preferences + from_sft)
-    rows = [[label, *judge(runs[name], runs, options.held_out_prompts)] for name, label in MODELS.items()]
+    prompts = options.held_out_prompts
+    rows = [[label, *judge(runs[name], runs, prompts)] for name, label in MODELS.items()]
+    picture = options.out.with_name("rlhf.png") if options.out else folder / "rlhf.png"
+    plot(runs["ppo"], runs["ppo_without_kl"], picture)
+    text = report(rows, runs, facts)
+    write_section(text, options.out or folder / "table.md", "rlhf")
+    print(f"{text}\n\n{picture}")
+
+
+def report(rows: Sequence[Sequence[Any]], runs: Mapping[str, Path], facts: dict[str, Any]) -> str:
+    """Return the table, what the reward model is worth, how long each stage took, and on what machine."""
+    cells = [[row[0], *(f"{value:.3f}" for value in row[1:])] for row in rows]
     accuracy = last(runs["reward_model"], "evaluation/accuracy")
-    table = markdown_table(HEADER, [[row[0], *(f"{value:.3f}" for value in row[1:])] for row in rows])
-    print(f"reward model: {accuracy:.3f} of the held-out pairs\n\n{table}\n")
-    (folder / "table.md").write_text(f"{table}\n")
-    plot(runs["ppo"], runs["ppo_without_kl"], options.plot or folder / "rlhf.png")
-    print(f"{time.perf_counter() - started:.0f} s; plot: {options.plot or folder / 'rlhf.png'}")
+    times = [f"{name} {last(run, 'time/total_s'):.0f} s" for name, run in runs.items()]
+    picture = "![The reward model's score, gold score and KL over iterations, with and without a KL penalty](rlhf.png)"
+    return (
+        f"{picture}\n\n{markdown_table(HEADER, cells)}\n\nThe reward model is right in {accuracy:.1%} of the held-out pairs. "
+        f"Iterations took: {', '.join(times)}.\n{describe(facts)}"
+    )
 
 
 def train(config: str, run: Path, settings: Sequence[str]) -> None:
@@ -160,7 +172,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--folder", type=Path, default=Path("runs/docstrings"), help="where everything lies (default: %(default)s)")
-    add("--plot", type=Path, help="the picture (default: rlhf.png in the folder)")
+    add("--out", type=Path, metavar="PAGE", help="a page for table and plot, as docs/rlhf.md (default: the folder)")
     add("--prompts", type=int, default=1500, help="prompts that pairs are made of (default: %(default)s)")
     add("--smallest-gap", type=float, default=0.1, help="in gold score, of a pair (default: %(default)s)")
     add("--held-out-prompts", type=int, default=400, help="prompts that models are judged by (default: %(default)s)")
