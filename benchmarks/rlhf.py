@@ -77,8 +77,8 @@ def report(rows: Sequence[Sequence[Any]], runs: Mapping[str, Path], facts: dict[
     times = [f"{name} {last(run, 'time/total_s'):.0f} s" for name, run in runs.items()]
     picture = "![The reward model's score, gold score and KL over iterations, with and without a KL penalty](rlhf.png)"
     return (
-        f"{picture}\n\n{markdown_table(HEADER, cells)}\n\nThe reward model is right in {accuracy:.1%} of the held-out pairs. "
-        f"Iterations took: {', '.join(times)}.\n{describe(facts)}"
+        f"{picture}\n\n{markdown_table(HEADER, cells)}\n\nThe reward model is right in {accuracy:.1%} of the held-out "
+        f"pairs. Iterations took: {', '.join(times)}.\n{describe(facts)}"
     )
 
 
