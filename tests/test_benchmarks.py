@@ -247,3 +247,22 @@ def test_the_whole_of_rlhf_runs_in_one_command_and_goes_on_where_it_ended(tmp_pa
     assert [line for line in printed.splitlines() if line.startswith("rlx train ")] == [
         f"rlx train --resume {tmp_path / 'dpo'}"
     ]
+
+
+def test_a_row_of_addition_has_the_spread_of_accuracy_and_the_lowest_explained_variance(monkeypatch):
+    addition = load("addition.py", monkeypatch)
+    seeds = [(100, 30.0, 0.5, 0.75, 0.5), (200, 50.0, 1.0, 1.0, 0.25)]
+    results = [addition.Result(Path("run"), 10, *numbers) for numbers in seeds]
+    cells = ["PPO", "2", "10", "150", "40", "0.750", "0.500", "1.000", "0.875", "0.25"]
+    assert addition.table_row("rlhf_ppo", results) == cells
+    assert addition.table_row("sft", [results[0]._replace(explained_variance=None)])[-1] == ""
+    assert len(cells) == len(addition.HEADER)
+
+
+def test_addition_ends_where_a_held_out_pair_is_trained_in_the_other_order(monkeypatch):
+    addition = load("addition.py", monkeypatch)
+    addition.check_held_out()
+    prompts = {"eval": "12+34=", "sft": "34+12=", "rl": "12+35="}
+    monkeypatch.setattr(addition, "rows", lambda split: [{"prompt": prompts[split]}])
+    with pytest.raises(SystemExit, match=r"1 held-out pairs are in the training data, \['12', '34'\] for one"):
+        addition.check_held_out()

@@ -29,16 +29,16 @@ class Turns:
         self._system = system
         self._left = 0
         self._done: list[dict[str, float]] = []
-        self._began = 0.0
+        self._began = self._cpu_began = 0.0
 
     def end_step(self, tokens: float, **parts: float) -> bool:
         """Note that a step ended, with how many tokens a completion on average; return whether there is another.
 
         parts: seconds of the step by what they went to.
         """
-        seconds = time.perf_counter() - self._began
+        seconds, cpu_s = time.perf_counter() - self._began, time.process_time() - self._cpu_began
         if self._left:
-            self._done.append({"seconds": seconds, "tokens": tokens} | parts)
+            self._done.append({"seconds": seconds, "cpu_s": cpu_s, "tokens": tokens} | parts)
             self._left -= 1
         if not self._left:
             print(json.dumps(self._answer()), flush=True)
@@ -46,7 +46,7 @@ class Turns:
             if not line:
                 return False
             self._left, self._done = json.loads(line)["steps"], []
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
         return True
 
     def _answer(self) -> dict[str, Any]:
