@@ -9,7 +9,7 @@ from rlx.algorithms.grpo import GRPOConfig
 from rlx.algorithms.ppo import PPOConfig
 from rlx.config import AlgorithmConfig
 from rlx.config_document import flow
-from rlx.metrics import METRICS
+from rlx.metrics import METRICS, TEXT_METRICS
 from rlx.section import allowed
 from rlx.settings import FREE_ON_RESUME
 
@@ -27,7 +27,9 @@ def pages() -> dict[str, str]:
 
 def metrics_page() -> str:
     """Return every metric with its meaning."""
-    rows = ((f"`{name}`", meaning) for name, meaning in METRICS.items())
+    rows, of_text = (
+        [(f"`{name}`", meaning) for name, meaning in metrics.items()] for metrics in (METRICS, TEXT_METRICS)
+    )
     return "\n".join(
         [
             "# Metrics",
@@ -40,6 +42,12 @@ def metrics_page() -> str:
             "`custom/` metrics: see [callbacks.md](callbacks.md).",
             "",
             *table(("name", "meaning"), rows),
+            "",
+            "## Of runs on text",
+            "",
+            "There env_steps counts tokens and an episode is a completion: [language_models.md](language_models.md).",
+            "",
+            *table(("name", "meaning"), of_text),
             "",
         ]
     )

@@ -220,7 +220,7 @@ def test_every_wrong_setting_is_named_at_once(capsys):
 
 
 YAML_FILES = {
-    "empty": (b"", "algorithm is not given; write algorithm: NAME, where the shipped ones are appo, impala, ppo"),
+    "empty": (b"", "algorithm is not given; write algorithm: NAME, where the shipped ones are appo, dpo, grpo"),
     "binary": (b"\xff\xfe\x00", "bad.yaml cannot be read"),
     "a list": (b"- 1", "bad.yaml is [1]; it must be a mapping of sections"),
     "a tab": (b"algorithm: ppo\n\tx: 3\n", "bad.yaml:2: this is not YAML"),

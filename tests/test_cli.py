@@ -153,7 +153,7 @@ def test_dry_run_prints_the_whole_config_and_makes_nothing(capsys):
         (["eval", "nowhere"], "nowhere does not exist"),
         (["plot", "nowhere"], "nowhere is no run folder"),
         (["config", "show", "nope"], 'there is no config "nope"'),
-        (["config", "schema", "nope"], 'there is no algorithm "nope"; the shipped ones are appo, impala, ppo'),
+        (["config", "schema", "nope"], 'there is no algorithm "nope"; the shipped ones are appo, dpo, grpo'),
     ],
 )
 def test_bad_input_gets_a_sentence_and_exit_code_2(arguments, message, capsys):

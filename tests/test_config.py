@@ -138,7 +138,8 @@ def test_builder_errors_name_key_value_range_and_nearest_key():
     )
     assert failure(c.runtime, engine="ray") == 'runtime.engine is "ray"; it must be one of local, inline.'
     assert failure(c.stop, zzz=1) == (
-        "stop.zzz is not a setting of Toy. It has iterations, env_steps, episode_return_mean, time_s."
+        "stop.zzz is not a setting of Toy. It has iterations, env_steps, episode_return_mean, "
+        "evaluation_return_mean, time_s."
     )
     assert failure(c.training, minibatch_size=0) == ("training.minibatch_size is 0; it must be an integer > 0 or null.")
     assert failure(c.training, minibatch_size=None) == "training: minibatch_size null allows one epoch only."
@@ -585,7 +586,7 @@ def test_json_schema_accepts_what_to_dict_writes_and_refuses_what_the_config_ref
 
 
 def test_every_setting_has_a_help_text_and_every_number_a_range():
-    free = {"stop.episode_return_mean"}
+    free = {"stop.episode_return_mean", "stop.evaluation_return_mean"}
     for name, section in ToyConfig().settings:
         for key, field in type(section).model_fields.items() if name != "algorithm" else ():
             assert field.description or key == "epochs", f"{name}.{key}"

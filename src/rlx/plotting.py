@@ -12,7 +12,7 @@ import numpy as np
 
 from rlx.config_lookup import did_you_mean
 from rlx.errors import CheckpointError, ConfigError
-from rlx.metrics import METRICS, read_metrics
+from rlx.metrics import METRICS, TEXT_METRICS, read_metrics
 from rlx.settings import FREE_ON_RESUME
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def load_curve(run: Path, metric: str) -> Curve:
     """Return one run's curve; a sentence where there is nothing to draw."""
     import yaml
 
-    if metric not in METRICS:
-        hint = did_you_mean(metric, METRICS) or f" They are {', '.join(METRICS)}."
+    known = METRICS | TEXT_METRICS
+    if metric not in known:
+        hint = did_you_mean(metric, known) or f" They are {', '.join(known)}."
         raise ConfigError(f"{metric} is not a metric of rlx.{hint}")
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run} is no run folder: it has no config.yaml; give the folder that `rlx train` made.")
@@ -140,7 +141,7 @@ def _describe(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
     axes.set_title(" / ".join(sorted(titles)), loc="left", fontweight="bold")
     steps = {"environment steps" if "environment" in one.settings else "tokens" for one in curves}
     axes.set_xlabel(f"env_steps ({' or '.join(sorted(steps))})\n", labelpad=6)
-    meaning = "\n".join(textwrap.wrap(METRICS[metric].partition(";")[0].rstrip("."), 110))
+    meaning = "\n".join(textwrap.wrap((METRICS | TEXT_METRICS)[metric].partition(";")[0].rstrip("."), 110))
     axes.text(1, -0.155, meaning, transform=axes.transAxes, ha="right", va="top", fontsize=7, color="0.45")
     axes.set_ylabel(metric + _unit(metric))
     goals = {one.settings["stop"]["episode_return_mean"] for one in curves} - {None}

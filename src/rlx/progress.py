@@ -96,11 +96,11 @@ class Progress:
             "env_steps": self.metrics.get("env_steps"),
             "time_s": self.metrics.get("time/total_s"),
         }
-        estimates = []
+        estimates, elapsed_s = [], self.elapsed_s()
         for name, value in done.items():
             limit = getattr(self.stop, name)
             if limit and value is not None:
-                speed = (value - self._before[name]) / self.elapsed_s()
+                speed = (value - self._before[name]) / elapsed_s
                 eta_s = max(0.0, limit - value) / speed if speed > 0 else float("inf")
                 estimates.append((eta_s, name, min(1.0, value / limit)))
         if estimates:

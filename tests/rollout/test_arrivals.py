@@ -150,12 +150,12 @@ def test_a_full_queue_pushes_back(make_group):
 
 def test_a_full_queue_drops_the_oldest_and_counts_them(make_group):
     group = make_group(1)
-    arrive(group, when_full="drop_oldest")
+    ((_, begun), _) = origins(arrive(group, when_full="drop_oldest"))  # not always the runner's first
     until(lambda: group._arrivals._dropped_steps >= 5 * STEPS * ENVS)
     sample = arrive(group, when_full="drop_oldest")
     ((_, count), _) = origins(sample)
     # What the runner has done between the first batch and this one was dropped, and nothing else.
-    assert sample.dropped_steps == (count - STEPS) * ENVS
+    assert sample.dropped_steps == (count - begun - STEPS) * ENVS
     group.used()
 
 
@@ -227,9 +227,11 @@ def test_the_state_is_taken_without_a_runner_that_is_far_behind(make_group, runt
     until((tmp_path / f"held-{slow}").exists)
     state = group.get_state()
     assert [one is None for one in state["runners"]] == [True, False, False]
-    for _ in range(10):  # the others go on
-        assert {pid for pid, _ in origins(arrive(group))} <= set(fast)
+    later = []
+    for _ in range(10):  # the others go on; what the slow one had finished before may still wait
+        later.append({pid for pid, _ in origins(arrive(group))})
         group.used()
+    assert all(pids <= set(fast) for pids in later[-5:])
     hold.unlink()
     until(lambda: slow in {pid for pid, _ in origins(arrive(group))} or group.used())
     group.set_state(state)

@@ -52,5 +52,5 @@ def token_trajectory(prompts: Sequence[Sequence[int]], completions: Completions,
 def token_batch(trajectory: Trajectory, length_S: np.ndarray) -> Batch:
     """Return the rows [S, T] that learners take, of a trajectory [T, S]; length_S: int64, steps of each sequence."""
     names = ("obs", "action", "mask", "logp", "reward", "terminated", "truncated", "weights_version")
-    columns = {name: torch.from_numpy(np.require(getattr(trajectory, name).T, requirements="CW")) for name in names}
+    columns = {name: torch.from_numpy(np.require(getattr(trajectory, name).T, None, ["C", "W"])) for name in names}
     return Batch(**columns, length=torch.from_numpy(length_S))
