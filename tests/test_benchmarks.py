@@ -229,7 +229,8 @@ def test_the_whole_of_rlhf_runs_in_one_command_and_goes_on_where_it_ended(tmp_pa
         for value in values:
             command += [option, value]
     printed = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True).stdout
-    assert printed.count("rlx train ") == 5 and "24 pairs of 24 prompts" in printed and "12 pairs of 12" in printed
+    assert sum(line.startswith("rlx train ") for line in printed.splitlines()) == 5
+    assert "24 pairs of 24 prompts" in printed and "12 pairs of 12" in printed
     models = ["pre-trained", "PPO, adaptive KL", "PPO without KL", "DPO"]
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     rows = [line.strip("| ").split(" | ") for line in lines[2:]]

@@ -226,7 +226,8 @@ def test_the_state_is_taken_without_a_runner_that_is_far_behind(make_group, runt
     hold.touch()
     until((tmp_path / f"held-{slow}").exists)
     state = group.get_state()
-    assert [one is None for one in state["runners"]] == [True, False, False]
+    is_late = [one is None for one in state["runners"]]
+    assert is_late[0] and not all(is_late)  # on a busy machine another one may be late, too
     later = []
     for _ in range(10):  # the others go on; what the slow one had finished before may still wait
         later.append({pid for pid, _ in origins(arrive(group))})
