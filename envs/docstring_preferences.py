@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlx.callbacks import Callback
-from rlx.envs import docstrings
+from rlx.envs import docstrings  # pyright: ignore[reportMissingImports] - it does not know package-dir
 from rlx.errors import ConfigError
 from rlx.metrics import Metrics
 from rlx.text_inference import load_text_policy
