@@ -13,12 +13,10 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from rlx.functional.aggregation import pair_weight
 from rlx.functional.masking import weighted_sum
 from rlx.functional.preference import dpo, ipo, log_ratio_margin, sequence_logp
-from rlx.metrics import Metrics
-from rlx.text.examples import Pair, collate_pairs, load_pairs
-from rlx.text_algorithm import TextAlgorithm
+from rlx.preference_algorithm import PreferenceAlgorithm
+from rlx.text.examples import Pair
 from rlx.text_settings import TextConfig, TextTrainingSection
 from rlx.trajectory import Batch
 
@@ -41,12 +39,8 @@ class DPOConfig(TextConfig, training=DPOTraining):
     reads: ClassVar[Literal["prompts", "data"]] = "data"
 
 
-class DPO(TextAlgorithm, config=DPOConfig):
+class DPO(PreferenceAlgorithm, config=DPOConfig):
     """Take the next pairs, ask the reference, update."""
-
-    def training_step(self) -> Metrics:
-        """Make one iteration; return the learner's stats."""
-        return self.update(self.examples())
 
     def batch_of(self, rows: Sequence[Pair]) -> Batch:
         """Return the batch of these pairs, with the reference's log-probabilities."""
@@ -56,22 +50,6 @@ class DPO(TextAlgorithm, config=DPOConfig):
     def needs_reference(training: Any) -> bool:
         """It always does."""
         return True
-
-    @staticmethod
-    def weigh(mask: Tensor, training: Any, max_new_tokens: int) -> Tensor:
-        """Return the weights [P] of a minibatch's pairs: of their mean."""
-        return pair_weight(mask)
-
-    @classmethod
-    def load_rows(cls, source: Any, kwargs: Mapping[str, Any], settings: Any, tokenizer: Any) -> Sequence[Pair]:
-        """Return the pairs of a source."""
-        d = settings.data
-        return load_pairs(source, tokenizer, max_tokens=d.max_tokens, too_long=d.when_too_long, kwargs=kwargs)
-
-    @staticmethod
-    def collate(rows: Sequence[Pair]) -> Batch:
-        """Return the batch [P, 2, L] of these pairs."""
-        return collate_pairs(rows)
 
     @staticmethod
     def loss(

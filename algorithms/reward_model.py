@@ -8,19 +8,16 @@ normalised to mean 0 and standard deviation 1 over the first rows of `data`, and
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from rlx.functional.aggregation import pair_weight
 from rlx.functional.masking import weighted_sum
 from rlx.functional.preference import pairwise_loss
-from rlx.metrics import Metrics
+from rlx.preference_algorithm import PreferenceAlgorithm
 from rlx.reward_models import build_reward_model
-from rlx.text.examples import Pair, collate_pairs, load_pairs
-from rlx.text_algorithm import TextAlgorithm
 from rlx.text_settings import TextConfig, TextTrainingSection
 from rlx.trajectory import Batch
 
@@ -41,12 +38,8 @@ class RewardModelConfig(TextConfig, training=RewardModelTraining):
     reads: ClassVar[Literal["prompts", "data"]] = "data"
 
 
-class RewardModelTrainer(TextAlgorithm, config=RewardModelConfig):
+class RewardModelTrainer(PreferenceAlgorithm, config=RewardModelConfig):
     """Take the next pairs, update."""
-
-    def training_step(self) -> Metrics:
-        """Make one iteration; return the learner's stats."""
-        return self.update(self.examples())
 
     def policy_builder(self, vocabulary: int) -> Callable[[], Any]:
         """Return what makes the model that learners train."""
@@ -59,22 +52,6 @@ class RewardModelTrainer(TextAlgorithm, config=RewardModelConfig):
             layout=s.learners.layout,
             activation_checkpointing=s.learners.activation_checkpointing,
         )
-
-    @staticmethod
-    def weigh(mask: Tensor, training: Any, max_new_tokens: int) -> Tensor:
-        """Return the weights [P] of a minibatch's pairs: of their mean."""
-        return pair_weight(mask)
-
-    @classmethod
-    def load_rows(cls, source: Any, kwargs: Mapping[str, Any], settings: Any, tokenizer: Any) -> Sequence[Pair]:
-        """Return the pairs of a source."""
-        d = settings.data
-        return load_pairs(source, tokenizer, max_tokens=d.max_tokens, too_long=d.when_too_long, kwargs=kwargs)
-
-    @staticmethod
-    def collate(rows: Sequence[Pair]) -> Batch:
-        """Return the batch [P, 2, L] of these pairs."""
-        return collate_pairs(rows)
 
     @staticmethod
     def loss(

@@ -45,8 +45,11 @@ class RLHFPPOTraining(TextTrainingSection):
     """Weight of the squared value error in the loss."""
     value_clip: PositiveFloat | None = None
     """Largest change of a value that the value loss rewards; null turns value clipping off."""
+    value_lr: Annotated[Schedule, Field(ge=0)] | None = None
+    """Step size of what only the value function has: with model.value=separate its whole net, else its head. null: lr.
+    A value function that begins as a language model has more to learn than the policy does."""
     value_warmup_iterations: NonNegativeInt = 0
-    """First iterations, in which only the value function learns; weight_decay pulls at all weights all the same."""
+    """First iterations, in which only the value function learns."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     normalize_advantage: bool = True
@@ -106,8 +109,11 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
 
         is_warm = self.iteration >= training.value_warmup_iterations
         clip_range = training.clip_range.at(self.env_steps)
+        lr = self.lr(training.lr)
         stats = self.update(
             Batch(**batch.tensors | {"advantage": advantage, "return_": return_}),
+            lr=lr if is_warm or self.settings.model.value == "shared" else 0.0,
+            value_lr=lr if training.value_lr is None else self.lr(training.value_lr),
             coefficients={"clip_range": clip_range, "kl_coef": kl_coef, "policy_coef": float(is_warm)},
         )
         self.publish()

@@ -3,9 +3,11 @@
     python benchmarks/soak.py                    # --minutes 10 --actors 4 --kill-every 3
     python benchmarks/soak.py --minutes 0.5      # a quick look
 
-A fifth of the time is clean, then a random actor is killed every few seconds, and the last fifth is clean again.
-Ends with code 1 if the last fifth is slower than 95 % of the first, if memory or descriptors grow, or if anything is
-left when the runtime is closed. Linux only.
+A fifth of the time is clean, then a random actor is killed every few seconds, and the last fifth is clean again. In the
+first and the last fifth a twin has its turn after every quarter of a second: the same traffic in a process of its own,
+of which nothing is ever killed, so that a machine that itself becomes slower or faster changes nothing.
+Ends with code 1 if the speed, as a share of the twin's, is below 95 % of what it was at the beginning, if memory or
+descriptors grow, or if anything is left when the runtime is closed. Linux only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,7 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,7 +45,7 @@ CALLS, ITEMS = 20, 10
 DEADLINE_S = 60.0
 CLEAN_PART = 0.2
 """Of the time, at the beginning and once more at the end."""
-WINDOW_S = 1.0
+WINDOW_S, LOOK_EVERY_S = 0.25, 1.0
 GONE_WITHIN_S = 10.0
 
 LEAST_SPEED = 0.95
@@ -102,6 +105,13 @@ class Traffic:
         for ping in pings:
             self._is_lost(ping.outcome(DEADLINE_S))
 
+    def window(self, seconds: float) -> float:
+        """Play for so long; return how many rounds a second."""
+        began, before = time.monotonic(), self.rounds
+        while time.monotonic() < began + seconds:
+            self.play()
+        return (self.rounds - before) / (time.monotonic() - began)
+
     def _read_stream(self, runner: Any) -> None:
         """Read all items, or leave the stream half-way in every other round."""
         count = ITEMS if self.rounds % 2 else ITEMS // 2
@@ -148,6 +158,39 @@ class Killer:
                     self.kills += 1
 
 
+class Twin:
+    """The same traffic in a process of its own, which plays only when it is told to."""
+
+    def __init__(self, count: int) -> None:
+        command = [sys.executable, __file__, "--twin", "--actors", str(count)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Twin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=DEADLINE_S)  # the end of its input is its end
+
+    def window(self) -> float:
+        """Have it play for WINDOW_S; return its rounds a second."""
+        assert self._process.stdin and self._process.stdout
+        print(file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def members(self) -> set[psutil.Process]:
+        """Return its processes."""
+        return set(tree(psutil.Process(self._process.pid)))
+
+
+def be_a_twin(count: int) -> None:
+    """Play a window for each line of the input, and print how fast."""
+    with actors.runtime("local") as runtime:
+        traffic = Traffic(runtime, count)
+        traffic.wait_until_ready()
+        for _ in sys.stdin:
+            print(traffic.window(WINDOW_S), flush=True)
+
+
 class Sample(NamedTuple):
     """What driver, forkserver and actors hold at one moment."""
 
@@ -189,27 +232,41 @@ class Left:
         ]
 
 
+class Rates(NamedTuple):
+    """Rounds a second in each window."""
+
+    own: list[float]
+    twin: list[float]
+
+    @property
+    def share(self) -> float:
+        """The speed as a share of the twin's; the median of neighbouring windows."""
+        return median(own / twin for own, twin in zip(self.own, self.twin, strict=True))
+
+
 class Soak:
     """The run: its clock, its live table, and what it has seen."""
 
-    def __init__(self, runtime: Runtime, traffic: Traffic, left: Left, line_every_s: float) -> None:
-        self._runtime, self._traffic, self._left = runtime, traffic, left
+    def __init__(self, runtime: Runtime, traffic: Traffic, twin: Twin, left: Left, line_every_s: float) -> None:
+        self._runtime, self._traffic, self._twin, self._left = runtime, traffic, twin, left
         self._started = time.monotonic()
         self._line_every_s, self._next_line_s = line_every_s, 0.0
         print(f"{'time s':>7} {'phase':<9}{'rounds/s':>9}{'MB':>7}{'shared':>8}{'fds':>5}{'restarts':>10}{'lost':>6}")
 
-    def phase(self, name: str, seconds: float) -> tuple[list[float], list[Sample]]:
+    def phase(self, name: str, seconds: float, beside_twin: bool = True) -> tuple[Rates, list[Sample]]:
         """Play rounds for so long; return for each window how many a second, and what was held at its end."""
-        rates: list[float] = []
+        rates = Rates([], [])
         samples: list[Sample] = []
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            began, before = time.monotonic(), self._traffic.rounds
-            while time.monotonic() < min(began + WINDOW_S, ends):
-                self._traffic.play()
-            rates.append((self._traffic.rounds - before) / (time.monotonic() - began))
-            samples.append(self._look())
-            self._show(name, rates[-1], samples[-1])
+        next_look = 0.0
+        while (left_s := ends - time.monotonic()) > 0:
+            rates.own.append(self._traffic.window(min(WINDOW_S, left_s)))
+            if beside_twin:
+                rates.twin.append(self._twin.window())
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK_EVERY_S
+                samples.append(self._look())
+                self._show(name, rates.own[-1], samples[-1])
         return rates, samples
 
     def restarts(self) -> int:
@@ -217,7 +274,8 @@ class Soak:
         return sum(state.restarts for state in self._runtime.state().values())
 
     def _look(self) -> Sample:
-        members = tree(psutil.Process())
+        twins = self._twin.members()
+        members = [member for member in tree(psutil.Process()) if member not in twins]
         self._left.processes.update(members[1:])
         held = [_proportional_mb(member.pid) for member in members]
         count = sum(len(os.listdir(f"/proc/{member.pid}/fd")) for member in members[:2])  # driver, forkserver
@@ -239,10 +297,9 @@ class Soak:
 class Seen:
     """What a run has shown."""
 
-    clean: list[float]
-    """Rounds a second in each window, here and in the next two."""
-    kills: list[float]
-    recovered: list[float]
+    clean: Rates
+    kills: Rates
+    recovered: Rates
     samples: list[Sample]
     """Since the first kill."""
     killed: int
@@ -252,12 +309,15 @@ class Seen:
 def main() -> None:
     """Run the soak; end with code 1 if it found a fault."""
     options, left = _parse(), Left.before()
+    if options.twin:
+        return be_a_twin(options.actors)
     seen = run(options, left)
     found = faults(seen, left.over())
-    speeds = (
-        f"{speed(seen.clean):.1f} clean, {median(seen.kills):.1f} under kills, {speed(seen.recovered):.1f} recovered"
+    print(
+        f"{seen.killed} actors killed, {seen.restarts} restarts; rounds/s: {median(seen.clean.own):.1f} clean, "
+        f"{median(seen.kills.own):.1f} under kills, {median(seen.recovered.own):.1f} recovered; of the twin's speed "
+        f"{seen.clean.share:.1%} before and {seen.recovered.share:.1%} after."
     )
-    print(f"{seen.killed} actors killed, {seen.restarts} restarts; rounds/s: {speeds}.")
     print(
         "\n".join(f"FAULT: {fault}" for fault in found) or "No fault: as fast as before, nothing grew, nothing is left."
     )
@@ -267,13 +327,14 @@ def main() -> None:
 def run(options: argparse.Namespace, left: Left) -> Seen:
     """Return what happened; on return nothing here refers to the runtime any more."""
     total_s = 60 * options.minutes
-    with actors.runtime("local") as runtime:
+    with Twin(options.actors) as twin, actors.runtime("local") as runtime:
         traffic = Traffic(runtime, options.actors)
         traffic.wait_until_ready()
-        soak = Soak(runtime, traffic, left, total_s / options.lines)
+        twin.window()  # its first, in which its memory is made
+        soak = Soak(runtime, traffic, twin, left, total_s / options.lines)
         clean, _ = soak.phase("clean", CLEAN_PART * total_s)
         with Killer(runtime, options.kill_every, options.seed) as killer:
-            kills, samples = soak.phase("kills", (1 - 2 * CLEAN_PART) * total_s)
+            kills, samples = soak.phase("kills", (1 - 2 * CLEAN_PART) * total_s, beside_twin=False)
         traffic.wait_until_ready()
         recovered, more = soak.phase("recovered", CLEAN_PART * total_s)
         return Seen(clean, kills, recovered, samples + more, killer.kills, soak.restarts())
@@ -282,9 +343,9 @@ def run(options: argparse.Namespace, left: Left) -> Seen:
 def faults(seen: Seen, left_over: Sequence[str]) -> list[str]:
     """Return what is wrong, in words: slower than before, a growth since the first kill, a death, or something left."""
     found = []
-    before, after = speed(seen.clean), speed(seen.recovered)
+    before, after = seen.clean.share, seen.recovered.share
     if after < LEAST_SPEED * before:
-        found.append(f"{after:.1f} rounds/s after the kills is {after / before:.0%} of the {before:.1f} before.")
+        found.append(f"the speed after the kills is {after:.1%} of the twin's, before it was {before:.1%}.")
     if seen.restarts != seen.killed:
         found.append(f"{seen.killed} actors were killed, and {seen.restarts} restarted.")
     times = [sample.at_s for sample in seen.samples]
@@ -295,11 +356,6 @@ def faults(seen: Seen, left_over: Sequence[str]) -> list[str]:
         if (grown := growth(times, values)) > limit:
             found.append(f"{name} grew by {grown:.1f} to about {values[-1]:.0f}; {limit:.1f} may come and go.")
     return [*found, *(f"{name} is left." for name in left_over)]
-
-
-def speed(rates: Sequence[float]) -> float:
-    """Return the rate that three quarters of the windows do not exceed: other work on the machine only slows them."""
-    return quantiles(rates, n=4, method="inclusive")[2] if len(rates) > 1 else rates[0]
 
 
 def growth(times: Sequence[float], values: Sequence[float]) -> float:
@@ -341,6 +397,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kill-every", type=float, default=3.0, help="seconds between kills, on average (default: 3)")
     parser.add_argument("--lines", type=int, default=40, help="of the live table (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="of who is killed when (default: 0)")
+    parser.add_argument("--twin", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

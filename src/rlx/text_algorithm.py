@@ -25,6 +25,7 @@ from rlx.nets.flat import FlatParameters
 from rlx.nets.language_model import export_language_model
 from rlx.rollout.token_runners import TokenRunners
 from rlx.samples import sample_record
+from rlx.schedule import Schedule
 from rlx.text.order import order
 from rlx.text.prompts import Prompt, load_prompts
 from rlx.text_building import (
@@ -143,12 +144,12 @@ class TextAlgorithm(Trainable):
     def update(self, batch: Batch, **options: Any) -> Metrics:
         """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
         t = self.training
+        options = {"lr": self.lr(t.lr)} | options
         started = time.perf_counter()
         stats = self.learners.update(
             batch,
             epochs=t.epochs,
             minibatch_sequences=t.minibatch_sequences,
-            lr=t.lr.at(self.env_steps),
             seed=self.seed("update"),
             **options,
         )
@@ -156,7 +157,12 @@ class TextAlgorithm(Trainable):
         self._batch = batch
         for name in ("busy_s", "gradient_steps", "stopped_early"):
             stats.pop(name)
-        return {**self._finite(stats), "lr": t.lr.at(self.env_steps)}
+        return {**self._finite(stats), "lr": options["lr"]}
+
+    def lr(self, schedule: Schedule) -> float:
+        """Return what a step size is at this moment of the run."""
+        warmup = self.training.lr_warmup
+        return schedule.at(self.env_steps) * (min(1.0, self.env_steps / warmup) if warmup else 1.0)
 
     def publish(self) -> None:
         """Have all completions that begin from now on made with the learners' weights."""

@@ -16,13 +16,14 @@ from rlx.errors import ConfigError
 from rlx.schedule import Schedule
 from rlx.section import Allowed, Section, plain, spelled
 from rlx.settings import CallbacksSection, CheckpointingSection, ReportingSection, RuntimeSection, StopSection
+from rlx.text.sources import object_name
 
 
 def _spelled_source(source: Any) -> Any:
     """Return a source as YAML holds it; rows and data sets that were passed in Python only by their type."""
     if source is None or isinstance(source, str):
         return source
-    return spelled(source) if callable(source) else f"<{type(source).__name__} of {len(source)} rows>"
+    return spelled(source) if callable(source) else object_name(source)
 
 
 Source = Annotated[
@@ -183,6 +184,8 @@ class TextTrainingSection(Section):
 
     lr: Annotated[Schedule, Field(ge=0)] = Schedule.constant(1e-5)
     """AdamW's step size: a number or a schedule over tokens (env_steps)."""
+    lr_warmup: int = Field(default=0, ge=0)
+    """Tokens over which all step sizes rise to what they are set to; at once, Adam's first steps are its largest."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)

@@ -124,7 +124,8 @@ def test_kl_is_paid_by_the_reward_and_its_coefficient_adapts(tiny_text, tmp_path
 
 @pytest.mark.parametrize("value", ["shared", "separate"])
 def test_warm_up_teaches_the_value_function_alone(value, tiny_text):
-    made = tiny_text("rlhf_ppo", model={"value": value}, training={"value_warmup_iterations": 2})
+    training = {"value_warmup_iterations": 2, "weight_decay": 0.1}
+    made = tiny_text("rlhf_ppo", model={"value": value}, training=training)
     with made.build() as algorithm:
         size = sum(parameter.numel() for parameter in algorithm.learners.local_policy.model.parameters())
         before = algorithm.learners.weights()
@@ -137,6 +138,27 @@ def test_warm_up_teaches_the_value_function_alone(value, tiny_text):
         np.testing.assert_array_equal(warm[:size], before[:size])
     assert (warm[size:] != before[size:]).any()
     assert (after[:size] != warm[:size]).any()
+
+
+@pytest.mark.parametrize("still", ["policy", "value"])
+def test_the_value_function_has_a_step_size_of_its_own(still, tiny_text):
+    rates = {"lr": 0.0, "value_lr": 1e-3} if still == "policy" else {"lr": 1e-3, "value_lr": 0.0}
+    with tiny_text("rlhf_ppo", model={"value": "separate"}, training=rates).build() as algorithm:
+        size = sum(parameter.numel() for parameter in algorithm.learners.local_policy.model.parameters())
+        before = algorithm.learners.weights()
+        algorithm.train()
+        after = algorithm.learners.weights()
+    moved = [(after[part] != before[part]).any() for part in (slice(size), slice(size, None))]
+    assert moved == ([False, True] if still == "policy" else [True, False])
+
+
+def test_step_sizes_rise_during_the_warm_up(tiny_text):
+    with tiny_text("rlhf_ppo", training={"lr": 1e-3, "lr_warmup": 100}).build() as algorithm:
+        for _ in range(3):
+            metrics = algorithm.train()
+            expected = 1e-3 * min(1.0, algorithm.env_steps / 100)
+            assert metrics["learner/lr"] == pytest.approx(expected)
+        assert algorithm.env_steps > 100
 
 
 VARIANTS = {

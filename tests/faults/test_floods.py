@@ -141,7 +141,7 @@ def test_a_thousand_inline_actors():
             rt.spawn(Worker)
 
 
-@pytest.mark.parametrize("cycles", [50, pytest.param(2_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [50, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_generations_of_actors_leave_nothing_in_the_driver_or_the_forkserver(cycles, until):
     with actors.runtime("local", preload=("numpy",)) as rt:
         pid = rt.spawn(Worker, name="first").pid.call().result(T)

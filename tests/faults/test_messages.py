@@ -197,7 +197,7 @@ def test_messages_of_every_size_arrive_byte_for_byte(rt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [100_000_000, 2_100_000_000, 5_000_000_000], ids=["100 MB", "2.1 GB", "5 GB"])
+@pytest.mark.parametrize("size", [100_000_000, 5_000_000_000], ids=["100 MB", "5 GB"])
 def test_a_large_message_arrives_byte_for_byte_in_little_more_than_one_copy(size):
     if psutil.virtual_memory().available < 2.5 * size:
         pytest.skip(f"needs {2.5 * size / 1e9:.1f} GB of memory")

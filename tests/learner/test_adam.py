@@ -67,3 +67,24 @@ def test_steps_are_those_of_the_formula_and_go_on_from_a_state(size):
         expected -= lr * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + 1e-5)
     np.testing.assert_allclose(data.numpy(), expected, rtol=0, atol=2e-6)
     assert adam.get_state()["steps"] == 3
+
+
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_from_its_split_on_the_buffer_steps_by_a_rate_of_its_own(size):
+    """As two optimizers of torch would, decay included; without a second rate there is no split."""
+    generator = torch.Generator().manual_seed(0)
+    start, split = torch.randn(size, generator=generator), 30
+    parts = [torch.nn.Parameter(part.clone()) for part in (start[:split], start[split:])]
+    oracles = [torch.optim.AdamW([part], lr=lr, weight_decay=0.1) for part, lr in zip(parts, (0.01, 0.3), strict=True)]
+    data, undivided = start.clone(), start.clone()
+    adam = FlatAdam(data, 1e-8, weight_decay=0.1, decayed=(data[:split], data[split:]), split=split)
+    plain = FlatAdam(undivided, 1e-8, weight_decay=0.1, decayed=(undivided,), split=split)
+    for gradient in torch.randn(4, size, generator=generator):
+        for part, oracle, g in zip(parts, oracles, (gradient[:split], gradient[split:]), strict=True):
+            part.grad = g.clone()
+            oracle.step()
+        adam.step(gradient.clone(), 0.01, 0.3)
+        plain.step(gradient.clone(), 0.01)
+    torch.testing.assert_close(data, torch.cat([part.detach() for part in parts]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(undivided[:split], data[:split], rtol=0, atol=0)
+    assert (undivided[split:] - data[split:]).abs().median() > 0.1

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from rlx.errors import ConfigError, DataError, MissingExtra
-from rlx.text.sources import read_rows
+from rlx.text.sources import object_name, read_rows
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
 
@@ -169,6 +169,7 @@ def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
         ("json:no_such_name", "the source \"json:no_such_name\": module 'json' has no attribute 'no_such_name'."),
         ("json:__name__", 'the source "json:__name__" is of type str; it must be a function.'),
         ({"train": ROWS, "test": ROWS}, 'dict is a mapping with the keys "train", "test"; pass one of its values.'),
+        (object_name(ROWS), f"the rows of this run were passed in Python as an object, <list of {len(ROWS)} rows>,"),
         (7, "int is 7 (int); rows are a list of dicts or a data set"),
     ],
 )

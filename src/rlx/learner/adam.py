@@ -30,10 +30,12 @@ class FlatAdam:
         beta2: float = 0.999,
         weight_decay: float = 0.0,
         decayed: Sequence[Tensor] = (),
+        split: int | None = None,
     ) -> None:
         """`weight_decay` shrinks the views `decayed` of the buffer by lr * weight_decay a step (AdamW, Loshchilov &
-        Hutter 2019, arXiv:1711.05101)."""
+        Hutter 2019, arXiv:1711.05101). From number `split` on the buffer has a step size of its own."""
         self.data = data
+        self.split = len(data) if split is None else split
         self.weight_decay, self.decayed = weight_decay, decayed
         self.epsilon, self.beta1, self.beta2 = epsilon, beta1, beta2
         self.mean = torch.zeros_like(data)
@@ -42,17 +44,19 @@ class FlatAdam:
         self._arrays = [_fastest(tensor) for tensor in (data, self.mean, self.square)]
         self._fused: torch.optim.Adam | None = None
         if data.numel() >= LARGE and data.device.type == "cpu":
-            self._fused = torch.optim.Adam([data], eps=epsilon, betas=(beta1, beta2), fused=True)
+            groups = [{"params": [data[part]]} for part in self._parts()]
+            self._fused = torch.optim.Adam(groups, eps=epsilon, betas=(beta1, beta2), fused=True)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, lr: float) -> None:
-        """Move the parameters against `gradient` [n]."""
+    def step(self, gradient: Tensor, lr: float, lr_from_split: float | None = None) -> None:
+        """Move the parameters against `gradient` [n]; those from `split` on by `lr_from_split`, where it is given."""
         self.steps += 1
+        lrs = (lr, lr if lr_from_split is None else lr_from_split)
         if self.weight_decay:
             for view in self.decayed:
-                view.mul_(1 - lr * self.weight_decay)
+                view.mul_(1 - lrs[view.storage_offset() >= self.split] * self.weight_decay)
         if self._fused is not None:
-            self._step_fused(self._fused, gradient, lr)
+            self._step_fused(self._fused, gradient, lrs)
             return
         correction1 = 1 - self.beta1**self.steps
         correction2 = math.sqrt(1 - self.beta2**self.steps)
@@ -65,15 +69,24 @@ class FlatAdam:
         denominator = square**0.5
         denominator /= correction2
         denominator += self.epsilon
-        data -= (lr / correction1) * mean / denominator
+        if lr_from_split is None:
+            data -= (lr / correction1) * mean / denominator
+            return
+        for part, lr_of_part in zip(self._parts(), lrs, strict=False):
+            data[part] -= (lr_of_part / correction1) * mean[part] / denominator[part]
 
-    def _step_fused(self, fused: torch.optim.Adam, gradient: Tensor, lr: float) -> None:
-        before = torch.tensor(float(self.steps - 1))
-        fused.state[self.data] = {"step": before, "exp_avg": self.mean, "exp_avg_sq": self.square}
-        fused.param_groups[0]["lr"] = lr
-        self.data.grad = gradient
+    def _parts(self) -> list[slice]:
+        return [slice(0, self.split)] + ([slice(self.split, None)] if self.split < len(self.data) else [])
+
+    def _step_fused(self, fused: torch.optim.Adam, gradient: Tensor, lrs: tuple[float, float]) -> None:
+        for part, group, lr in zip(self._parts(), fused.param_groups, lrs, strict=False):
+            (view,) = group["params"]
+            before = torch.tensor(float(self.steps - 1))
+            fused.state[view] = {"step": before, "exp_avg": self.mean[part], "exp_avg_sq": self.square[part]}
+            group["lr"], view.grad = lr, gradient[part]
         fused.step()
-        self.data.grad = None
+        for group in fused.param_groups:
+            group["params"][0].grad = None
 
     def get_state(self) -> dict[str, Any]:
         """Return the moments and the step count."""

@@ -25,6 +25,9 @@ from rlx.trajectory import Batch
 
 log = logging.getLogger("rlx")
 
+VALUE_FUNCTION = "value_"
+"""The names of the parameters that only the value function has begin with this."""
+
 
 class Learner:
     """Owns one copy of the parameters and the optimizer.
@@ -62,7 +65,8 @@ class Learner:
         self.policy = build_policy().to(self.device)
         self.flat = FlatParameters(self.policy, self.device)
         matrices = [view for view in self.flat.views(self.flat.data) if view.ndim > 1]
-        self.adam = FlatAdam(self.flat.data, adam_eps, *adam_betas, weight_decay, matrices)
+        split = self.flat.first_of(VALUE_FUNCTION)
+        self.adam = FlatAdam(self.flat.data, adam_eps, *adam_betas, weight_decay, matrices, split)
         self.max_grad_norm = max_grad_norm
         self.weigh, self.max_tokens = weigh, max_tokens_per_microbatch
         if max_tokens_per_microbatch is None:
@@ -101,6 +105,7 @@ class Learner:
         minibatch_size: int | None = None,
         minibatch_sequences: int | None = None,
         lr: float,
+        value_lr: float | None = None,
         seed: int,
         coefficients: Mapping[str, float] = MappingProxyType({}),
         target_kl: float | None = None,
@@ -110,6 +115,7 @@ class Learner:
         Every learner gets the whole batch, with `mask` [N] or, where its rows are sequences, [S, L];
         `minibatch_size` counts samples either way, `minibatch_sequences` in its place counts rows. The last minibatch
         of an epoch may be smaller; without either there is one, the whole batch.
+        The parameters of a value function of its own (`VALUE_FUNCTION`) step by `value_lr`, where it is given.
         With `target_kl` the update ends before the first step whose minibatch has stats["kl"] above it.
         """
         started = time.perf_counter()
@@ -133,7 +139,7 @@ class Learner:
                 stopped_early = target_kl is not None and self._total(stats["kl"]) > target_kl
                 if stopped_early:
                     break
-                stats["grad_norm"] = self._step(self._sum(gradient), lr)
+                stats["grad_norm"] = self._step(self._sum(gradient), lr, value_lr)
                 history.append(stats)
             if stopped_early:
                 break
@@ -230,12 +236,12 @@ class Learner:
         """Return the sum of a stat's shares over all learners."""
         return self._sum(torch.as_tensor(share).clone()).item()
 
-    def _step(self, gradient: Tensor, lr: float) -> Tensor:
+    def _step(self, gradient: Tensor, lr: float, value_lr: float | None) -> Tensor:
         """Clip the global norm, step, and return the norm before clipping."""
         norm = gradient.norm()
         if self.max_grad_norm is not None:
             gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
-        self.adam.step(gradient, lr)
+        self.adam.step(gradient, lr, value_lr)
         return norm
 
     def _means(self, history: list[Stats]) -> dict[str, float]:

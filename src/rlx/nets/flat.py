@@ -26,6 +26,12 @@ class FlatParameters:
         for parameter, view in zip(self.parameters, self.views(self.data), strict=True):
             parameter.data = view
 
+    def first_of(self, prefix: str) -> int | None:
+        """Return where the parameters begin whose names begin with `prefix`; None where they are not the last ones."""
+        own = [name.startswith(prefix) for name in self.names]
+        others = own.count(False)
+        return None if any(own[:others]) else sum(p.numel() for p in self.parameters[:others])
+
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Return one view of `flat` per parameter, in its shape."""
         pieces = flat.split([p.numel() for p in self.parameters])

@@ -7,6 +7,7 @@ lines, so that whatever is wrong with it, here or later, is named so that a read
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -17,6 +18,8 @@ from rlx.text.import_path import import_function, is_import_path
 Row = Mapping[str, Any]
 Source = str | Path | Sequence[Row] | Callable[..., Any] | Any
 
+OBJECT = re.compile(r"<\w+ of \d+ rows>")
+"""What `object_name` returns."""
 SHOWN_CHARACTERS = 80
 LONGEST_TOKEN = 8
 
@@ -86,8 +89,18 @@ def read_rows(source: Source, kwargs: Mapping[str, Any] | None = None) -> Rows:
     return rows
 
 
+def object_name(source: Sequence[Any]) -> str:
+    """Return what a saved configuration says of rows that were passed in Python."""
+    return f"<{type(source).__name__} of {len(source)} rows>"
+
+
 def _read_file(path: Path) -> Rows:
     reader = _READERS.get(path.suffix.lower())
+    if OBJECT.fullmatch(str(path)):
+        raise ConfigError(
+            f"the rows of this run were passed in Python as an object, {path}, which no file holds. Build it in Python "
+            "with the same rows and call restore(RUN); or take them from a file or a pkg.module:function."
+        )
     if reader is None:
         raise ConfigError(
             f'"{path}" ends in "{path.suffix}", and rlx reads {", ".join(_READERS)}; or give an import path '
