@@ -32,26 +32,32 @@ LONGEST_ANSWER = 3
 
 
 def rows(
-    split: Literal["sft", "rl", "eval"] = "rl", seed: int = 0, wrong_share: float = 0.0, limit: int | None = None
+    split: Literal["sft", "rl", "eval"] = "rl",
+    seed: int = 0,
+    wrong_share: float = 0.0,
+    copies: int = 1,
+    limit: int | None = None,
 ) -> list[dict[str, str]]:
     """Return a split's rows, shuffled by `seed`, which does not change what is in which split.
 
     A row has "prompt" and "answer"; of "sft" it has the "completion" to learn as well, in a share `wrong_share` of them
-    another number than the answer, which no other row's answer tells. limit: only so many rows.
+    the answer with one digit replaced. copies: every pair stands in so many rows, each right or wrong by itself: one
+    row's wrong digit can be learned by heart, those of many cannot. limit: only so many rows.
     """
     if split not in SPLITS:
         raise ConfigError(f'addition has no split "{split}"; there are {", ".join(SPLITS)}.')
     if not 0 <= wrong_share <= 1 or (wrong_share and split != "sft"):
         raise ConfigError(f'wrong_share is {wrong_share}; it is 0 to 1, and of the split "sft" alone.')
     rng = np.random.default_rng([seed, 1])
-    pairs = _pairs(split)
+    if copies < 1:
+        raise ConfigError(f"copies is {copies}; every pair stands in at least one row.")
+    pairs = _pairs(split) * copies
     pairs = [pairs[index] for index in rng.permutation(len(pairs))][:limit]
     made = [{"prompt": f"{a:02}+{b:02}=", "answer": str(a + b)} for a, b in pairs]
     if split == "sft":
         wrong = set(rng.permutation(len(made))[: round(wrong_share * len(made))].tolist())
         for index, row in enumerate(made):
-            other = int(rng.integers(2 * NUMBERS - 2))  # one of the other sums, 0 to 198
-            row["completion"] = str(other + (other >= int(row["answer"]))) if index in wrong else row["answer"]
+            row["completion"] = _with_a_wrong_digit(row["answer"], rng) if index in wrong else row["answer"]
     return made
 
 
@@ -78,6 +84,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     from rlx.text.tokenizers import character_tokenizer  # rows and rewards need no transformers, which takes seconds
 
     return character_tokenizer(ALPHABET)
+
+
+def _with_a_wrong_digit(answer: str, rng: np.random.Generator) -> str:
+    place = int(rng.integers(len(answer)))
+    lowest = int(place == 0 and len(answer) > 1)  # no number begins with 0
+    others = [digit for digit in map(str, range(lowest, 10)) if digit != answer[place]]
+    return answer[:place] + others[rng.integers(len(others))] + answer[place + 1 :]
 
 
 def _pairs(split: str) -> list[tuple[int, int]]:

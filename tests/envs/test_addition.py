@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from rlx.envs import addition
@@ -43,8 +44,20 @@ def test_as_many_labels_are_wrong_as_was_asked_for(share):
     rows = addition.rows("sft", wrong_share=share)
     wrong = [row for row in rows if row["completion"] != row["answer"]]
     assert len(wrong) == round(share * len(rows))
-    assert all(0 <= int(row["completion"]) <= 198 for row in wrong)
+    for row in wrong:
+        assert str(int(row["completion"])) == row["completion"] and len(row["completion"]) == len(row["answer"])
+        assert sum(a != b for a, b in zip(row["completion"], row["answer"], strict=True)) == 1
     assert Counter(row["answer"] for row in rows) == Counter(row["answer"] for row in addition.rows("sft"))
+
+
+def test_copies_of_a_pair_are_right_or_wrong_each_by_itself():
+    rows = addition.rows("sft", wrong_share=0.5, copies=20)
+    counts = Counter(row["prompt"] for row in rows)
+    assert set(counts.values()) == {20} and len(counts) == len(addition.rows("sft"))
+    right = Counter(row["prompt"] for row in rows if row["completion"] == row["answer"])
+    assert 0.08 < np.std([right[prompt] / 20 for prompt in counts]) < 0.14  # of a fair coin: 0.112
+    wrong = {row["completion"] for row in rows if row["prompt"] == rows[0]["prompt"]} - {rows[0]["answer"]}
+    assert len(wrong) > 3
 
 
 def test_the_seed_shuffles_and_never_moves_a_pair_to_another_split():
@@ -85,7 +98,9 @@ def test_it_is_a_source_for_examples_and_prompts():
     )
 
 
-@pytest.mark.parametrize("kwargs", [{"split": "test"}, {"split": "sft", "wrong_share": 1.5}, {"wrong_share": 0.3}])
+@pytest.mark.parametrize(
+    "kwargs", [{"split": "test"}, {"split": "sft", "wrong_share": 1.5}, {"wrong_share": 0.3}, {"copies": 0}]
+)
 def test_what_makes_no_sense_is_refused(kwargs):
-    with pytest.raises(ConfigError, match=r"addition has no split|wrong_share is"):
+    with pytest.raises(ConfigError, match=r"addition has no split|wrong_share is|copies is"):
         addition.rows(**kwargs)
