@@ -191,6 +191,37 @@ def test_ready_returns_when_init_has_run(counter):
     assert counter.ready(T) is None
 
 
+def test_an_actor_that_has_ended_is_not_ready_and_says_how_it_ended(rt, counter):
+    counter.ready(T)
+    rt.kill(counter)
+    with pytest.raises(ActorDied, match="counter"):
+        counter.ready(T)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"threads": -1}, "threads=-1"),
+        ({"max_pending": 0}, "max_pending=0"),
+        ({"env": {"A": 1}}, "names and values are strings"),
+        ({"name": "a\nb"}, "cannot be printed"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_once(rt, options, message):
+    before = set(rt.state())
+    with pytest.raises((ValueError, TypeError), match=message):
+        rt.spawn(Counter, 0, **options)
+    assert set(rt.state()) == before
+
+
+def test_what_is_meant_otherwise_says_how(rt, counter):
+    with pytest.raises(TypeError, match=r"counter.*\.add\(\.\.\.\) runs nothing; use .*\.add\.call"):
+        counter.add(3)
+    with pytest.raises(TypeError, match=r"give its \.futures"):
+        rt.wait([rt.group([counter]).add.call()])
+
+
 def test_a_name_is_taken_while_its_actor_lives(rt):
     first = rt.spawn(Counter, 0, name="only")
     with pytest.raises(ValueError, match="already an actor named 'only'"):
@@ -513,6 +544,12 @@ def test_a_result_that_cannot_be_pickled_is_an_error_by_its_path_and_the_actor_l
     with pytest.raises(TypeError, match=r"the result of .*\.lock\(\)\['inner'\] is a _thread.lock"):
         counter.lock.call().result(T)
     assert counter.add.call(1).result(T) == 4
+
+
+@pickling_engines
+def test_a_future_cannot_be_sent_and_says_what_can(counter):
+    with pytest.raises(TypeError, match=r"send its result\(\)"):
+        counter.echo.call(counter.add.call())
 
 
 @pickling_engines

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from rlx.errors import ActorDied, CallTimeout
 
@@ -59,6 +59,11 @@ class Future(Generic[T]):
         self._callbacks: list[Callable[[], None]] = []
         self._answer: Answer | None = None
         self._outcome: Outcome[T] | None = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"the future of {self.actor}.{self.method}() cannot be sent; send its result(), or a put() of it."
+        )
 
     def result(self, timeout_s: float | None = None) -> T:
         """Return what the method returned, or raise what it raised; CallTimeout if late, and then ask again."""
@@ -191,7 +196,7 @@ def wait(
     futures: Iterable[Future[T]], count: int = 1, timeout_s: float | None = None
 ) -> tuple[list[Future[T]], list[Future[T]]]:
     """Return (done, pending), both in the order given, once `count` are done or `timeout_s` has passed."""
-    futures = list(futures)
+    futures = [_single(future) for future in futures]
     if not 0 <= count <= len(futures):
         raise ValueError(f"count={count} of {len(futures)} futures can never be done; use 0 to {len(futures)}.")
     _wait(futures, count, timeout_s)
@@ -201,10 +206,16 @@ def wait(
     ]
 
 
+def _single(future: Future[T]) -> Future[T]:
+    if isinstance(future, GroupFuture):
+        raise TypeError("a group's call is several futures; give its .futures, or ask it: result(), as_completed().")
+    return future
+
+
 def as_completed(futures: Iterable[Future[T]], timeout_s: float | None = None) -> Iterator[Future[T]]:
     """Yield the futures in the order in which they are done; CallTimeout naming the late once `timeout_s` is over."""
     arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
-    late = dict(enumerate(futures))
+    late = dict(enumerate(map(_single, futures)))
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     callbacks = {number: partial(arrived.put, number) for number in late}
     for number, future in late.items():

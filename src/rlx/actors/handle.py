@@ -32,13 +32,13 @@ class ActorHandle:
         return self._actor.incarnation
 
     def ready(self, timeout_s: float | None = None) -> None:
-        """Return when the __init__ of the present incarnation has returned; raise what it raised.
+        """Return when the __init__ of the present incarnation has returned; raise what it raised, or how it has ended.
 
         The default is the system timeout. An actor that waits for resources is late and says for what.
         """
         timeout_s = self._runtime.system_timeout_s if timeout_s is None else timeout_s
         try:
-            self._actor.ready.result(timeout_s)
+            self._actor.making().result(timeout_s)
         except CallTimeout as error:
             waiting = self._actor.state().waiting
             if waiting is None:
@@ -66,6 +66,14 @@ class Method:
     def __init__(self, engine: Engine, actor: ActorLife, name: str) -> None:
         self._engine, self._actor = engine, actor  # not the handle, which keeps this
         self._name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise TypeError: which of the three ways to run it is meant?"""
+        method = f"{self._actor.name}.{self._name}"
+        raise TypeError(
+            f"{method}(...) runs nothing; use {method}.call(...) for a future of what it returns, .stream(...) for a "
+            "generator's items, .send(...) for no answer."
+        )
 
     def call(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Run the method in the actor; return its future at once. TypeError if an argument cannot be sent."""

@@ -68,6 +68,15 @@ class ActorLife:
         """True once it has ended for good."""
         return self._end is not None
 
+    def making(self) -> Future[None]:
+        """Return the answer of the present incarnation's __init__; of an actor that has ended, how it did."""
+        with self._lock:
+            if self._end is None or not self.ready.done():
+                return self.ready
+            ended: Future[None] = Future(self.name, "__init__")
+        ended.settle(self._end)
+        return ended
+
     def post(self, method: str, message: Any, future: Future[Any] | None) -> None:
         """Have the method run after all earlier ones, by this incarnation or, if there is none yet, by the next."""
         body = self._open

@@ -87,6 +87,7 @@ class Runtime:
         max_pending: unanswered calls at which the next one waits.
         stall_after_s: seconds in one call after which monitors hear of a stall.
         """
+        _check_options(env or {}, threads=threads, concurrency=concurrency, max_pending=max_pending)
         with self._lock:
             self._check_open()
             self._check_room()
@@ -304,6 +305,8 @@ class Runtime:
     def _check_name(self, name: str) -> str:
         if len(name) > MAX_NAME:
             raise ValueError(f"the name {name[:40]!r}... has {len(name)} characters; at most {MAX_NAME} are allowed.")
+        if not name.isprintable():
+            raise ValueError(f"the name {name!r} cannot be printed; use letters, digits, / and the like.")
         handle = self._actors.get(name)
         if handle is not None and handle._actor.state().status not in ENDED:
             raise ValueError(f"there is already an actor named {name!r}; use another name, or kill() it first.")
@@ -312,6 +315,15 @@ class Runtime:
     def _free_name(self, make: Callable[..., Any]) -> str:
         kind = getattr(make, "__name__", type(make).__name__).lower()
         return next(name for number in self._numbers[kind] if (name := f"{kind}/{number}") not in self._actors)
+
+
+def _check_options(env: Mapping[Any, Any], **counts: int | None) -> None:
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{option}={count} of an actor; at least 1 is needed.")
+    for name, value in env.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"env={{{name!r}: {value!r}}} of an actor; names and values are strings.")
 
 
 _open_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
