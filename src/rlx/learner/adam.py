@@ -69,10 +69,8 @@ class FlatAdam:
         denominator = square**0.5
         denominator /= correction2
         denominator += self.epsilon
-        if lr_from_split is None:
-            data -= (lr / correction1) * mean / denominator
-            return
-        for part, lr_of_part in zip(self._parts(), lrs, strict=False):
+        parts = [slice(None)] if lr_from_split is None else self._parts()
+        for part, lr_of_part in zip(parts, lrs, strict=False):
             data[part] -= (lr_of_part / correction1) * mean[part] / denominator[part]
 
     def _parts(self) -> list[slice]:

@@ -95,12 +95,12 @@ def object_name(source: Sequence[Any]) -> str:
 
 
 def _read_file(path: Path) -> Rows:
-    reader = _READERS.get(path.suffix.lower())
     if OBJECT.fullmatch(str(path)):
         raise ConfigError(
             f"the rows of this run were passed in Python as an object, {path}, which no file holds. Build it in Python "
             "with the same rows and call restore(RUN); or take them from a file or a pkg.module:function."
         )
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(
             f'"{path}" ends in "{path.suffix}", and rlx reads {", ".join(_READERS)}; or give an import path '
