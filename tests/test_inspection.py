@@ -81,7 +81,7 @@ def test_everything_works_while_the_driver_is_stopped(toy, capsys, tmp_path):
 
 
 def test_why_has_a_json_form(toy, capsys):
-    toy(a="idle").update("a", status="pending", waiting="waits for gpu 1, held by b", pid=0)
+    toy(a="idle").update("a", status="pending", waiting="waits for gpu 1, held by b", pid=0, sent=0)
     found = json.loads(run(capsys, "why", "a", "--json")[1])
     assert (found["waiting"], found["text"]) == (
         "waits for gpu 1, held by b",

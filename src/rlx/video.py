@@ -72,6 +72,7 @@ def frames_per_second(env: Any) -> float:
 
 def render_without_display() -> None:
     """Let pygame draw where there is no screen and no sound card; a screen that is there stays in use."""
+    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # SIGTERM ends the program; SDL would make it an event
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         os.environ.setdefault("SDL_AUDIODRIVER", "dummy")

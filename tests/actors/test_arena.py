@@ -240,6 +240,18 @@ def test_placing_gives_back_too(memory):
     assert resident_bytes(memory) == 8 * MIB + 4096
 
 
+def test_the_block_that_was_read_last_is_the_next_one_though_an_older_one_is_warm(memory):
+    arena, lender, borrower = pair(memory)
+    both = [received(arena, lender, borrower, np.zeros(MIB, np.uint8)) for _ in range(2)]  # a burst takes two blocks
+    both.clear()
+    offsets = set()
+    for _ in range(4):
+        block = arena.place([bytes(MIB)])
+        offsets.add(block.offset)
+        del borrower.borrow(lender.lend(block), block.spans)[:], block
+    assert len(offsets) == 1
+
+
 @pytest.mark.parametrize("virtual_bytes", [1 << 30, 64 * MIB, 48 * MIB])
 def test_warm_blocks_make_way_for_one_of_another_size(virtual_bytes):
     """They count towards the limit, and where addresses are short (48 MiB) they lie in the way."""

@@ -1,14 +1,18 @@
 """What is seen of running actors from another process, whatever they and their driver are stuck in."""
 
+import asyncio
 import json
 import os
 import signal
+import tempfile
 import time
 
 import pytest
 
+from rlx import actors
 from rlx.actors import observe, processes
 from rlx.actors.board import RuntimeFolder
+from rlx.actors.resources import Resources
 from rlx.errors import ActorError, ConfigError
 
 T = 20.0
@@ -89,16 +93,21 @@ def test_the_reason_is_told_of_a_stopped_actor(toy):
     ("update", "text"),
     [
         (
-            {"status": "pending", "waiting": "waits for gpu 1, held by b", "pid": 0},
+            {"status": "pending", "waiting": "waits for gpu 1, held by b", "pid": 0, "sent": 0},
             "is pending: it waits for gpu 1, held by b.",
         ),
-        ({"status": "pending", "pid": 0}, "is pending: it waits for its turn."),
+        ({"status": "pending", "pid": 0, "sent": 0}, "is pending: it waits for its turn."),
         ({"status": "starting"}, "is starting; no call waits. The process is sleeping"),
+        (
+            {"status": "pending", "pid": 0, "sent": 0, "held": 2},
+            "is pending: it waits for its turn; 2 more calls wait.",
+        ),
         ({"sent": 3}, "is alive and runs nothing; 2 more calls wait. The process is sleeping"),
         (
             {"status": "restarting", "restarts": 2, "error": "it crashed"},
             "is restarting, 2 restarts so far; no call waits. It died because: it crashed",
         ),
+        ({"status": "restarting", "sent": 9, "held": 1}, "0 restarts so far; 1 more call waits."),
         ({"status": "dead", "error": "was killed by SIGKILL"}, "is dead: was killed by SIGKILL"),
         ({"status": "failed"}, "is failed: the reason is not known"),
     ],
@@ -106,6 +115,58 @@ def test_the_reason_is_told_of_a_stopped_actor(toy):
 def test_the_reason_is_told_of_every_status(toy, update, text):
     toy(a="idle").update("a", **update)
     assert text in why("a")
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The only runtime in sight is the one that the test opens."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+class Waiter:
+    def items(self):
+        yield from range(100)
+
+
+class Tasks:
+    async def wait(self):
+        await asyncio.sleep(60)
+
+
+def test_a_stream_whose_reader_rests_is_told(own_folder):
+    with actors.runtime("local") as runtime:
+        actor = runtime.spawn(Waiter, name="a")
+        with actor.items.stream(credits=2) as stream:
+            assert stream.next(T) == 0
+            until(lambda: [call.waits_for_reader for call in look("a").running] == [True])
+            assert "items() waits for the reader of its stream to take the next item or close it." in why("a")
+        until(lambda: look("a").running == [])
+        assert "reader" not in why("a")
+
+
+def test_all_calls_of_an_async_actor_are_seen_to_run(own_folder):
+    with actors.runtime("local") as runtime:
+        actor = runtime.spawn(Tasks, name="a")
+        waiting = [actor.wait.call() for _ in range(8)]
+        until(lambda: len(look("a").running) == 8)
+        text = why("a")
+        assert text.count("wait() for") == 5 and " and 3 more; no call waits." in text
+        runtime.kill(actor)
+        assert len(waiting) == 8
+
+
+def test_calls_that_wait_with_their_actor_are_counted(own_folder):
+    one = Resources(custom={"seat": 1})
+    with actors.runtime("local", resources=one) as runtime:
+        first = runtime.spawn(Waiter, name="first", resources=one)
+        second = runtime.spawn(Tasks, name="second", resources=one)
+        calls = [second.wait.call() for _ in range(3)]
+        assert look("second").pending == 3 and "; 3 more calls wait." in why("second")
+        calls[0].cancel()
+        assert look("second").pending == 2
+        runtime.kill(first)
+        until(lambda: len(look("second").running) == 2)
+        assert look("second").pending == 2
 
 
 def test_a_death_that_the_driver_has_not_noticed_is_seen(toy):

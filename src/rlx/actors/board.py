@@ -38,8 +38,8 @@ KEPT_ENDED = 64
 
 SLOT_BYTES = 2048
 FIRST_SLOTS = 8  # of the file, with the head; 8 slots are whole pages on every machine
-MAGIC = b"rlxboard1"
-SERIAL, SENT, PID, RESTARTS, STATUS = range(5)  # 64-bit numbers at the start of a slot; serial 0: free
+MAGIC = b"rlxboard2"
+SERIAL, SENT, PID, RESTARTS, STATUS, HELD = range(6)  # 64-bit numbers at the start of a slot; serial 0: free
 TEXTS = {"name": (64, 192), "resources": (192, 320), "waiting": (320, 832), "error": (832, SLOT_BYTES)}
 """Bytes of a slot that hold a text; longer ones are cut."""
 
@@ -207,6 +207,7 @@ class Slot:
         pid: int | None = None,
         restarts: int | None = None,
         sent: int | None = None,
+        held: int | None = None,
         **texts: str,
     ) -> None:
         """Change what is given: a status of STATUSES, numbers, and the texts resources, waiting and error.
@@ -219,7 +220,7 @@ class Slot:
             self.ended_at = time.monotonic() if status in ENDED else None
         if sent is not None:
             self._sent = sent
-        for place, number in ((PID, pid), (RESTARTS, restarts), (SENT, sent)):
+        for place, number in ((PID, pid), (RESTARTS, restarts), (SENT, sent), (HELD, held)):
             if number is not None:
                 self._words[place] = number
         for key, text in texts.items():
@@ -248,6 +249,8 @@ class Entry:
     restarts: int
     sent: int
     """Calls sent to this process, cancelled ones too."""
+    held: int
+    """Calls that wait until there is a process that takes them."""
     resources: str
     waiting: str
     error: str
@@ -266,11 +269,17 @@ def read_board(folder: Path) -> list[Entry]:
 
 
 def _entry(slot: bytes) -> Entry:
-    words = struct.unpack_from("5Q", slot)
+    words = struct.unpack_from("6Q", slot)
     texts = {key: slot[start:end].partition(b"\0")[0].decode("utf-8", "replace") for key, (start, end) in TEXTS.items()}
     status = STATUSES[min(words[STATUS], len(STATUSES) - 1)]
     return Entry(
-        words[SERIAL], status=status, pid=words[PID] or None, restarts=words[RESTARTS], sent=words[SENT], **texts
+        words[SERIAL],
+        status=status,
+        pid=words[PID] or None,
+        restarts=words[RESTARTS],
+        sent=words[SENT],
+        held=words[HELD],
+        **texts,
     )
 
 

@@ -113,6 +113,7 @@ class ActorLife:
                 if future is not None:
                     future.request_cancel = partial(self._cancel, held)
                 self._held.append(held)
+                self._note(held=len(self._held))
                 return
         if body is not None:
             deliver(body)
@@ -319,6 +320,7 @@ class ActorLife:
             except Exception as error:  # no room for it; those behind it must not share its fate
                 failure = Err(error)
                 held.refuse(lambda failure=failure: failure)
+        self._note(held=0)
         if not self._body_ended:
             self._open = body
         self._changed.notify_all()
@@ -374,6 +376,7 @@ class ActorLife:
         with self._lock:
             if held in self._held:
                 self._held.remove(held)
+                self._note(held=len(self._held))
                 self._changed.notify_all()
                 cancelled = f"{self.name}.{future.method}() was cancelled before it ran."
                 future.settle(lambda: Err(CallCancelled(cancelled)))

@@ -23,6 +23,8 @@ from rlx.errors import ActorError, ConfigError
 SAMPLE_S = 0.2
 """Between the two looks that CPU use is the difference of."""
 LOG_LINES = 5
+NAMED_CALLS = 5
+"""Of those that run at once, the oldest."""
 BUSY_PERCENT = 50.0
 """Of one CPU: from here on a process is said to compute, whatever its main thread does just then."""
 
@@ -33,6 +35,8 @@ class RunningCall:
 
     method: str
     seconds: float
+    waits_for_reader: bool = False
+    """It is a stream whose reader has not taken what it yielded."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +217,8 @@ def _view_actor(info: RuntimeInfo, entry: Entry, percents: Mapping[int, float]) 
         status="debugging" if calls.breakpoint and not gone else entry.status,
         pid=entry.pid,
         process=process,
-        running=[] if gone else [RunningCall(call.method, round(now - call.start, 3)) for call in calls.running],
-        pending=0 if ended else max(0, entry.sent - calls.done),
+        running=[] if gone else [_running(call, now) for call in calls.running],
+        pending=0 if ended else entry.held + (0 if entry.status == "restarting" else max(0, entry.sent - calls.done)),
         done=calls.done,
         restarts=entry.restarts,
         cpu_percent=None if used is None else round(used, 1),
@@ -227,6 +231,10 @@ def _view_actor(info: RuntimeInfo, entry: Entry, percents: Mapping[int, float]) 
         log=log_file(info.logs, entry.name),
         serial=entry.serial,
     )
+
+
+def _running(call: Span, now: float) -> RunningCall:
+    return RunningCall(call.method, round(now - call.start, 3), call.waits_for_reader)
 
 
 def _own(entry: Entry, calls: Calls | None) -> Calls:
@@ -249,7 +257,8 @@ def _of_status(actor: ActorView) -> str:
             return actor.error
         return f"{who} is {actor.status}: {actor.error or 'the reason is not known'}"
     if actor.status == "pending":
-        return f"{who} is pending: it {actor.waiting or 'waits for its turn'}."
+        calls = f"; {_calls(actor.pending)}" if actor.pending else ""
+        return f"{who} is pending: it {actor.waiting or 'waits for its turn'}{calls}."
     if actor.status == "restarting":
         reason = f" It died because: {actor.error}" if actor.error else ""
         return f"{who} is restarting, {actor.restarts} restarts so far; {_calls(actor.pending)}.{reason}"
@@ -258,7 +267,9 @@ def _of_status(actor: ActorView) -> str:
     if actor.status == "debugging":
         return f"{who} is at a breakpoint, {actor.breakpoint}: `rlx debug {actor.name}` goes there."
     if actor.running:
-        runs = " and ".join(f"{call.method}() for {call.seconds:,.1f} s" for call in actor.running)
+        runs = " and ".join([f"{call.method}() for {call.seconds:,.1f} s" for call in actor.running[:NAMED_CALLS]])
+        if (more := len(actor.running) - NAMED_CALLS) > 0:
+            runs += f" and {more:,} more"
         return f"{who} is {actor.status} and has run {runs}; {_calls(actor.pending - len(actor.running))}."
     if actor.status == "starting":
         return f"{who} is starting; {_calls(actor.pending)}."
@@ -278,7 +289,9 @@ def _of_process(actor: ActorView) -> list[str]:
     used = "" if actor.cpu_percent is None else f", {actor.cpu_percent:.0f} % of a CPU"
     state = "computing" if (actor.cpu_percent or 0.0) >= BUSY_PERCENT else actor.process
     hint = [f"`rlx stack {actor.name}` shows where."] if actor.running and actor.status != "debugging" else []
-    return [f"The process is {state}{used}.", *hint]
+    streams = sorted({f"{call.method}()" for call in actor.running if call.waits_for_reader})
+    idle = [f"{name} waits for the reader of its stream to take the next item or close it." for name in streams]
+    return [*idle, f"The process is {state}{used}.", *hint]
 
 
 def _events(serial: int, ended: list[Span], running: list[Span], now: float) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ help, whatever the actor is stuck in. A reader may see a record half written: it
 
 file    = header, `lanes` records of the calls that run now (start 0: none), RING records of the latest ended calls
 header  = 512 bytes: numbers (see the constants), and from byte 64 on the place of a breakpoint that waits
-record  = 64 bytes: start, end (time.monotonic(), which all processes of a machine share), method, whether it returned
+record  = 64 bytes: start, end (time.monotonic(), which all processes of a machine share), method, whether it returned,
+          whether it waits for the reader of its stream
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from typing import NamedTuple
 from rlx.actors import processes
 
 RING = 4096
-RECORD = struct.Struct("=dd40s?7x")
+RECORD = struct.Struct("=dd40s??6x")
+WAITS = 57  # byte of a record
 HEADER_BYTES, TEXT_START = 512, 64
 VERSION, PID, START_TICKS, DONE, LANES, DEBUGGING = range(6)  # 64-bit numbers at the start of the header
-LAYOUT = 0x726C7801  # at VERSION: "rlx", layout 1
+LAYOUT = 0x726C7802  # at VERSION: "rlx", layout 2
 
 Running = tuple[int, float, bytes]
 """A call between `begin` and `end`."""
@@ -71,7 +73,7 @@ class Timesheet:
             lane = self._free.pop()
         except IndexError:
             lane = self._spare
-        RECORD.pack_into(self._memory, lane, start, 0.0, name, False)
+        RECORD.pack_into(self._memory, lane, start, 0.0, name, False, False)
         return lane, start, name
 
     def end(self, running: Running, ok: bool = True) -> None:
@@ -80,11 +82,15 @@ class Timesheet:
         lane, start, name = running
         with self._lock:
             self._done = done = self._done + 1
-            RECORD.pack_into(self._memory, self._ring + done % RING * 64, start, end, name, ok)
+            RECORD.pack_into(self._memory, self._ring + done % RING * 64, start, end, name, ok, False)
             self._words[DONE] = done
         self._words[lane >> 3] = 0
         if lane != self._spare:
             self._free.append(lane)
+
+    def wait_for_reader(self, running: Running, waits: bool) -> None:
+        """Note that a stream waits until its reader takes what it has yielded, or no longer does."""
+        self._memory[running[0] + WAITS] = waits
 
     def skip(self) -> None:
         """Note a call that was sent and will not run: it was cancelled."""
@@ -112,6 +118,8 @@ class Span(NamedTuple):
     """0.0 while it runs."""
     ok: bool
     """Whether it returned; False while it runs."""
+    waits_for_reader: bool = False
+    """Whether it is a stream that waits until its reader takes what it has yielded."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +168,8 @@ def _spans(records: bytes) -> list[Span]:
     whole = len(records) // RECORD.size * RECORD.size
     return sorted(
         (
-            Span(method.rstrip(b"\0").decode("utf-8", "replace"), start, end, ok)
-            for start, end, method, ok in RECORD.iter_unpack(records[:whole])
+            Span(method.rstrip(b"\0").decode("utf-8", "replace"), start, end, ok, waits)
+            for start, end, method, ok, waits in RECORD.iter_unpack(records[:whole])
             if start
         ),
         key=lambda span: span.start,

@@ -16,7 +16,7 @@ from rlx.actors.debugger import install_breakpoint
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.actor_link import ActorLink
 from rlx.actors.engines.memory import ActorMemory
-from rlx.actors.engines.serving import leave, server_for
+from rlx.actors.engines.serving import TASKS, leave, server_for
 from rlx.actors.stacks import install_stack_dumps
 from rlx.actors.timesheet import Timesheet
 
@@ -47,7 +47,7 @@ def _serve(link: ActorLink, name: str) -> int:
     settings = json.loads(first.text)
     _settle_in(settings["env"], settings["cwd"], settings["path"], settings["threads"])
     concurrency = settings["concurrency"]
-    sheet = Timesheet(Path(settings["folder"]), settings["serial"], name, lanes=concurrency or 1)
+    sheet = Timesheet(Path(settings["folder"]), settings["serial"], name, lanes=concurrency or TASKS)
     install_stack_dumps(sheet)
     install_breakpoint(sheet)
     running, made = sheet.begin("__init__"), False

@@ -27,6 +27,9 @@ from rlx.errors import ActorError, ObjectMemoryFull
 RETAIN_BYTES = 256 << 20
 ROOM = 2  # virtual bytes per byte of the limit: blocks of unlike sizes leave gaps, which cost nothing
 
+LOOK_BYTES = 128 << 10
+"""Of a block, per ledger: that much is copied in ten times the time of a look into one."""
+
 WARN_AFTER_S = 1.0
 POLL_S, MAX_POLL_S = 0.001, 0.020
 
@@ -231,8 +234,9 @@ class Arena:
         )
 
     def _take(self, capacity: int) -> Block | None:
-        if not self._warm.get(capacity):
-            self._reclaim()  # only now: with many lenders a look into every ledger for every message would cost
+        # The block that was read last is still in the caches. For a small one, many ledgers are not worth a look.
+        if not self._warm.get(capacity) or capacity >= LOOK_BYTES * len(self.lenders):
+            self._reclaim()
         if offsets := self._warm.get(capacity):
             offset, populated = offsets.pop(), True
             self._retained -= capacity

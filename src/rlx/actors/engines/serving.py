@@ -19,7 +19,7 @@ from rlx.actors.context import current_call
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.actor_link import ActorLink
 from rlx.actors.engines.wire import Frame
-from rlx.actors.timesheet import Timesheet
+from rlx.actors.timesheet import Running, Timesheet
 from rlx.errors import CallCancelled
 
 TASKS = 1000  # at once, of an actor with `async def` methods, where nothing else was asked for
@@ -48,7 +48,7 @@ class Server:
             result = self.begin(frame)
             if frame.kind == wire.STREAM:
                 with closing(result):
-                    self._stream(call_id, self.iterator(result, method), method)
+                    self._stream(call_id, self.iterator(result, method), method, running)
                 result = None
             self.reply(frame, result)
             failed = False
@@ -113,9 +113,11 @@ class Server:
         self.link.look()
         return self.link.is_cancelled(call_id)
 
-    def _stream(self, call_id: int, items: Iterator[Any], method: str) -> None:
+    def _stream(self, call_id: int, items: Iterator[Any], method: str, running: Running) -> None:
         for index in itertools.count():
+            self.sheet.wait_for_reader(running, True)
             self.wait_for_credit(call_id)  # first: the method runs no further than the caller has asked for
+            self.sheet.wait_for_reader(running, False)
             try:
                 item = next(items)
             except StopIteration:
@@ -226,7 +228,7 @@ class TaskServer(Server):
                 if inspect.isawaitable(result):
                     result = await result
                 if frame.kind == wire.STREAM:
-                    await self._stream_in_turns(call_id, result, method)
+                    await self._stream_in_turns(call_id, result, method, running)
                     result = None
                 self.reply(frame, result)
                 failed = False
@@ -240,11 +242,13 @@ class TaskServer(Server):
             self.link.close_call(call_id)
             self.sheet.end(running, not failed)
 
-    async def _stream_in_turns(self, call_id: int, result: Any, method: str) -> None:
+    async def _stream_in_turns(self, call_id: int, result: Any, method: str, running: Running) -> None:
         items: Any = result if isinstance(result, AsyncIterator) else _in_turns(self.iterator(result, method))
         async with contextlib.aclosing(items) if hasattr(items, "aclose") else contextlib.nullcontext():
             for index in itertools.count():
+                self.sheet.wait_for_reader(running, True)
                 await self._wait_for_credit(call_id)
+                self.sheet.wait_for_reader(running, False)
                 try:
                     item = await anext(items)
                 except StopAsyncIteration:
