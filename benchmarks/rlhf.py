@@ -174,8 +174,8 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     add = parser.add_argument
     add("--folder", type=Path, default=Path("runs/docstrings"), help="where everything lies (default: %(default)s)")
     add("--out", type=Path, metavar="PAGE", help="a page for table and plot, as docs/rlhf.md (default: the folder)")
-    add("--prompts", type=int, default=1500, help="prompts that pairs are made of (default: %(default)s)")
-    add("--smallest-gap", type=float, default=0.1, help="in gold score, of a pair (default: %(default)s)")
+    add("--prompts", type=int, default=2000, help="prompts that pairs are made of (default: %(default)s)")
+    add("--smallest-gap", type=float, default=0.2, help="in gold score, of a pair (default: %(default)s)")
     add("--held-out-prompts", type=int, default=400, help="prompts that models are judged by (default: %(default)s)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
     add("--set-sft", action="append", default=[], metavar="KEY=VALUE", help="a setting of the pre-training")

@@ -9,19 +9,18 @@ The gold score of a completion, 0 to 1, is a product of three shares:
 
     words     of its visible characters, how many are letters of words (or the punctuation behind one) that the corpus
               uses often; at least `FEWEST_CHARACTERS` of them count, so that little text earns little
-    variety   of its pairs of neighbouring words, how many are different
+    variety   of its words, how many are different, squared: who reads a word again learns nothing, and is annoyed
     form      1 / (1 + brackets and backticks without a partner + lines over `LONGEST_LINE` characters)
 
 Why this one:
 - It is learnable. What a small character model writes varies in spelling above all, so `words` decides nearly every
   pair, and whoever was trained to predict the next character has in its hidden states how likely each one was.
-- It can be hacked. What a model samples hardly ever repeats itself, so in the pairs `variety` is as good as constant,
-  and a reward model cannot learn that it matters. A policy that maximises the learned score alone can
-  end at the few words that are liked best, again and again: `words` is then 1, the learned score at its highest, and
-  the product near 0.
+- It can be hacked. What a model samples seldom repeats itself, so in the pairs `variety` hardly differs, and a reward
+  model does not learn that it matters. A policy that maximises the learned score alone ends at the few words that are
+  liked best, again and again: the learned score is then at its highest, and the product small.
 - A product, since a mean would let two perfect parts pay for the one that was given up.
-- It is not saturated: texts of the corpus score 0.65 on average, with a deviation of 0.2, since names and examples are
-  no frequent words; with a tenth of their characters damaged they score 0.3.
+- It is not saturated: texts of the corpus score 0.54 on average, with a deviation of 0.2, since names and examples are
+  no frequent words; with a tenth of their characters damaged they score 0.27.
 
 As sources: rlx.envs.docstrings:rows with {"split": ...}, the reward rlx.envs.docstrings:gold, the tokenizer
 rlx.envs.docstrings:tokenizer; `pairs` and `corrupted_pairs` make preferences.
@@ -36,7 +35,6 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -125,11 +123,10 @@ def features(text: str) -> dict[str, float]:
         words.append(found[0].lower())
         if words[-1] in frequent_words():
             known += len(found[0]) + (text[found.end() : found.end() + 1] in {".", ",", ";", ":"})
-    neighbours = list(pairwise(words))
     faults = _unmatched(text) + sum(len(line) > LONGEST_LINE for line in text.splitlines())
     return {
         "words": known / max(visible, FEWEST_CHARACTERS),
-        "variety": len(set(neighbours)) / max(len(neighbours), 1),
+        "variety": (len(set(words)) / len(words)) ** 2 if words else 1.0,
         "form": 1 / (1 + faults),
     }
 

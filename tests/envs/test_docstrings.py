@@ -82,7 +82,7 @@ def test_the_parts_of_the_score_by_hand():
     assert parts["words"] == (2 + 3 + 1 + 4) / docstrings.FEWEST_CHARACTERS
     assert docstrings.features("is the")["words"] == 2 / docstrings.FEWEST_CHARACTERS
     assert parts["variety"] == 1 and parts["form"] == 1
-    assert docstrings.features("the file the file the file. ")["variety"] == 2 / 5
+    assert docstrings.features("the file The file the file. ")["variety"] == (2 / 6) ** 2
     assert docstrings.features("(a [b] `c)")["form"] == 1 / 2
     assert docstrings.features("a) (b ]c")["form"] == 1 / 4
     assert docstrings.features("a" * 80 + "\n" + "b" * 79 + "\n")["form"] == 1 / 2
@@ -91,7 +91,7 @@ def test_the_parts_of_the_score_by_hand():
 
 def test_a_full_text_of_frequent_words_scores_one():
     assert {"return", "the", "name", "of"} <= docstrings.frequent_words()
-    text = "Return the name of the file,\nor None if this is not in the list. "
+    text = "Return the name of this file,\nor None if it is not in a list. "
     assert docstrings.score(text) == 1
 
 
