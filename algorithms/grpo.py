@@ -25,7 +25,7 @@ from torch import Tensor
 from rlx.errors import ConfigError
 from rlx.functional import kl
 from rlx.functional.aggregation import sequence_mean, sequence_sum, token_mean
-from rlx.functional.groups import group_advantage
+from rlx.functional.groups import group_advantage, has_spread
 from rlx.functional.losses import cispo, clipped_surrogate, sequence_ratio
 from rlx.functional.masking import weighted_sum
 from rlx.metrics import Metrics
@@ -57,10 +57,16 @@ class GRPOTraining(TextTrainingSection):
     sum over each completion's; or that sum divided by generation.max_new_tokens."""
     mask_truncated: bool = False
     """Do not learn from completions that were cut at generation.max_new_tokens."""
+    drop_flat_groups: bool = False
+    """Do not learn from groups whose completions all score alike: their advantages are 0, and so they count in no mean
+    over tokens or completions either (DAPO)."""
     kl_coef: NonNegativeFloat = 0.0
-    """Weight of KL(policy || reference) in the loss; 0 needs no reference."""
-    kl_estimator: Literal["k2", "k3"] = "k3"
-    """How that KL is estimated, see rlx.functional.kl: k3 is GRPO's, k2 has the right gradient. k1 would have none."""
+    """Weight of KL(policy || reference); 0 needs no reference."""
+    kl_in: Literal["loss", "score"] = "loss"
+    """Where the penalty is paid: as a term of the loss, or by each completion's score, with its whole KL (RLOO)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How that KL is estimated, see rlx.functional.kl: in the loss k3 is GRPO's, k2 has the right gradient, k1 none; in
+    the score k1 is exact."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
 
@@ -77,6 +83,11 @@ class GRPOConfig(TextConfig, training=GRPOTraining):
                 f"prompts.samples_per_prompt={samples} leaves nothing to compare a completion with; set it to 2 or "
                 "more, or training.baseline=batch_mean and training.scale=batch_std."
             )
+        if training.kl_coef and training.kl_in == "loss" and training.kl_estimator == "k1":
+            raise ConfigError(
+                "training.kl_estimator=k1 has no gradient in the loss, on average; set it to k2 or k3, or "
+                "training.kl_in=score."
+            )
 
 
 class GRPO(TextAlgorithm, config=GRPOConfig):
@@ -91,9 +102,15 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
         counts = batch.counts
         if training.mask_truncated:
             counts = counts & ~(batch.truncated & batch.mask).any(1)
+        samples, score = self.settings.prompts.samples_per_prompt, batch.score
+        if training.drop_flat_groups:
+            counts = counts & has_spread(score, samples, counts)
+        if self.needs_reference(training) and training.kl_in == "score":
+            penalty = getattr(kl, training.kl_estimator)(batch.logp, batch.ref_logp)
+            score = score - training.kl_coef * penalty.masked_fill(~batch.mask, 0).sum(1)
         advantage_S = group_advantage(
-            batch.score,
-            self.settings.prompts.samples_per_prompt,
+            score,
+            samples,
             baseline=training.baseline,
             scale=training.scale,
             mask_S=counts,
@@ -122,7 +139,7 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and stats; every mean is a sum weighted by `minibatch.weight`."""
         low, weight = coefficients["clip_range"], minibatch.weight
-        new_logp, entropy, _ = policy.evaluate(minibatch, entropy=training.entropy_coef > 0)
+        new_logp, entropy, _ = policy.evaluate(minibatch)
         if training.ratio == "sequence":
             ratio = sequence_ratio(new_logp, minibatch.logp, minibatch.mask)
         else:
@@ -136,13 +153,13 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
             outside = (ratio < 1 - low) | (ratio > 1 + high)
         policy_loss = weighted_sum(objective, weight)
         total = policy_loss
-        stats = {"policy_loss": policy_loss.detach()}
-        if training.kl_coef:
+        mean_entropy = weighted_sum(entropy, weight)
+        stats = {"policy_loss": policy_loss.detach(), "entropy": mean_entropy.detach()}
+        if training.kl_coef and training.kl_in == "loss":
             penalty = getattr(kl, training.kl_estimator)(new_logp, minibatch.ref_logp)
             total = total + training.kl_coef * weighted_sum(penalty, weight)
         if training.entropy_coef:
-            total = total - training.entropy_coef * weighted_sum(entropy, weight)
-            stats["entropy"] = weighted_sum(entropy.detach(), weight)
+            total = total - training.entropy_coef * mean_entropy
         with torch.no_grad():
             stats["kl"] = weighted_sum(kl.k3(minibatch.logp, new_logp), weight)
             stats["clip_fraction"] = weighted_sum(outside.float(), weight)

@@ -49,7 +49,8 @@ class RLHFPPOTraining(TextTrainingSection):
     """Step size of what only the value function has: with model.value=separate its whole net, else its head. null: lr.
     A value function that begins as a language model has more to learn than the policy does."""
     value_warmup_iterations: NonNegativeInt = 0
-    """First iterations, in which only the value function learns."""
+    """First iterations, in which only the value function learns; with model.value=shared it moves the trunk, which the
+    policy shares."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     normalize_advantage: bool = True
@@ -147,7 +148,7 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return PPO's loss and stats; every mean is a sum weighted by `minibatch.weight`."""
         clip_range, weight = coefficients["clip_range"], minibatch.weight
-        new_logp, entropy, value = policy.evaluate(minibatch, entropy=training.entropy_coef > 0)
+        new_logp, entropy, value = policy.evaluate(minibatch)
         ratio = (new_logp - minibatch.logp).exp()
         policy_loss = weighted_sum(clipped_surrogate(ratio, minibatch.advantage, clip_range), weight)
         if training.value_clip is None:
@@ -156,13 +157,17 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
             value_error = clipped_squared_error(value, minibatch.return_, minibatch.value, training.value_clip)
         value_loss = weighted_sum(value_error, weight)
         of_policy = policy_loss
-        stats = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
+        mean_entropy = weighted_sum(entropy, weight)
+        stats = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": mean_entropy.detach(),
+        }
         if training.kl_in == "loss" and "ref_logp" in minibatch.tensors:
             penalty = getattr(kl, training.kl_estimator)(new_logp, minibatch.ref_logp)
             of_policy = of_policy + coefficients["kl_coef"] * weighted_sum(penalty, weight)
         if training.entropy_coef:
-            of_policy = of_policy - training.entropy_coef * weighted_sum(entropy, weight)
-            stats["entropy"] = weighted_sum(entropy.detach(), weight)
+            of_policy = of_policy - training.entropy_coef * mean_entropy
         with torch.no_grad():
             stats["kl"] = weighted_sum(kl.k3(minibatch.logp, new_logp), weight)
             stats["clip_fraction"] = weighted_sum(((ratio - 1).abs() > clip_range).float(), weight)

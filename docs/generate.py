@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from rlx.algorithms.dpo import DPOConfig
 from rlx.algorithms.grpo import GRPOConfig
 from rlx.algorithms.ppo import PPOConfig
+from rlx.algorithms.reward_model import RewardModelConfig
+from rlx.algorithms.rlhf_ppo import RLHFPPOConfig
+from rlx.algorithms.sft import SFTConfig
 from rlx.config import AlgorithmConfig
 from rlx.config_document import flow
 from rlx.metrics import METRICS, TEXT_METRICS
@@ -82,26 +86,28 @@ def text_configuration_page() -> str:
         "<!-- Written by `python docs/generate.py` from src/rlx/text_settings.py and algorithms/grpo.py. -->",
         "",
         "How settings are written and changed is said in [configuration.md](configuration.md). These are the sections",
-        "of `algorithm: grpo`; `rlhf_ppo`, `sft`, `reward_model` and `dpo` differ in `training` only, as in",
-        "`rlx config show NAME --comments`. `prompts`, `reward`, `generation` are for reinforcement learning and for",
-        "evaluations by completions, `data` for supervised training.",
+        "of `algorithm: grpo`; `rlhf_ppo`, `sft`, `reward_model` and `dpo` differ in `training` only, which stands at",
+        "the end for each. `prompts`, `reward`, `generation` are for reinforcement learning and for evaluations by",
+        "completions, `data` for supervised training.",
         "",
     ]
-    return "\n".join([*lines, *sections(GRPOConfig())])
+    others = {"rlhf_ppo": RLHFPPOConfig, "sft": SFTConfig, "reward_model": RewardModelConfig, "dpo": DPOConfig}
+    of_others = [line for name, config in others.items() for line in sections(config(), "training", f" of {name}")]
+    return "\n".join([*lines, *sections(GRPOConfig()), *of_others])
 
 
-def sections(config: AlgorithmConfig) -> list[str]:
-    """Return the lines of every section of a config."""
+def sections(config: AlgorithmConfig, only: str | None = None, suffix: str = "") -> list[str]:
+    """Return the lines of every section of a config, or of one; suffix: of the titles."""
     lines = []
     for name, values in config.to_dict().items():
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or only not in (None, name):
             continue
         section = type(getattr(config.settings, name))
         rows = (
             (f"`{key}`", allowed(field), f"`{flow(values[key])}`", field.description or "")
             for key, field in section.model_fields.items()
         )
-        lines += [f"## {name}", "", section.__doc__ or "", ""]
+        lines += [f"## {name}{suffix}", "", section.__doc__ or "", ""]
         lines += [*table(("setting", "accepts", "default", "meaning"), rows), ""]
     return lines
 

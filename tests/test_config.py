@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from importlib import resources
 
 import cloudpickle
 import gymnasium
@@ -445,6 +446,19 @@ def test_a_shipped_config_is_found_by_name_whatever_the_folder(tmp_path, monkeyp
 
 
 # --- validate and build
+
+
+def test_grpo_becomes_ppo_on_text_by_one_line():
+    grpo = load_config("grpo")
+    ppo = AlgorithmConfig.from_yaml(
+        resources.files("rlx.configs")
+        .joinpath("grpo.yaml")
+        .read_text()
+        .replace("algorithm: grpo", "algorithm: rlhf_ppo")
+    )
+    assert (grpo.to_dict()["algorithm"], ppo.to_dict()["algorithm"]) == ("grpo", "rlhf_ppo")
+    assert ppo.settings.training.kl_coef == grpo.settings.training.kl_coef == 0.1
+    assert ppo.settings.prompts == grpo.settings.prompts
 
 
 def test_validate_changes_nothing_and_can_be_repeated():

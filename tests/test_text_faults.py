@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from rlx.errors import ActorDied, RewardError
 from rlx.fitting import iterate
@@ -143,6 +144,22 @@ def test_a_reward_model_that_is_killed_scores_again_and_is_counted(tiny_text, tm
         histories.append([computed(one) for one in row])
     assert histories[0] == histories[1]
     assert histories[0][0]["score_mean"] != 0
+
+
+def test_a_reward_model_that_gives_no_number_stops_the_run_or_masks_its_samples(tiny_text, tmp_path):
+    with tiny_text("reward_model", stop={"iterations": 1}).build(run_dir=tmp_path / "judge") as algorithm:
+        algorithm.fit()
+    made = tiny_text("grpo", reward={"function": None, "model": str(tmp_path / "judge")})
+    for on_error in ("stop", "mask"):
+        with made.copy().reward(on_error=on_error).build() as algorithm:
+            with torch.no_grad():
+                next(algorithm.rollouts.scorer._local._model.parameters()).fill_(torch.nan)
+            if on_error == "stop":
+                with pytest.raises(RewardError, match=r"gave nan to prompt .* its training has diverged"):
+                    algorithm.train()
+            else:
+                row = algorithm.train()
+                assert (row["reward_failures"], row["score_mean"]) == (24, None)
 
 
 # Rewards ---------------------------------------------------------------------------------------------------------

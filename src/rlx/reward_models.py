@@ -88,6 +88,7 @@ class RewardModels:
         self._actors: RunnerActors | None = None
         self._local: RewardModelActor | None = None
         r, f = settings.reward, settings.fault_tolerance
+        self._on_error = r.on_error
         if not r.num_actors:
             self._local = RewardModelActor(local)
             return
@@ -110,14 +111,17 @@ class RewardModels:
         for place, row in zip(tokens, rows, strict=True):
             place[: len(row)] = row
         score = self._score(tokens, length)
-        wrong = np.flatnonzero(~np.isfinite(score))
-        if len(wrong):
-            first = int(wrong[0])
-            raise RewardError(
-                f"the reward model gave {score[first]} to prompt {prompts[first].index} {prompts[first].text!r} with "
-                f"the completion {texts[first]!r}; its training has diverged: train it with a lower training.lr."
+        is_number = np.isfinite(score)
+        failures = {
+            int(index): RewardError(
+                f"the reward model gave {score[index]} to prompt {prompts[index].index} {prompts[index].text!r} with "
+                f"the completion {texts[index]!r}; its training has diverged: train it with a lower training.lr."
             )
-        return Scores(score, np.ones(len(score), bool))
+            for index in np.flatnonzero(~is_number)
+        }
+        if failures and self._on_error == "stop":
+            raise next(iter(failures.values()))
+        return Scores(np.where(is_number, score, 0.0), is_number, failures)
 
     def take_restarts(self) -> int:
         """Return how many actors were started again since the last call."""

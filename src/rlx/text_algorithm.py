@@ -154,7 +154,7 @@ class TextAlgorithm(Trainable):
             **options,
         )
         self._clock.add(train_s=time.perf_counter() - started)
-        self._batch = batch
+        self._batch, self._weights_are_stale = batch, True
         for name in ("busy_s", "gradient_steps", "stopped_early"):
             stats.pop(name)
         return {**self._finite(stats), "lr": options["lr"]}

@@ -14,7 +14,7 @@ from rlx.actors.machine import cpu_count, memory_bytes
 from rlx.building import GetRuntime, restart_rule
 from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
-from rlx.learner.learner_group import LearnerGroup
+from rlx.learner.learner_group import LearnerGroup, choose_device
 from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
 from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
@@ -56,6 +56,9 @@ def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
     config = language_model_config(path=path, config={"vocab_size": len(tokenizer), **m.config})
     check_vocabulary(tokenizer, config.vocab_size)
     context = getattr(config, "max_position_embeddings", None)
+    for name in ("reference_path", "value_path"):
+        if (beside := getattr(m, name)) is not None:
+            _check_beside(name, beside, config)
     if context is None:
         return s
     sections = {}
@@ -69,6 +72,18 @@ def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
             )
         sections[section] = values.model_copy(update={name: most if wanted is None else wanted})
     return s.model_copy(update=sections)
+
+
+def _check_beside(name: str, path: str, config: Any) -> None:
+    """Raise ConfigError where a model that reads the same tokens as the one that learns cannot."""
+    of_it = language_model_config(path=model_path(path), config={})
+    for size, is_wrong in (("vocab_size", int.__ne__), ("max_position_embeddings", int.__lt__)):
+        here, there = getattr(config, size, None), getattr(of_it, size, None)
+        if here is not None and there is not None and is_wrong(there, here):
+            raise ConfigError(
+                f"model.{name}={path} has {size} {there}, and the model that learns {here}; it has to read the same "
+                "tokens, so give one that was made from the same model."
+            )
 
 
 def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
@@ -212,13 +227,13 @@ def build_rollouts(
 
 def stop_tokens(s: TextSettings, tokenizer: Any) -> frozenset[int]:
     """Return all that ends a completion: what tokenizer, model and generation.stop name."""
-    return stop_ids(tokenizer, _generation_config(s.model)) | {_token(tokenizer, text) for text in s.generation.stop}
+    return stop_ids(tokenizer, _generation_config(s.model), {_token(tokenizer, text) for text in s.generation.stop})
 
 
 def _generation_config(m: TextModelSection) -> Any:
-    """Return what the model's folder says of generation, its EOS tokens; None where there is nothing."""
+    """Return what a model's folder or configuration says of generation: its EOS tokens; None where there is nothing."""
     if m.path is None:
-        return None
+        return m.config
     from transformers import GenerationConfig
 
     try:
@@ -244,9 +259,10 @@ def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: in
 
     sequences: rows of an iteration; longest: tokens of the longest there can be.
     """
-    on_cuda = next(policy.parameters()).is_cuda
+    on_cuda = choose_device(s.learners.device, lambda: policy)[0] == "cuda"
     devices = torch.cuda.device_count() if on_cuda else 1
-    free = torch.cuda.mem_get_info()[0] if on_cuda else memory_bytes()
+    # What torch holds on the device is the policy itself, which the plan counts.
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if on_cuda else memory_bytes()
     update = UpdateSize(
         sequences=sequences,
         longest=longest,

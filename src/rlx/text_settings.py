@@ -211,9 +211,10 @@ class TextLearnersSection(Section):
     """CPU threads of each learner; null: the cores of this machine, shared out."""
     max_tokens_per_microbatch: int = Field(default=2048, gt=0)
     """Tokens, padding included, that go through the model at once; gradients of microbatches are added up."""
-    layout: Literal["auto", "padded", "sorted", "packed"] = "auto"
-    """How sequences lie in a microbatch: side by side and padded, sorted by length before, or in one row without
-    padding. All give one gradient; auto: sorted on the CPU, packed on a GPU."""
+    layout: Literal["auto", "padded", "shared", "packed"] = "auto"
+    """How sequences lie in a microbatch of those of like length: side by side and padded, with a prompt that several
+    share once, or in one row without padding. All give one gradient; auto: shared on the CPU, where that is less
+    arithmetic than padded, packed on a GPU."""
     activation_checkpointing: bool = False
     """Compute activations twice in place of keeping them."""
     max_memory_gb: float | None = Field(default=None, gt=0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlx.errors import ConfigError
+from rlx.text_building import stop_tokens
 from rlx.trajectory import Batch
 
 LONG = {"max_new_tokens": 12}
@@ -113,12 +114,112 @@ def test_one_update_is_what_the_paper_says(tiny_text):
         np.testing.assert_allclose(algorithm.learners.weights(), expected.numpy(), rtol=0, atol=2e-6)
 
 
+def test_kl_is_paid_by_the_score_and_groups_that_score_alike_are_left_out(tiny_text):
+    paid = {"kl_coef": 0.3, "kl_in": "score", "kl_estimator": "k1", "baseline": "leave_one_out", "scale": "none"}
+    made = tiny_text("grpo", training=paid | {"drop_flat_groups": True})
+    made.reward(
+        lambda prompts, completions: [
+            float(len(text) > 3 or "5" in prompt) for prompt, text in zip(prompts, completions, strict=True)
+        ]
+    )
+    batches = []
+    with made.build() as algorithm:
+        algorithm.train()
+        update = algorithm.update
+        algorithm.update = lambda batch, **options: batches.append(batch) or update(batch, **options)
+        for _ in range(3):
+            algorithm.train()
+    flat = kept = 0
+    for batch in batches:
+        for start in range(0, len(batch.score), 4):
+            score, mask = batch.score[start : start + 4].double(), batch.mask[start : start + 4]
+            advantage = batch.advantage[start : start + 4, 0]
+            if len(set(score.tolist())) == 1:
+                flat += 1
+                assert not mask.any() and not advantage.any()
+                continue
+            kept += 1
+            kl = [
+                sum((now - then).item() for now, then, counts in zip(*row, strict=True) if counts)
+                for row in zip(batch.logp[start : start + 4], batch.ref_logp[start : start + 4], mask, strict=True)
+            ]
+            owned = [one - 0.3 * cost for one, cost in zip(score.tolist(), kl, strict=True)]
+            expected = [one - (sum(owned) - one) / 3 for one in owned]
+            np.testing.assert_allclose(advantage, expected, rtol=0, atol=1e-5)
+            assert max(map(abs, kl)) > 1e-3
+    assert flat and kept
+
+
+def test_beside_an_adapter_the_reference_is_the_model_without_it(tiny_text):
+    adapter = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
+    made = tiny_text("grpo", model=adapter, training={"kl_coef": 0.1, "lr": 0.05})
+    with made.build() as algorithm:
+        model = algorithm.learners.local_policy.model
+        base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        first, *_, last = (algorithm.train() for _ in range(3))
+        assert abs(first["ref_kl_k1"]) < 1e-6 and abs(first["ref_kl_k3"]) < 1e-6
+        assert last["ref_kl_k3"] > 1e-4
+        assert base and all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+
+
+def test_what_is_told_of_an_iteration_is_what_happened(tiny_text):
+    made = tiny_text("grpo", training={"kl_coef": 0.1})
+    made.reward(
+        lambda prompts, completions: [
+            float("5" in prompt and len(text)) for prompt, text in zip(prompts, completions, strict=True)
+        ]
+    )
+    with made.build() as algorithm:
+        algorithm.train()
+        row = algorithm.train()
+        rollout = algorithm.rollout
+    parts = [row[f"time/{name}_s"] for name in ("generate", "score", "logp", "train", "sync", "other")]
+    assert sum(parts) == pytest.approx(row["time/iteration_s"], abs=1e-6) and min(parts) >= 0 and parts[0] > 0
+    groups = [rollout.score[start : start + 4].tolist() for start in range(0, 24, 4)]
+    assert row["flat_groups_fraction"] == pytest.approx(sum(len(set(group)) == 1 for group in groups) / 6)
+    assert 0 < row["flat_groups_fraction"] < 1
+    stops = stop_tokens(made.settings, algorithm.tokenizer)
+    completions = rollout.completions.split(rollout.completions.tokens)
+    cut = [len(tokens) == 5 and int(tokens[-1]) not in stops for tokens in completions]
+    assert row["truncated_fraction"] == pytest.approx(sum(cut) / 24)
+    assert row["score_mean"] == pytest.approx(rollout.score.mean())
+
+
+def test_a_run_that_needs_more_than_there_may_be_is_refused_with_figures_and_cures(tiny_text):
+    with pytest.raises(
+        ConfigError, match=r"the learner needs .* MB on a device with 0 MB free .*set learners\."
+    ) as refused:
+        tiny_text("grpo", learners={"max_memory_gb": 0.0001, "torch_threads": 1}).build()
+    assert "take a smaller model" in str(refused.value)
+
+
+def test_entropy_is_told_whether_it_is_rewarded_or_not(tiny_text):
+    with tiny_text("grpo").build() as algorithm:
+        row = algorithm.train()
+        batch, policy = algorithm._batch, algorithm.learners.local_policy
+    assert 0 < row["learner/entropy"] <= np.log(13) + 1e-6
+    with tiny_text("grpo", training={"lr": 0.0}).build() as algorithm:
+        row = algorithm.train()
+        batch, policy = algorithm._batch, algorithm.learners.local_policy
+        law = torch.log_softmax(policy.model(batch.obs).logits, -1)
+        entropy = -(law.exp() * law).sum(-1)
+    # Every minibatch is weighted by its own tokens.
+    assert row["learner/entropy"] == pytest.approx(entropy[batch.mask].mean().item(), rel=0.05)
+
+
 # What must make no difference ------------------------------------------------------------------------------------
 
 VARIANTS = {
     "grpo": {"kl_coef": 0.1, "entropy_coef": 0.01, "aggregation": "sequence_mean"},
-    "dapo": {"clip_range_high": 0.28, "mask_truncated": True},
-    "rloo": {"aggregation": "sequence_sum", "baseline": "leave_one_out", "scale": "none"},
+    "dapo": {"clip_range_high": 0.28, "mask_truncated": True, "drop_flat_groups": True},
+    "rloo": {
+        "aggregation": "sequence_sum",
+        "baseline": "leave_one_out",
+        "scale": "none",
+        "kl_coef": 0.1,
+        "kl_in": "score",
+        "kl_estimator": "k1",
+    },
     "gspo": {"aggregation": "sequence_mean", "ratio": "sequence", "clip_range": 3e-4, "clip_range_high": 4e-4},
     "cispo": {"objective": "cispo", "baseline": "batch_mean", "scale": "batch_std"},
     "dr. grpo": {"aggregation": "constant", "scale": "none"},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlx.errors import CheckpointError
 from rlx.text.order import order
 
 ALGORITHMS = ["sft", "dpo", "reward_model"]
@@ -55,6 +56,35 @@ def test_how_it_is_learned_makes_no_difference(learners, algorithm, tiny_text):
     for row, other in zip(rows, others, strict=True):
         for name in row.keys() - UNKNOWN:
             assert other[name] == pytest.approx(row[name], rel=1e-4, abs=2e-6), name
+
+
+def test_a_checkpoint_beside_another_reference_is_refused(tiny_text):
+    with tiny_text("dpo").build() as algorithm:
+        state = algorithm.learners.get_state()
+        algorithm.learners.set_state(state)
+    with (
+        tiny_text("dpo", runtime={"seed": 1}).build() as other,
+        pytest.raises(CheckpointError, match="beside other weights that are not learned"),
+    ):
+        other.learners.set_state(state)
+
+
+@pytest.mark.parametrize("runners", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_evaluations_complete_with_the_newest_weights(runners, tiny_text):
+    made = tiny_text("sft", training={"lr": 0.1}, token_runners={"num_token_runners": runners})
+    made.reward("rlx.envs.addition:random_reward")
+    made.evaluation(source="rlx.envs.addition:rows", kwargs={"split": "eval", "limit": 8})
+    with made.build() as algorithm:
+        told = []
+        publish = algorithm.runners.publish
+        algorithm.runners.publish = lambda version, weights: told.append(version) or publish(version, weights)
+        algorithm.evaluate()
+        for _ in range(2):
+            algorithm.train()
+            algorithm.evaluate()
+            assert told[-1] == algorithm.learners.version
+        algorithm.evaluate()
+        assert len(told) == 3  # nothing new, nothing sent
 
 
 def completion_logp(model, batch, index):

@@ -70,6 +70,27 @@ def test_steps_are_those_of_the_formula_and_go_on_from_a_state(size):
 
 
 @pytest.mark.parametrize("size", [100, LARGE])
+def test_a_part_that_stood_still_begins_as_a_fresh_optimizer_does(size):
+    generator = torch.Generator().manual_seed(0)
+    start, split = torch.randn(size, generator=generator), 30
+    first, second = (torch.nn.Parameter(part.clone()) for part in (start[:split], start[split:]))
+    oracles = [torch.optim.AdamW([part], lr=lr, weight_decay=0.1) for part, lr in ((first, 0.01), (second, 0.3))]
+    data = start.clone()
+    options = {"weight_decay": 0.1, "decayed": (data[:split], data[split:]), "split": split}
+    adam = FlatAdam(data, 1e-8, **options)
+    for number, gradient in enumerate(torch.randn(40, size, generator=generator)):
+        still = number < 30
+        first.grad, second.grad = gradient[:split].clone(), gradient[split:].clone()
+        for oracle in oracles[still:]:
+            oracle.step()
+        if number == 33:  # and goes on so from a state
+            state, adam = adam.get_state(), FlatAdam(data, 1e-8, **options)
+            adam.set_state(state)
+        adam.step(gradient.clone(), 0.0 if still else 0.01, 0.3)
+    torch.testing.assert_close(data, torch.cat([first.detach(), second.detach()]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [100, LARGE])
 def test_from_its_split_on_the_buffer_steps_by_a_rate_of_its_own(size):
     """As two optimizers of torch would, decay included; without a second rate there is no split."""
     generator = torch.Generator().manual_seed(0)

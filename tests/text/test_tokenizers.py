@@ -73,8 +73,8 @@ def test_every_end_of_tokenizer_and_model_stops(digits, config, expected):
     assert stop_ids(digits, config) == expected
 
 
-def test_stop_ids_by_hand_stand_in_place_of_the_others(digits):
-    assert stop_ids(digits, GenerationConfig(eos_token_id=3), given=[12]) == {12}
+def test_stop_ids_by_hand_stand_beside_the_others(digits):
+    assert stop_ids(digits, GenerationConfig(eos_token_id=3), given=[12]) == {0, 3, 12}
     with pytest.raises(ConfigError, match=r"stop ids \[-1, 13\] are no tokens of the tokenizer, which has 0 to 12\."):
         stop_ids(digits, given=[13, 12, -1])
 

@@ -40,7 +40,8 @@ class FlatAdam:
         self.epsilon, self.beta1, self.beta2 = epsilon, beta1, beta2
         self.mean = torch.zeros_like(data)
         self.square = torch.zeros_like(data)
-        self.steps = 0
+        self.steps = self.still = 0
+        """Steps so far, and those of them in which the numbers before `split` stood still."""
         self._arrays = [_fastest(tensor) for tensor in (data, self.mean, self.square)]
         self._fused: torch.optim.Adam | None = None
         if data.numel() >= LARGE and data.device.type == "cpu":
@@ -49,37 +50,55 @@ class FlatAdam:
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float, lr_from_split: float | None = None) -> None:
-        """Move the parameters against `gradient` [n]; those from `split` on by `lr_from_split`, where it is given."""
+        """Move the parameters against `gradient` [n]; those from `split` on by `lr_from_split`, where it is given.
+
+        Where that is given and `lr` is 0, the first part stands still, moments and their bias correction included:
+        zeros that are averaged in would make its first steps several times too large.
+        """
         self.steps += 1
         lrs = (lr, lr if lr_from_split is None else lr_from_split)
+        if lr_from_split is not None and lr == 0.0:
+            self.still += 1
         if self.weight_decay:
             for view in self.decayed:
                 view.mul_(1 - lrs[view.storage_offset() >= self.split] * self.weight_decay)
         if self._fused is not None:
             self._step_fused(self._fused, gradient, lrs)
+        elif lr_from_split is None and not self.still:
+            self._step_part(slice(None), gradient, lr, self.steps)
+        else:
+            for part, lr_of_part, steps in zip(self._parts(), lrs, self._steps_of_parts(), strict=False):
+                self._step_part(part, gradient, lr_of_part, steps)
+
+    def _step_part(self, part: slice, gradient: Tensor, lr: float, steps: int) -> None:
+        if lr == 0.0 and part.stop == self.split:  # it stands still
             return
-        correction1 = 1 - self.beta1**self.steps
-        correction2 = math.sqrt(1 - self.beta2**self.steps)
-        g = _fastest(gradient)
-        data, mean, square = self._arrays
+        g = _fastest(gradient)[part]
+        data, mean, square = (array[part] for array in self._arrays)
         mean *= self.beta1
         mean += (1 - self.beta1) * g
         square *= self.beta2
         square += (1 - self.beta2) * (g * g)
         denominator = square**0.5
-        denominator /= correction2
+        denominator /= math.sqrt(1 - self.beta2**steps)
         denominator += self.epsilon
-        parts = [slice(None)] if lr_from_split is None else self._parts()
-        for part, lr_of_part in zip(parts, lrs, strict=False):
-            data[part] -= (lr_of_part / correction1) * mean[part] / denominator[part]
+        data -= (lr / (1 - self.beta1**steps)) * mean / denominator
+
+    def _steps_of_parts(self) -> tuple[int, int]:
+        return self.steps - self.still, self.steps
 
     def _parts(self) -> list[slice]:
         return [slice(0, self.split)] + ([slice(self.split, None)] if self.split < len(self.data) else [])
 
     def _step_fused(self, fused: torch.optim.Adam, gradient: Tensor, lrs: tuple[float, float]) -> None:
-        for part, group, lr in zip(self._parts(), fused.param_groups, lrs, strict=False):
+        steps_of_parts = self._steps_of_parts()
+        for part, group, lr, steps in zip(self._parts(), fused.param_groups, lrs, steps_of_parts, strict=False):
             (view,) = group["params"]
-            before = torch.tensor(float(self.steps - 1))
+            if (
+                lr == 0.0 and part.stop == self.split and len(fused.param_groups) > 1
+            ):  # without a gradient it is left out
+                continue
+            before = torch.tensor(float(steps - 1))
             fused.state[view] = {"step": before, "exp_avg": self.mean[part], "exp_avg_sq": self.square[part]}
             group["lr"], view.grad = lr, gradient[part]
         fused.step()
@@ -87,14 +106,15 @@ class FlatAdam:
             group["params"][0].grad = None
 
     def get_state(self) -> dict[str, Any]:
-        """Return the moments and the step count."""
-        return {"mean": self.mean.cpu().numpy().copy(), "square": self.square.cpu().numpy().copy(), "steps": self.steps}
+        """Return the moments and the step counts."""
+        moments = {"mean": self.mean.cpu().numpy().copy(), "square": self.square.cpu().numpy().copy()}
+        return moments | {"steps": self.steps, "still": self.still}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
         self.mean.copy_(torch.from_numpy(np.array(state["mean"])))
         self.square.copy_(torch.from_numpy(np.array(state["square"])))
-        self.steps = int(state["steps"])
+        self.steps, self.still = int(state["steps"]), int(state.get("still", 0))
 
 
 def _fastest(tensor: Tensor) -> Any:

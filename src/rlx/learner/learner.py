@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType
@@ -184,7 +186,8 @@ class Learner:
         target = None if self.target is None else self.target.get_state()
         state = {"policy": policy, "adam": self.adam.get_state(), "target": target}
         buffers = {name: buffer.cpu().numpy().copy() for name, buffer in self._buffers().items()}
-        return state | {"buffers": buffers} if buffers else state
+        state |= {"buffers": buffers} if buffers else {}
+        return state if self._frozen is None else state | {"frozen": self._frozen}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from `get_state`."""
@@ -196,6 +199,12 @@ class Learner:
                 f"the checkpoint is of another network: its {name} is of shape {saved.get(name)}, and here it is "
                 f"{mine.get(name)}; go on with the model and environment that the run began with."
             )
+        if state.get("frozen", self._frozen) != self._frozen:
+            raise CheckpointError(
+                "the checkpoint was made beside other weights that are not learned, as a reference or the model under "
+                "an adapter, than there are now: what model.path, reference_path or value_path names has changed; put "
+                "it back, or begin a new run."
+            )
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])
         for name, buffer in self._buffers().items():
@@ -206,6 +215,15 @@ class Learner:
     def _seed(self, seed: int) -> None:
         # torch.manual_seed seeds absent GPUs too, and keeps a stack trace for each kind: half a millisecond a call.
         (torch.default_generator if self.device.type == "cpu" else torch).manual_seed(seed)
+
+    @functools.cached_property
+    def _frozen(self) -> int | None:
+        """A checksum of the parameters that are not learned; None where there are none."""
+        frozen = [p for p in self.policy.parameters() if not p.requires_grad]
+        sums = 0
+        for parameter in frozen:
+            sums = zlib.crc32(parameter.detach().cpu().flatten().view(torch.uint8).numpy(), sums)
+        return sums if frozen else None
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return what belongs to the policy's state and is no parameter: how a reward model normalises, say."""

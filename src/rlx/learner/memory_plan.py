@@ -134,7 +134,7 @@ def _cures(net: NetSize, update: UpdateSize, available: float, on_device: int) -
     if on_device > 1:
         cures.append("take fewer learners on a device")
     if net.learned > net.frozen:
-        cures.append("learn an adapter (model.lora) in place of all weights")
+        cures.append("learn an adapter (model.lora_rank) in place of all weights")
     return [*cures, "shorten the sequences", "take a smaller model"]
 
 

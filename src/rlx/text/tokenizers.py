@@ -74,27 +74,23 @@ def character_tokenizer(alphabet: str, eos: str = EOS) -> PreTrainedTokenizerFas
 
 
 def stop_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, given: Collection[int] | None = None
+    tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, given: Collection[int] = ()
 ) -> frozenset[int]:
-    """Return every token that ends a completion: the tokenizer's EOS and those of the model's generation config.
+    """Return every token that ends a completion: the tokenizer's EOS, those of the model's generation config, `given`.
 
     generation_config: a model's `generation_config`, a mapping, or None; its eos_token_id is one id, several, or None.
-    given: ids set by hand, which stand in place of all of these.
     ConfigError where there is none, or one that the tokenizer does not have.
     """
-    if given is not None:
-        found = {int(token) for token in given}
-    else:
-        get = generation_config.get if isinstance(generation_config, Mapping) else None
-        of_model = get("eos_token_id") if get else getattr(generation_config, "eos_token_id", None)
-        found = _ids(tokenizer.eos_token_id) | _ids(of_model)
+    get = generation_config.get if isinstance(generation_config, Mapping) else None
+    of_model = get("eos_token_id") if get else getattr(generation_config, "eos_token_id", None)
+    found = _ids(tokenizer.eos_token_id) | _ids(of_model) | set(given)
     if not found:
         raise ConfigError(
             f"{_name(tokenizer)} has no EOS token, and the model's generation config names none, so nothing would end "
-            'a completion; set tokenizer.eos_token = "..." before it is saved, or give stop ids by hand.'
+            'a completion; set tokenizer.eos_token = "..." before it is saved, or generation.stop to what ends one.'
         )
     size = _size(tokenizer)
-    if given is not None and (foreign := sorted(token for token in found if not 0 <= token < size)):
+    if foreign := sorted(token for token in given if not 0 <= token < size):
         raise ConfigError(f"stop ids {foreign} are no tokens of {_name(tokenizer)}, which has 0 to {size - 1}.")
     return frozenset(found)
 
