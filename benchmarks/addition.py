@@ -35,6 +35,7 @@ RUNS = {
 }
 """Each run's title, its config, and what of it is set. All but the first start from the first, runs/sft."""
 TIMEOUT_S = 1800.0
+FINISHED = "finished"
 LAST = 10
 """Iterations at the end of a run that explained variance is averaged over."""
 HEADER = ["run", "seeds", "iterations", "tokens", "seconds", "accuracy", "min", "max", "greedy", "explained variance"]
@@ -84,12 +85,13 @@ def train(name: str, seed: int, runs: Path) -> Path:
     _, config, *changes = RUNS[name]
     home = runs / f"seed-{seed}"  # where the configs' model.path, runs/sft, is this seed's
     folder = home / "runs" / name
-    if not (folder / "model" / "config.json").is_file():
+    if not (folder / FINISHED).exists():
         home.mkdir(parents=True, exist_ok=True)
         where = ["--resume" if (folder / "config.yaml").exists() else "--run-dir", f"runs/{name}"]
         settings = [part for change in (f"runtime.seed={seed}", *changes) for part in ("--set", change)]
         command = [sys.executable, "-m", "rlx.cli", "train", config, *settings, *where]
         subprocess.run(command, check=True, timeout=TIMEOUT_S, stdout=subprocess.DEVNULL, cwd=home)
+        (folder / FINISHED).touch()  # an interrupted run has exported its model as well
     return folder
 
 
@@ -156,7 +158,7 @@ def draw(results: dict[str, list[Result]], file: Path) -> None:
     for name, done in results.items():
         if name == "sft":
             continue
-        curves = [_from_start(load_curve(result.folder, METRIC), at) for result, at in zip(done, starts, strict=True)]
+        curves = [_from_start(_curve(name, result), at) for result, at in zip(done, starts, strict=False)]
         tokens, mean, low, high = mean_and_range(curves)
         style: dict[str, Any] = {"linestyle": "--"} if RUNS[name][0].startswith("control") else {}
         (line,) = axes.plot(tokens, mean, label=RUNS[name][0], linewidth=2, **style)
@@ -172,6 +174,14 @@ def draw(results: dict[str, list[Result]], file: Path) -> None:
 
 
 METRIC = "evaluation/episode_return_mean"
+
+
+def _curve(name: str, result: Result) -> Curve:
+    """Return a run's accuracy over its tokens; of one whose evaluations are scored at random, the last one alone."""
+    curve = load_curve(result.folder, METRIC)
+    if name != "random":
+        return curve
+    return Curve(curve.run, curve.settings, curve.env_steps[-1:], np.array([result.accuracy]))
 
 
 def _from_start(curve: Curve, accuracy: float) -> Curve:

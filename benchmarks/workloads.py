@@ -99,10 +99,10 @@ ASYNCHRONOUS: dict[str, dict[str, dict[str, Any]]] = {
         "IMPALA, one slow": NOBODY_WAITS | {"slow_runners": 1},
     },
     "ppo pong": {
+        "rlx 1 runner, one behind, bfloat16": PONG | TWO_THREADS | ONE_BEHIND | HALF | {"script": "rlx_train"},
         "rlx 1 runner, one behind": PONG | TWO_THREADS | ONE_BEHIND | {"script": "rlx_train"},
         "rlx": PONG | TWO_THREADS | {"script": "rlx_train"},
         "rlx bfloat16": PONG | TWO_THREADS | HALF | {"script": "rlx_train"},
-        "rlx 1 runner, one behind, bfloat16": PONG | TWO_THREADS | ONE_BEHIND | HALF | {"script": "rlx_train"},
         "sb3": PONG | TWO_THREADS | {"script": "sb3_ppo"},
     },
     "impala pong": {

@@ -113,11 +113,11 @@ class RewardModels:
         score = self._score(tokens, length)
         is_number = np.isfinite(score)
         failures = {
-            int(index): RewardError(
+            index: RewardError(
                 f"the reward model gave {score[index]} to prompt {prompts[index].index} {prompts[index].text!r} with "
                 f"the completion {texts[index]!r}; its training has diverged: train it with a lower training.lr."
             )
-            for index in np.flatnonzero(~is_number)
+            for index in np.flatnonzero(~is_number).tolist()
         }
         if failures and self._on_error == "stop":
             raise next(iter(failures.values()))

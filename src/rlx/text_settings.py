@@ -209,7 +209,7 @@ class TextLearnersSection(Section):
     """Where the model lives; auto: a GPU where there is one."""
     torch_threads: int | None = Field(default=None, gt=0)
     """CPU threads of each learner; null: the cores of this machine, shared out."""
-    max_tokens_per_microbatch: int = Field(default=2048, gt=0)
+    max_tokens_per_microbatch: int = Field(default=4096, gt=0)
     """Tokens, padding included, that go through the model at once; gradients of microbatches are added up."""
     layout: Literal["auto", "padded", "shared", "packed"] = "auto"
     """How sequences lie in a microbatch of those of like length: side by side and padded, with a prompt that several

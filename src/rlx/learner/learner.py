@@ -222,7 +222,7 @@ class Learner:
         frozen = [p for p in self.policy.parameters() if not p.requires_grad]
         sums = 0
         for parameter in frozen:
-            sums = zlib.crc32(parameter.detach().cpu().flatten().view(torch.uint8).numpy(), sums)
+            sums = zlib.crc32(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data, sums)
         return sums if frozen else None
 
     def _buffers(self) -> dict[str, Tensor]:
