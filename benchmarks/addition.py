@@ -158,7 +158,7 @@ def draw(results: dict[str, list[Result]], file: Path) -> None:
     for name, done in results.items():
         if name == "sft":
             continue
-        curves = [_from_start(_curve(name, result), at) for result, at in zip(done, starts, strict=False)]
+        curves = [_from_start(_curve(name, result), at) for result, at in zip(done, starts, strict=True)]
         tokens, mean, low, high = mean_and_range(curves)
         style: dict[str, Any] = {"linestyle": "--"} if RUNS[name][0].startswith("control") else {}
         (line,) = axes.plot(tokens, mean, label=RUNS[name][0], linewidth=2, **style)

@@ -57,22 +57,22 @@ class FlatAdam:
         """
         self.steps += 1
         lrs = (lr, lr if lr_from_split is None else lr_from_split)
-        if lr_from_split is not None and lr == 0.0:
-            self.still += 1
+        stands_still = lr_from_split is not None and lr == 0.0
+        self.still += stands_still
         if self.weight_decay:
             for view in self.decayed:
                 view.mul_(1 - lrs[view.storage_offset() >= self.split] * self.weight_decay)
-        if self._fused is not None:
-            self._step_fused(self._fused, gradient, lrs)
-        elif lr_from_split is None and not self.still:
+        if self._fused is None and lr_from_split is None and not self.still:  # one step size and count: no parts
             self._step_part(slice(None), gradient, lr, self.steps)
-        else:
-            for part, lr_of_part, steps in zip(self._parts(), lrs, self._steps_of_parts(), strict=False):
-                self._step_part(part, gradient, lr_of_part, steps)
+            return
+        parts = list(zip(self._parts(), lrs, (self.steps - self.still, self.steps), strict=False))
+        if self._fused is not None:
+            self._step_fused(self._fused, gradient, parts, stands_still)
+            return
+        for part, lr_of_part, steps in parts[stands_still:]:
+            self._step_part(part, gradient, lr_of_part, steps)
 
     def _step_part(self, part: slice, gradient: Tensor, lr: float, steps: int) -> None:
-        if lr == 0.0 and part.stop == self.split:  # it stands still
-            return
         g = _fastest(gradient)[part]
         data, mean, square = (array[part] for array in self._arrays)
         mean *= self.beta1
@@ -84,20 +84,15 @@ class FlatAdam:
         denominator += self.epsilon
         data -= (lr / (1 - self.beta1**steps)) * mean / denominator
 
-    def _steps_of_parts(self) -> tuple[int, int]:
-        return self.steps - self.still, self.steps
-
     def _parts(self) -> list[slice]:
         return [slice(0, self.split)] + ([slice(self.split, None)] if self.split < len(self.data) else [])
 
-    def _step_fused(self, fused: torch.optim.Adam, gradient: Tensor, lrs: tuple[float, float]) -> None:
-        steps_of_parts = self._steps_of_parts()
-        for part, group, lr, steps in zip(self._parts(), fused.param_groups, lrs, steps_of_parts, strict=False):
+    def _step_fused(
+        self, fused: torch.optim.Adam, gradient: Tensor, parts: list[tuple[slice, float, int]], first: int
+    ) -> None:
+        """Step the parts from number `first` on; torch leaves out what has no gradient."""
+        for (part, lr, steps), group in list(zip(parts, fused.param_groups, strict=True))[first:]:
             (view,) = group["params"]
-            if (
-                lr == 0.0 and part.stop == self.split and len(fused.param_groups) > 1
-            ):  # without a gradient it is left out
-                continue
             before = torch.tensor(float(steps - 1))
             fused.state[view] = {"step": before, "exp_avg": self.mean[part], "exp_avg_sq": self.square[part]}
             group["lr"], view.grad = lr, gradient[part]
