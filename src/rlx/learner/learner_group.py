@@ -171,7 +171,13 @@ class LearnerGroup:
         return self._answers_with_state([getattr(self._actors[0], method).call(*arguments)])[0]
 
     def _answers_with_state(self, futures: Sequence[Future[Any]]) -> list[Any]:
-        answers = self._answers(futures, self.timeout_s)
+        try:
+            answers = self._answers(futures, self.timeout_s)
+        except LearnersLost:
+            raise
+        except Exception:  # a learner's lost connection to one that died is not the cause
+            self._check_state()
+            raise
         self._check_state()  # a call that finds its learner dead is answered by the next incarnation
         return answers
 
