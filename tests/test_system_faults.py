@@ -14,6 +14,7 @@ import pytest
 from rlx.algorithms.ppo import PPOConfig
 from rlx.errors import ActorDied
 from rlx.fitting import iterate
+from rlx.learner.learner_group import LearnersLost
 from rlx.metrics import read_metrics
 
 DEADLINE_S = 60.0
@@ -175,7 +176,10 @@ def test_a_run_goes_on_from_its_checkpoint_when_a_learner_dies_or_hangs(victim, 
 def train_to(algorithm, run, iterations):
     """Fit on: what `rlx train --resume` does in a new process, in this one."""
     while algorithm.iteration < iterations:
-        iterate(algorithm)
+        try:
+            iterate(algorithm)
+        except LearnersLost as lost:  # in a checkpoint; `fit` goes back as well
+            algorithm.saves.go_back(lost)
 
 
 def test_without_a_run_folder_the_state_to_go_back_to_is_in_memory(undisturbed):
