@@ -1,7 +1,6 @@
 """Everything a user can get wrong ends in one sentence with the cure, an exit code that is not 0, and no traceback."""
 
 import importlib
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -244,20 +243,18 @@ def test_a_device_that_is_not_there(capsys):
     fails_with(capsys, ["train", "tiny.yaml", "--set", "learners.device=cuda"], 2, sentence)
 
 
-def test_bad_input_is_told_in_three_seconds_and_starts_no_process():
-    """In a fresh process, its imports included. Seconds of CPU: the clock on the wall counts what others do, too."""
+def test_bad_input_is_told_before_a_process_starts_or_a_slow_library_loads():
+    """In a fresh process. What makes the sentence late are processes and imports; seconds depend on the machine."""
     code = (
         "import sys, psutil\nfrom rlx.cli import main\ncode = main(sys.argv[1:])\n"
-        "print(len(psutil.Process().children(recursive=True)))\nsys.exit(code)"
+        "slow = {'torch._dynamo', 'transformers', 'matplotlib', 'pandas', 'pyarrow', 'datasets', 'cv2', 'pygame'}\n"
+        "print(len(psutil.Process().children(recursive=True)), sorted(slow & set(sys.modules)))\nsys.exit(code)"
     )
     changes = ["env_runners.num_env_runners=2", "learners.num_learners=2", "training.minibatch_size=1000"]
     arguments = ["train", "tiny.yaml", *(word for change in changes for word in ("--set", change))]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (process.returncode, process.stdout) == (2, "0\n")
+    assert (process.returncode, process.stdout) == (2, "0 []\n")
     assert "minibatch_size=1000 is larger than the batch" in process.stderr
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 3.0
 
 
 # Environments: exit code 1, before or during the run -------------------------------------------------------------
