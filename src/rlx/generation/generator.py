@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
 from rlx.errors import ConfigError, RlxError
 from rlx.generation.architecture import Architecture
-from rlx.generation.live import Live, Share
+from rlx.generation.generation import Generation, shares_of
 from rlx.generation.request import Completion, Request, Sampling, check_requests
-from rlx.generation.rows import regroup
-from rlx.generation.sampler import draw, log_law, most_probable
 from rlx.generation.slots import Slots
 from rlx.generation.trial import try_out
 from rlx.generation.twin import Twin
-from rlx.generation.uniform import uniform
 
 OnFinished = Callable[[int, int, Completion], None]
 """Called with the request's index, the sample's index and the completion, as soon as a sample has ended."""
@@ -62,85 +56,51 @@ class Generator:
         """
         if self._is_busy:
             raise RlxError("this generator is generating already; let that call end, or make a second Generator.")
-        check_requests(requests, self.architecture.vocabulary, self.architecture.context)
+        self.check(requests)
         if not requests:
             return []
-        slots = self._ready_slots()
         completions: list[list[Any]] = [[None] * request.n for request in requests]
-
-        def finish(request: int, sample: int, completion: Completion) -> None:
-            completions[request][sample] = completion
-            if on_finished is not None:
-                on_finished(request, sample, completion)
-
-        with torch.inference_mode():
-            self._is_busy = True
-            try:
-                self._run(slots, requests, sampling or Sampling(), finish)
-            except BaseException:
-                slots.forget()  # what is in them may be half written, or not be numbers
-                raise
-            finally:
-                self._is_busy = False
+        self._is_busy = True
+        try:
+            generation = self._begin(requests, sampling or Sampling())
+            while generation.is_busy:
+                for request, sample, completion in generation.step():
+                    completions[request][sample] = completion
+                    if on_finished is not None:
+                        on_finished(request, sample, completion)
+        except BaseException:
+            self._ready_slots().forget()  # what is in them may be half written, or not be numbers
+            raise
+        finally:
+            self._is_busy = False
         return completions
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise ConfigError at the first request that the model cannot serve."""
+        check_requests(requests, self.architecture.vocabulary, self.architecture.context)
+
+    def open(self, sampling: Sampling, *, length: int, limit: int) -> Generation:
+        """Return a Generation with slots of its own, to which requests can be added at any time.
+
+        length: tokens of a prompt and its completion together at most; limit: of a completion.
+        """
+        slots = Slots(self.architecture, self._twin.model(), self._exact)
+        return Generation(slots, sampling, capacity=self.max_slots, length=length, limit=limit)
+
+    def _begin(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
+        shares = shares_of(requests, self.architecture.context, self.max_slots, 0)
+        generation = Generation(
+            self._ready_slots(),
+            sampling,
+            capacity=min(self.max_slots, sum(request.n for request in requests)),
+            length=self._max_length or max(share.length for share in shares),
+            limit=max(share.limit for share in shares),
+        )
+        generation.add(requests)
+        return generation
 
     def _ready_slots(self) -> Slots:
         model = self._twin.model()
         if self._slots is None or self._slots_of is not model:
             self._slots, self._slots_of = Slots(self.architecture, model, self._exact), model
         return self._slots
-
-    def _run(self, slots: Slots, requests: Sequence[Request], sampling: Sampling, finish: OnFinished) -> None:
-        """Generate: in each turn fill free slots, put one token into every row, and draw the next ones."""
-        queue = _shares(requests, self.architecture.context, self.max_slots)
-        longest = max(share.length for share in queue)
-        live = Live(min(self.max_slots, sum(share.count for share in queue)), max(share.limit for share in queue))
-        slots.reserve(live.capacity, self._max_length or longest)
-        while queue or live.count:
-            fresh = _take(queue, live.capacity - live.count, live.count)
-            logits = [slots.decode(live.token_R, live.position_R)] if live.count else []
-            if fresh:
-                logits.append(slots.prefill([share.request.prompt for share in fresh], live.rows))
-                live.add(fresh)
-            token_A, logp_A = self._draw(torch.cat(logits), sampling, live)
-            for request, sample, completion in live.record(token_A, logp_A):
-                finish(request, sample, completion)
-            row_A, source, target = regroup(live.row_A, live.last_A, self.architecture.vocabulary)
-            if len(source):
-                slots.copy(source, target, int(live.length_A.max()))
-            live.move(row_A)
-
-    def _draw(self, logits: torch.Tensor, sampling: Sampling, live: Live) -> tuple[np.ndarray, np.ndarray]:
-        """Return each live sample's next token and its log-probability."""
-        row_A = torch.from_numpy(live.row_A).to(logits.device)
-        if sampling.temperature == 0:
-            token_A, logp_A = most_probable(logits[row_A])
-        else:
-            u_A = torch.from_numpy(uniform(live.key_A, live.step_A)).to(logits.device)
-            token_A, logp_A = draw(log_law(logits, sampling), row_A, u_A)
-        if not torch.isfinite(logp_A).all() or (sampling.temperature == 0 and not torch.isfinite(logits).all()):
-            raise RlxError("the model's logits are not finite numbers; its weights hold NaN or infinity.")
-        return token_A.cpu().numpy(), logp_A.cpu().numpy()
-
-
-def _shares(requests: Sequence[Request], context: int | None, max_slots: int) -> list[Share]:
-    """Return the requests' samples in shares that fit into the slots; shortest prompts last, where they are taken."""
-    shares = []
-    for number, request in enumerate(requests):
-        limit = request.max_new_tokens
-        if context is not None:
-            limit = min(limit, context - len(request.prompt))
-        for first in range(0, request.n, max_slots):
-            shares.append(Share(request, number, first, min(max_slots, request.n - first), limit))
-    return sorted(shares, key=lambda share: len(share.request.prompt), reverse=True)
-
-
-def _take(queue: list[Share], free: int, live: int) -> list[Share]:
-    """Take shares off the queue's end for the free slots; none while few are free, as a prefill of one row is dear."""
-    taken: list[Share] = []
-    if live and free < max(1, (free + live) // 8):
-        return taken
-    while queue and queue[-1].count <= free:
-        free -= queue[-1].count
-        taken.append(queue.pop())
-    return taken

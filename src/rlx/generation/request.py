@@ -60,6 +60,8 @@ class Completion:
     """int64 [C], the stop token included."""
     logp: np.ndarray
     """float32 [C]: log-probability of each token under the law that it was drawn from (`Sampling`)."""
+    version: np.ndarray
+    """int64 [C]: version of the weights that each token was drawn with (`Generation.version`)."""
     stopped: bool
     """Whether a stop token ended it; False: it was cut at max_new_tokens, or where the context ends."""
 

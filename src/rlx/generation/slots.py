@@ -39,7 +39,7 @@ class Slots:
     """
 
     def __init__(self, architecture: Architecture, model: Any, exact: bool) -> None:
-        self._architecture = architecture
+        self.architecture = architecture
         self._model = model
         self._exact = exact
         self._cache: SlotCache | None = None
@@ -55,7 +55,7 @@ class Slots:
         cache = self._cache
         if cache is None or cache.slots < slots or cache.length < length:
             self._cache = None  # before the new one is made
-            self._cache = SlotCache(len(self._architecture.layer_types), slots, length)
+            self._cache = SlotCache(len(self.architecture.layer_types), slots, length)
 
     def forget(self) -> None:
         """Give the memory back, and with it whatever stands in it."""
@@ -92,7 +92,7 @@ class Slots:
         longest = max(len(prompt) for prompt in prompts)
         rows, width = len(prompts), longest
         if self._exact:
-            rows, width = EXACT_PREFILL_ROWS, min(round_up(longest), self._architecture.context or round_up(longest))
+            rows, width = EXACT_PREFILL_ROWS, min(round_up(longest), self.architecture.context or round_up(longest))
         ids = np.zeros((rows, width), np.int64)
         last = np.zeros(rows, np.int64)
         for row, prompt in enumerate(prompts):
@@ -128,14 +128,14 @@ class Slots:
         """
         column, position = torch.arange(extent, device=self.device), position[:, None]
         hidden = {FULL: column > position}
-        if self._architecture.window is not None:
-            hidden[SLIDING] = hidden[FULL] | (column <= position - self._architecture.window)
+        if self.architecture.window is not None:
+            hidden[SLIDING] = hidden[FULL] | (column <= position - self.architecture.window)
         dtype = self._model.dtype
         masks = {
             kind: torch.zeros(hidden[kind].shape, dtype=dtype, device=self.device).masked_fill_(
                 hidden[kind], torch.finfo(dtype).min
             )[:, None, None]
-            for kind in set(self._architecture.layer_types)
+            for kind in set(self.architecture.layer_types)
         }
         return masks if len(masks) > 1 else masks.popitem()[1]
 
