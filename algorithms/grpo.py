@@ -30,12 +30,12 @@ from rlx.functional.losses import cispo, clipped_surrogate, sequence_ratio
 from rlx.functional.masking import weighted_sum
 from rlx.metrics import Metrics
 from rlx.settings import Schedule
-from rlx.text_algorithm import TextAlgorithm
-from rlx.text_settings import TextConfig, TextTrainingSection
+from rlx.text_algorithm import TextAlgorithm, old_policy
+from rlx.text_settings import RolloutTrainingSection, TextConfig
 from rlx.trajectory import Batch
 
 
-class GRPOTraining(TextTrainingSection):
+class GRPOTraining(RolloutTrainingSection):
     """Hyper-parameters of GRPO and its kin."""
 
     baseline: Literal["mean", "leave_one_out", "batch_mean", "none"] = "mean"
@@ -96,7 +96,7 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
     def training_step(self) -> Metrics:
         """Make one iteration; return the learner's stats."""
         training: GRPOTraining = self.training
-        batch = self.sample()
+        batch = self.with_old_logp(self.sample())
         if self.needs_reference(training):
             batch = self.with_columns(batch, "ref_logp")
         counts = batch.counts
@@ -140,10 +140,11 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
         """Return the loss and stats; every mean is a sum weighted by `minibatch.weight`."""
         low, weight = coefficients["clip_range"], minibatch.weight
         new_logp, entropy, _ = policy.evaluate(minibatch)
+        old_logp, importance = old_policy(new_logp, minibatch, training)
         if training.ratio == "sequence":
-            ratio = sequence_ratio(new_logp, minibatch.logp, minibatch.mask)
+            ratio = sequence_ratio(new_logp, old_logp, minibatch.mask)
         else:
-            ratio = (new_logp - minibatch.logp).exp()
+            ratio = (new_logp - old_logp).exp()
         high = low if training.clip_range_high is None else training.clip_range_high
         if training.objective == "cispo":
             objective = cispo(new_logp, ratio, minibatch.advantage, training.max_ratio)
@@ -151,7 +152,7 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
         else:
             objective = clipped_surrogate(ratio, minibatch.advantage, low, training.clip_range_high)
             outside = (ratio < 1 - low) | (ratio > 1 + high)
-        policy_loss = weighted_sum(objective, weight)
+        policy_loss = weighted_sum(importance * objective, weight)
         total = policy_loss
         mean_entropy = weighted_sum(entropy, weight)
         stats = {"policy_loss": policy_loss.detach(), "entropy": mean_entropy.detach()}

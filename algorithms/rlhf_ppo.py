@@ -25,12 +25,12 @@ from rlx.functional.losses import clipped_squared_error, clipped_surrogate, squa
 from rlx.functional.masking import explained_variance, standardize, weighted_sum
 from rlx.metrics import Metrics
 from rlx.settings import Schedule
-from rlx.text_algorithm import TextAlgorithm
-from rlx.text_settings import TextConfig, TextTrainingSection
+from rlx.text_algorithm import TextAlgorithm, old_policy
+from rlx.text_settings import RolloutTrainingSection, TextConfig
 from rlx.trajectory import Batch
 
 
-class RLHFPPOTraining(TextTrainingSection):
+class RLHFPPOTraining(RolloutTrainingSection):
     """Hyper-parameters of PPO on language models."""
 
     gamma: float = Field(1.0, ge=0, le=1)
@@ -97,7 +97,7 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
         training: RLHFPPOTraining = self.training
         kl_coef = self.numbers.setdefault("kl_coef", training.kl_coef)
         names = ("ref_logp", "value") if self.needs_reference(training) else ("value",)
-        batch = self.with_columns(self.sample(), *names)
+        batch = self.with_old_logp(self.with_columns(self.sample(), *names))
 
         reward = batch.reward
         if "ref_logp" in names and training.kl_in == "reward":
@@ -149,8 +149,9 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
         """Return PPO's loss and stats; every mean is a sum weighted by `minibatch.weight`."""
         clip_range, weight = coefficients["clip_range"], minibatch.weight
         new_logp, entropy, value = policy.evaluate(minibatch)
-        ratio = (new_logp - minibatch.logp).exp()
-        policy_loss = weighted_sum(clipped_surrogate(ratio, minibatch.advantage, clip_range), weight)
+        old_logp, importance = old_policy(new_logp, minibatch, training)
+        ratio = (new_logp - old_logp).exp()
+        policy_loss = weighted_sum(importance * clipped_surrogate(ratio, minibatch.advantage, clip_range), weight)
         if training.value_clip is None:
             value_error = squared_error(value, minibatch.return_)
         else:

@@ -21,14 +21,14 @@ def sample_record(
     iteration: int, rollout: Rollout, index: int, logps: Sequence[np.ndarray], ref_logp: Tensor | None
 ) -> dict[str, Any]:
     """Return one completion as a row of samples.jsonl; ref_logp: of the rollout's rows [S, L], if there is one."""
-    logp = logps[index]
+    logp, versions = logps[index], rollout.completions.split(rollout.completions.version)[index]
     row: dict[str, Any] = {
         "iteration": iteration,
         "prompt": rollout.prompts[index].text,
         "completion": rollout.texts[index],
         "score": float(rollout.score[index]) if rollout.counts[index] else None,
         "truncated": not bool(rollout.completions.stopped[index]),
-        "weights_version": int(rollout.completions.version[index]),
+        "weights_version": int(versions[0]) if len(versions) else None,
         "tokens": rollout.completions.split(rollout.completions.tokens)[index].tolist(),
         "logp": [round(float(value), 5) for value in logp],
     }

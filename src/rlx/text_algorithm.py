@@ -48,6 +48,21 @@ from rlx.trajectory import Batch
 log = logging.getLogger("rlx")
 
 
+def old_policy(new_logp: Tensor, minibatch: Batch, training: Any) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities that ratios are taken to, and the weight of each token's loss.
+
+    Where generating and learning take turns, the policy that drew the tokens is the one before the update. Otherwise
+    ratios are taken to the one before the update, and what lies between it and the one that drew them is made up for by
+    a truncated importance weight (Hilton et al. 2021, arXiv:2110.00641; Espeholt et al. 2018, arXiv:1802.01561).
+    """
+    if not training.max_age:
+        return minibatch.logp, torch.ones_like(new_logp)
+    old_logp = minibatch.tensors.get("old_logp", new_logp.detach())  # an update of one step is made by the old policy
+    if training.importance_cap is None:
+        return old_logp, torch.ones_like(new_logp)
+    return old_logp, (old_logp - minibatch.logp).exp().clamp(max=training.importance_cap)
+
+
 class TextAlgorithm(Trainable):
     """One training run of a language model: `train()` makes one iteration, `fit()` as many as `stop` allows.
 
@@ -110,9 +125,10 @@ class TextAlgorithm(Trainable):
         assert self.rollouts is not None
         if self._weights_are_stale:
             self.publish()
-        p = self.settings.prompts
-        rollout = self.rollouts.sample(p.prompts_per_iteration, p.samples_per_prompt, self._clock)
-        self._rollout = rollout
+        self._rollout = rollout = self.rollouts.sample(self._clock)
+        age = self.learners.version - rollout.completions.version
+        self._ages = {"age_mean": float(age.mean()), "age_max": int(age.max())} if len(age) else {}
+        self.dropped_env_steps += self.rollouts.take_dropped()
         length = rollout.completions.length
         self.env_steps += int(length.sum())
         self.episodes += len(length)
@@ -140,6 +156,16 @@ class TextAlgorithm(Trainable):
         with self._clock.measure("logp_s"):
             found = self.learners.evaluate(batch, *names)
         return Batch(**(batch.tensors | found.tensors))
+
+    def with_old_logp(self, batch: Batch) -> Batch:
+        """Return the batch with `old_logp`, by the policy before the update, where `old_policy` needs it."""
+        training = self.training
+        takes_one_step = training.epochs == 1 and (training.minibatch_sequences or len(batch.mask)) >= len(batch.mask)
+        if not training.max_age or takes_one_step:
+            return batch
+        with self._clock.measure("logp_s"):
+            found = self.learners.evaluate(batch, "logp")
+        return Batch(**batch.tensors, old_logp=found.logp)
 
     def update(self, batch: Batch, **options: Any) -> Metrics:
         """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
@@ -220,6 +246,7 @@ class TextAlgorithm(Trainable):
         self._evaluation_rows: Sequence[Any] | None = None
         self._rollout: Rollout | None = None
         self._batch: Batch | None = None
+        self._ages: Metrics = {}
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
         self._fitted = s = fitted(s, self.tokenizer)
@@ -239,7 +266,8 @@ class TextAlgorithm(Trainable):
             self._announce_plan(self.learners.local_policy)
         if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
             scorer = build_scorer(s, self.tokenizer, self._runtime)
-            self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
+            longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
+            self.runners = build_runners(s, self._make_model, self.learners, self._runtime, longest)
             self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
 
     def _announce_plan(self, policy: Any) -> None:
@@ -304,6 +332,7 @@ class TextAlgorithm(Trainable):
                 "truncated_fraction": float((~rollout.completions.stopped).mean()),
                 "flat_groups_fraction": float((~spread).float().mean()),
                 "reward_failures": self.rollouts.reward_failures if self.rollouts is not None else 0,
+                **self._ages,
             }
         if batch is not None and "ref_logp" in batch.tensors and "logp" in batch.tensors:
             weight = sample_weight(batch.mask)

@@ -187,9 +187,12 @@ def build_learners(
 
 
 def build_runners(
-    s: TextSettings, make_model: Callable[[], nn.Module], learners: LearnerGroup, runtime: GetRuntime
+    s: TextSettings, make_model: Callable[[], nn.Module], learners: LearnerGroup, runtime: GetRuntime, longest: int
 ) -> TokenRunners:
-    """Return the token runners; one in the driver reads the model of a learner that is there as well."""
+    """Return the token runners; one in the driver reads the model of a learner that is there as well.
+
+    longest: tokens of the longest prompt that is trained on.
+    """
     count = s.token_runners.num_token_runners
     policy = learners.local_policy
     return TokenRunners(
@@ -203,6 +206,9 @@ def build_runners(
         max_slots=s.generation.max_slots,
         exact=s.generation.exact,
         torch_threads=(s.token_runners.torch_threads or share_of_cores(count)) if count else None,
+        on_new_weights=s.token_runners.on_new_weights,
+        max_tokens=longest + s.generation.max_new_tokens,
+        max_new_tokens=s.generation.max_new_tokens,
     )
 
 
@@ -222,6 +228,10 @@ def build_rollouts(
         truncated_score=s.reward.truncated_score,
         shuffle=s.prompts.shuffle,
         seed=s.runtime.seed,
+        num_prompts=s.prompts.prompts_per_iteration,
+        samples_per_prompt=s.prompts.samples_per_prompt,
+        max_age=getattr(s.training, "max_age", 0),
+        when_old=s.token_runners.when_old,
     )
 
 

@@ -11,6 +11,8 @@ import torch
 
 from rlx.generation.request import Request, Sampling
 from rlx.metrics import Clock, Metrics
+from rlx.rollout.age import WhenOld
+from rlx.rollout.group_arrivals import GroupArrivals
 from rlx.rollout.token_rows import token_batch, token_trajectory
 from rlx.rollout.token_runner import Completions
 from rlx.rollout.token_runners import TokenRunners
@@ -91,21 +93,37 @@ class Rollouts:
         truncated_score: float | None,
         shuffle: bool,
         seed: int,
+        num_prompts: int,
+        samples_per_prompt: int,
+        max_age: int = 0,
+        when_old: WhenOld = "wait",
     ) -> None:
+        """num_prompts, samples_per_prompt: what `sample` returns. max_age: 0 has the runners work in `sample` only."""
         self.prompts, self.runners, self.scorer, self.tokenizer = prompts, runners, scorer, tokenizer
         self.stops, self.sampling = stops, sampling
         self.position = 0
         self.reward_failures = 0
         self._max_new_tokens, self._truncated_score = max_new_tokens, truncated_score
         self._shuffle, self._seed = shuffle, seed
+        self._num_prompts, self._samples_per_prompt = num_prompts, samples_per_prompt
+        self._arrivals: GroupArrivals | None = None
+        if max_age:
+            limits: dict[str, Any] = {"per_batch": num_prompts, "max_age": max_age, "when_old": when_old}
+            self._arrivals = runners.arrive(self._request, sampling, **limits)
 
-    def sample(self, num_prompts: int, samples_per_prompt: int, clock: Clock) -> Rollout:
-        """Return completions of the next prompts."""
-        rows = order(len(self.prompts), self.position, num_prompts, self._seed, self._shuffle)
-        numbers = range(self.position, self.position + num_prompts)
-        chosen = [self.prompts[row] for row in rows]
-        rollout = self.complete(chosen, samples_per_prompt, numbers, TRAINING, self.sampling, clock)
-        self.position += num_prompts
+    def sample(self, clock: Clock) -> Rollout:
+        """Return completions of the next prompts; where runners work ahead, of those that were completed next."""
+        if self._arrivals is None:
+            numbers = range(self.position, self.position + self._num_prompts)
+            prompts, samples = [self._prompt(number) for number in numbers], self._samples_per_prompt
+            rollout = self.complete(prompts, samples, numbers, TRAINING, self.sampling, clock)
+            self.position += self._num_prompts
+        else:
+            with clock.measure("generate_s"):
+                groups = self._arrivals.take()
+            completions = Completions.concatenate([group.completions for group in groups])
+            prompts = [self._prompt(group.number) for group in groups]
+            rollout = self._scored(prompts, self._samples_per_prompt, completions, clock)
         self.reward_failures += int((~rollout.counts).sum())
         return rollout
 
@@ -119,13 +137,18 @@ class Rollouts:
         clock: Clock,
     ) -> Rollout:
         """Return scored completions of `prompts`; what is drawn depends on each one's number and the stream."""
-        limit, seeds = self._max_new_tokens, [self._draw_seed(stream, number) for number in numbers]
         requests = [
-            Request(prompt.tokens, samples_per_prompt, limit, seed, self.stops)
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            self._request_of(prompt, samples_per_prompt, stream, number)
+            for prompt, number in zip(prompts, numbers, strict=True)
         ]
         with clock.measure("generate_s"):
             completions = self.runners.generate(requests, sampling)
+        return self._scored(prompts, samples_per_prompt, completions, clock)
+
+    def _scored(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, completions: Completions, clock: Clock
+    ) -> Rollout:
+        """Return the rollout of these completions of each prompt."""
         asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         with clock.measure("score_s"):
             texts = [decode(self.tokenizer, tokens, self.stops) for tokens in completions.split(completions.tokens)]
@@ -142,6 +165,17 @@ class Rollouts:
             batch.tensors |= {name: torch.from_numpy(column) for name, column in of_samples.items()}
         return Rollout(asked, texts, completions, score, scores.mask, trajectory, batch)
 
+    def _prompt(self, number: int) -> Prompt:
+        """Return the prompt of this number, counted over the whole run."""
+        return self.prompts[order(len(self.prompts), number, 1, self._seed, self._shuffle)[0]]
+
+    def _request(self, number: int) -> Request:
+        return self._request_of(self._prompt(number), self._samples_per_prompt, TRAINING, number)
+
+    def _request_of(self, prompt: Prompt, samples: int, stream: int, number: int) -> Request:
+        """Return what is asked for; what is drawn depends on the number and the stream."""
+        return Request(prompt.tokens, samples, self._max_new_tokens, self._draw_seed(stream, number), self.stops)
+
     def _draw_seed(self, stream: int, number: int) -> int:
         return int(np.random.SeedSequence([self._seed, stream, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -149,18 +183,26 @@ class Rollouts:
         """Return how many runners, and actors of reward models, were started again since the last call."""
         return self.runners.take_restarts() + self.scorer.take_restarts()
 
+    def take_dropped(self) -> int:
+        """Return how many tokens were dropped, as they were too old, since the last call."""
+        return 0 if self._arrivals is None else self._arrivals.take_dropped()
+
     def close(self) -> None:
         """End the processes of runners and scorers."""
         self.runners.close()
         self.scorer.close()
 
     def get_state(self) -> dict[str, Any]:
-        """Return how far the prompts are used."""
-        return {"position": self.position, "reward_failures": self.reward_failures}
+        """Return how far the prompts are used; of runners that work ahead, which ones were not learned from yet."""
+        ahead = None if self._arrivals is None else self._arrivals.get_state()
+        position = self.position if ahead is None else ahead["next"]
+        return {"position": position, "reward_failures": self.reward_failures, "ahead": ahead}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`."""
         self.position, self.reward_failures = int(state["position"]), int(state["reward_failures"])
+        if self._arrivals is not None:
+            self._arrivals.set_state(state.get("ahead") or {"next": self.position, "open": []})
 
 
 class FunctionScorer:

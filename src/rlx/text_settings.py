@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainSerializer, PositiveFloat, WithJsonSchema
 
 from rlx.config import AlgorithmConfig
 from rlx.config_lookup import check_callable
 from rlx.errors import ConfigError
+from rlx.rollout.age import OnNewWeights, WhenOld
 from rlx.schedule import Schedule
 from rlx.section import Allowed, Section, plain, spelled
 from rlx.settings import CallbacksSection, CheckpointingSection, ReportingSection, RuntimeSection, StopSection
@@ -177,6 +178,14 @@ class TokenRunnersSection(Section):
     learner's own."""
     torch_threads: int | None = Field(default=None, gt=0)
     """CPU threads that each uses; null: the cores of this machine, shared out."""
+    when_old: WhenOld = "wait"
+    """With training.max_age above 0, how it is kept. wait: runners begin what can be learned from in time, and learners
+    wait for a slow completion that would be too old in the next update; pace: nobody waits for that one, it is dropped;
+    drop: runners are not held back either, and the oldest are dropped. dropped_env_steps counts dropped tokens."""
+    on_new_weights: OnNewWeights = "finish"
+    """With training.max_age above 0, what becomes of sequences under way when new weights come. finish: they end with
+    the old ones, and others begin after them; keep_cache: they go on with the new weights, on keys and values of the
+    old; refresh_cache: those are computed again."""
 
 
 class TextTrainingSection(Section):
@@ -198,6 +207,17 @@ class TextTrainingSection(Section):
     """Passes over each iteration's sequences."""
     minibatch_sequences: int | None = Field(default=None, gt=0)
     """Sequences, or pairs, in one optimizer step; null: all of an iteration."""
+
+
+class RolloutTrainingSection(TextTrainingSection):
+    """What algorithms have beside it that learn from completions."""
+
+    max_age: int = Field(default=0, ge=0)
+    """How many updates the weights that drew a token may be behind those that learn from it. 0: generating and learning
+    take turns; above: token runners go on while learners learn, which token_runners.num_token_runners is needed for."""
+    importance_cap: PositiveFloat | None = 2.0
+    """With max_age above 0, losses of tokens are weighted by how much likelier the policy finds them than the one that
+    drew them, at most by this (truncated importance sampling); null: not at all."""
 
 
 class TextLearnersSection(Section):
@@ -355,4 +375,9 @@ def _check_rollouts(s: TextSettings) -> None:
         raise ConfigError(
             f"generation.top_k={g.top_k}, top_p={g.top_p}, min_p={g.min_p}, temperature={g.temperature}: training "
             "needs completions drawn from the policy itself; set top_k=0, top_p=1, min_p=0, temperature above 0."
+        )
+    if getattr(s.training, "max_age", 0) and not s.token_runners.num_token_runners:
+        raise ConfigError(
+            f"training.max_age={s.training.max_age} has token runners work while learners do, so they need processes "  # type: ignore[attr-defined]
+            "of their own: set token_runners.num_token_runners to 1 or more, or max_age to 0."
         )

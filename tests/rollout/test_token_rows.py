@@ -14,7 +14,7 @@ COMPLETIONS = Completions(
     logp=np.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0, -7.0], np.float32),
     length=np.array([3, 3, 1]),
     stopped=np.array([T, F, T]),
-    version=np.array([2, 3, 3]),
+    version=np.array([2, 2, 4, 3, 3, 3, 5]),
 )
 
 
@@ -29,7 +29,7 @@ def test_rows_by_hand():
         "reward": [[0, 0, 0, 0, 0.5], [0, 0, 0.25, 0, 0], [0, -1, 0, 0, 0]],
         "terminated": [[F, F, F, F, T], [F, F, F, F, F], [F, T, F, F, F]],
         "truncated": [[F, F, F, F, F], [F, F, T, F, F], [F, F, F, F, F]],
-        "weights_version": [[2] * 5, [3] * 5, [3] * 5],
+        "weights_version": [[0, 0, 2, 2, 4], [3, 3, 3, 0, 0], [0, 5, 0, 0, 0]],
         "length": [5, 3, 2],
     }
     assert rows.tensors.keys() == expected.keys()
@@ -46,7 +46,7 @@ def test_tokens_are_never_taken_for_what_they_look_like():
         logp=np.array([-1.0, -2.0, -3.0], np.float32),
         length=np.array([3]),
         stopped=np.array([F]),
-        version=np.array([0]),
+        version=np.zeros(3, np.int64),
     )
     rows = token_batch(token_trajectory([(9, 0)], completions, np.ones(1, np.float32)), np.array([4]))
     assert rows.obs.tolist() == [[9, 0, 9, 0]]

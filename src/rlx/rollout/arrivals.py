@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from rlx.actors import Err, Future
-from rlx.actors.future import nothing
+from rlx.rollout.call_loop import PATIENCE_S, CallLoop
 from rlx.rollout.runner_actors import Call, RunnerActors
 from rlx.rollout.sample import Sample
 from rlx.trajectory import Trajectory
 
 ASKED_PER_RUNNER = 2  # one that it works at, and one to go on with while the first is being looked at
-PATIENCE_S = 1.0  # between two looks at whether the thread is still alive
-STOP_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -31,7 +27,7 @@ class Arrival:
     """Seconds that `take` waited for it."""
 
 
-class Arrivals:
+class Arrivals(CallLoop):
     """Keeps every runner at work in a thread, and joins each `per_batch` fragments into one Arrival.
 
     At most `max_ahead` batches are being collected or wait, counted from the one being learned from (`used` says that
@@ -49,19 +45,14 @@ class Arrivals:
         queue_size: int = 1,
         when_full: str = "wait",
     ) -> None:
-        self._actors, self._num_steps = actors, num_steps
+        super().__init__(actors)
+        self._num_steps = num_steps
         self._per_batch, self._max_ahead = per_batch, max_ahead
         self._queue_size, self._drops = queue_size, when_full == "drop_oldest"
-        self._calls: list[Call] = []
         self._samples: list[Sample] = []  # of the next batch
         self._queue: deque[Arrival] = deque()
         self._ahead = 0  # fragments asked for, of batches that are not used yet
         self._dropped_steps = 0
-        self._changed = threading.Condition()
-        self._bell: Future[None] = Future("arrivals", "bell")
-        self._thread: threading.Thread | None = None
-        self._stopping = False
-        self._error: BaseException | None = None
 
     def take(self) -> Arrival:
         """Return the oldest batch that waits, or the next one. The thread below has a deadline for each runner."""
@@ -69,9 +60,7 @@ class Arrivals:
         with self._changed:
             self._start()
             while not self._queue:
-                if self._error is not None:
-                    error, self._error, self._thread = self._error, None, None
-                    raise error
+                self._raise_error()
                 self._changed.wait(PATIENCE_S)
             arrival = self._queue.popleft()
             self._changed.notify_all()
@@ -95,15 +84,6 @@ class Arrivals:
             dropped, self._dropped_steps = self._dropped_steps, 0
         return dropped
 
-    def pause(self) -> None:
-        """Ask the runners for nothing more until the next `take`; what has arrived, and what is asked for, stays."""
-        with self._changed:
-            thread, self._stopping = self._thread, True
-            self._ring()
-        if thread is not None:
-            thread.join(STOP_TIMEOUT_S)
-        self._thread = None
-
     def forget(self) -> None:
         """Begin anew, with nothing asked for and nothing waiting."""
         self.pause()
@@ -112,39 +92,15 @@ class Arrivals:
         self._queue.clear()
         self._ahead = 0
 
-    def _start(self) -> None:
-        if self._thread is None and self._error is None:
-            self._stopping = False
-            self._thread = threading.Thread(target=self._run, name="rlx-arrivals", daemon=True)
-            self._thread.start()
+    def _settle(self) -> None:
+        if len(self._samples) == self._per_batch:
+            self._deliver()
 
-    def _ring(self) -> None:
-        """Wake the thread, wherever it waits."""
-        bell, self._bell = self._bell, Future("arrivals", "bell")
-        bell.settle(nothing)
-        self._changed.notify_all()
+    def _hear(self, call: Call) -> None:
+        self._samples.append(call.value)
 
-    def _run(self) -> None:
-        try:
-            while True:
-                if len(self._samples) == self._per_batch:
-                    self._deliver()
-                with self._changed:
-                    if self._stopping:
-                        return
-                    bell = self._bell
-                    self._ask()
-                call = self._actors.first(self._calls, bell)
-                if call is not None:
-                    self._calls.remove(call)
-                    self._samples.append(call.value)
-        except BaseException as error:
-            with self._changed:
-                lost = [call for call in self._calls if isinstance(call.outcome, Err)]
-                self._calls = [call for call in self._calls if call not in lost]
-                self._ahead -= len(lost)
-                self._error = error
-                self._changed.notify_all()
+    def _give_up(self, calls: list[Call]) -> None:
+        self._ahead -= len(calls)
 
     def _ask(self) -> None:
         """Ask for as many fragments as are allowed, whoever has the fewest to do first."""

@@ -18,17 +18,19 @@ def token_trajectory(prompts: Sequence[Sequence[int]], completions: Completions,
     token of its completion. A step reads a token (`obs`) and acts with the one that follows (`action`); only steps that
     act with a token of the completion count (`mask`). Values are not known yet and are 0.
     """
-    tokens, logps = completions.split(completions.tokens), completions.split(completions.logp)
+    columns = (completions.tokens, completions.logp, completions.version)
+    tokens, logps, versions = (completions.split(column) for column in columns)
     first_S = np.array([len(prompt) - 1 for prompt in prompts], np.int64)  # the step that acts with its first token
     end_S = first_S + completions.length
     shape = len(prompts), int(end_S.max(initial=1))
     obs, action = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     logp, reward = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    version = np.zeros(shape, np.int64)
     for row, (prompt, completion) in enumerate(zip(prompts, tokens, strict=True)):
         first, end = first_S[row], end_S[row]
         obs[row, : first + 1], obs[row, first + 1 : end] = prompt, completion[:-1]
         action[row, :first], action[row, first:end] = prompt[1:], completion
-        logp[row, first:end] = logps[row]
+        logp[row, first:end], version[row, first:end] = logps[row], versions[row]
     step = np.arange(shape[1])
     mask = (step >= first_S[:, None]) & (step < end_S[:, None])
     last = mask & (step == end_S[:, None] - 1)
@@ -45,7 +47,7 @@ def token_trajectory(prompts: Sequence[Sequence[int]], completions: Completions,
         truncated=(last & ~completions.stopped[:, None]).T,
         mask=mask.T,
         first=np.broadcast_to(step[:, None] == 0, shape[::-1]),
-        weights_version=np.broadcast_to(completions.version, shape[::-1]),
+        weights_version=version.T,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -11,10 +11,12 @@ from torch import nn
 
 from rlx.actors import Published
 from rlx.actors.interface import AnyChannel
+from rlx.generation.generation import Generation
 from rlx.generation.generator import Generator
 from rlx.generation.request import Completion, Request, Sampling
 from rlx.nets.flat import FlatParameters
 from rlx.nets.threads import limit_threads
+from rlx.rollout.age import OnNewWeights
 
 
 @dataclass
@@ -30,12 +32,12 @@ class Completions:
     stopped: np.ndarray
     """bool [S]: a stop token ended it; False: the limit did."""
     version: np.ndarray
-    """int64 [S]: version of the weights that it was drawn with."""
+    """int64 [N]: version of the weights that each token was drawn with."""
     busy_s: float = 0.0
     """Seconds that generating took."""
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
-        """Return `tokens` or `logp` by completion."""
+        """Return `tokens`, `logp` or `version` by completion."""
         return np.split(values, np.cumsum(self.length)[:-1])
 
     @staticmethod
@@ -51,6 +53,8 @@ class TokenRunner:
 
     build_model: makes the model; or the model itself, whose parameters somebody else changes in place. channel: where
     weights are published as {"weights": flat float32 of all that is trained}; a call begins with the newest.
+    on_new_weights: what `advance` does with what is under way when new ones come. max_tokens, max_new_tokens: the
+    longest prompt and completion together, and the longest completion, that it is asked to advance.
     """
 
     def __init__(
@@ -61,6 +65,9 @@ class TokenRunner:
         exact: bool = False,
         torch_threads: int | None = None,
         policy_channel: AnyChannel | None = None,
+        on_new_weights: OnNewWeights = "finish",
+        max_tokens: int = 0,
+        max_new_tokens: int = 0,
     ) -> None:
         if torch_threads is not None:
             limit_threads(torch_threads)
@@ -70,6 +77,9 @@ class TokenRunner:
         self._parameters = FlatParameters(model) if is_own else None
         self._generator = Generator(model, max_slots=max_slots, exact=exact)
         self._published: Published | None = None  # the last one taken
+        self._on_new_weights, self._lengths = on_new_weights, {"length": max_tokens, "limit": max_new_tokens}
+        self._generation: Generation | None = None
+        self._unfinished: dict[int, list[Completion | None]] = {}  # of `advance`, by number: its samples so far
         self.version = 0
 
     def spaces(self) -> int | None:
@@ -85,24 +95,72 @@ class TokenRunner:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, with the newest weights."""
-        published = self._channel.latest() if self._channel is not None else None
-        if published is not None and published is not self._published:
-            self.set_weights(published.version, published.value["weights"])
-            self._published = published
+        self._take_weights(self._new_weights())
         started = perf_counter()
         made = [one for samples in self._generator.generate(requests, sampling) for one in samples]
-        return _packed(made, self.version, perf_counter() - started)
+        for one in made:
+            one.version[:] = self.version
+        return _packed(made, perf_counter() - started)
+
+    def advance(self, requests: Mapping[int, Request], sampling: Sampling) -> list[tuple[int, Completions]]:
+        """Take up these requests beside those under way, by number; return those that end first, as (number, samples).
+
+        It returns as soon as all samples of a request have ended, and what has not ended by then goes on in the next
+        call. A number under way is not taken up twice. New weights are looked for before every token.
+        """
+        if self._generation is None:
+            self._generation = self._generator.open(sampling, **self._lengths)
+        fresh = {number: request for number, request in requests.items() if number not in self._unfinished}
+        self._generator.check(list(fresh.values()))
+        for number, request in fresh.items():
+            self._generation.add([request], number)
+            self._unfinished[number] = [None] * request.n
+        ended: list[tuple[int, Completions]] = []
+        while self._unfinished and not ended:
+            for number, sample, completion in self._step(self._generation):
+                samples = self._unfinished[number]
+                samples[sample] = completion
+                if (made := [one for one in samples if one is not None]) and len(made) == len(samples):
+                    ended.append((number, _packed(made)))
+                    del self._unfinished[number]
+        return ended
+
+    def forget(self) -> None:
+        """Never mind what is under way."""
+        self._generation, self._unfinished = None, {}
 
     def close(self) -> None:
         """Nothing to close; every runner has it."""
 
+    def _step(self, generation: Generation) -> list[tuple[int, int, Completion]]:
+        """Draw a token for each sample, with new weights if there are any and it is time for them."""
+        new = self._new_weights()
+        waits = new is not None and self._on_new_weights == "finish" and generation.has_begun
+        if not waits and self._take_weights(new) and self._on_new_weights == "refresh_cache":
+            generation.refresh()
+        generation.version = self.version
+        return generation.step(begin=not waits)
 
-def _packed(made: Sequence[Completion], version: int, busy_s: float) -> Completions:
+    def _new_weights(self) -> Published | None:
+        """Return what was published since weights were taken last, if anything."""
+        published = self._channel.latest() if self._channel is not None else None
+        return None if published is self._published else published
+
+    def _take_weights(self, published: Published | None) -> bool:
+        """Generate with these weights from now on; return whether there were any."""
+        if published is None:
+            return False
+        self.set_weights(published.version, published.value["weights"])
+        self._published = published
+        return True
+
+
+def _packed(made: Sequence[Completion], busy_s: float = 0.0) -> Completions:
     return Completions(
         tokens=np.concatenate([np.zeros(0, np.int64), *(one.tokens for one in made)]),
         logp=np.concatenate([np.zeros(0, np.float32), *(one.logp for one in made)]),
         length=np.array([len(one.tokens) for one in made], np.int64),
         stopped=np.array([one.stopped for one in made], bool),
-        version=np.full(len(made), version, np.int64),
+        version=np.concatenate([np.zeros(0, np.int64), *(one.version for one in made)]),
         busy_s=busy_s,
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from rlx.actors import Restart, Runtime
 from rlx.generation.request import Request, Sampling
+from rlx.rollout.group_arrivals import GroupArrivals
 from rlx.rollout.runner_actors import Advice, RunnerActors
 from rlx.rollout.token_runner import Completions, TokenRunner
 
@@ -44,6 +45,7 @@ class TokenRunners:
     ) -> None:
         self._local: TokenRunner | None = None
         self._actors: RunnerActors | None = None
+        self._arrivals: GroupArrivals | None = None
         if num_runners == 0:
             self._local = TokenRunner(build_model if local_model is None else local_model, **runner_options)
             self.num_weights = self._local.spaces()
@@ -69,13 +71,21 @@ class TokenRunners:
             self._local.set_weights(version, sent)
         else:
             assert self._actors is not None
-            self._actors.publish(version, {"weights": sent})
+            (self._arrivals or self._actors).publish(version, {"weights": sent})
+
+    def arrive(self, make_request: Callable[[int], Request], sampling: Sampling, **limits: Any) -> GroupArrivals:
+        """Return what keeps the runners at work, within `limits` of GroupArrivals, while others learn."""
+        assert self._actors is not None, "a runner in this process works at nothing while others do"
+        self._arrivals = GroupArrivals(self._actors, make_request, sampling, **limits)
+        return self._arrivals
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, in their order."""
         if self._local is not None:
             return self._local.generate(requests, sampling)
         assert self._actors is not None
+        if self._arrivals is not None:
+            self._arrivals.pause()
         count = len(self._actors)
         shares = [requests[len(requests) * i // count : len(requests) * (i + 1) // count] for i in range(count)]
         calls = [
@@ -91,5 +101,7 @@ class TokenRunners:
 
     def close(self) -> None:
         """End the runners' processes."""
+        if self._arrivals is not None:
+            self._arrivals.pause()
         if self._actors is not None:
             self._actors.close()

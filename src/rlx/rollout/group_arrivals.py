@@ -1,0 +1,165 @@
+"""GroupArrivals: completions of prompts in the order in which they end, while runners and learners work together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlx.generation.request import Request, Sampling
+from rlx.rollout.age import WhenOld
+from rlx.rollout.call_loop import PATIENCE_S, CallLoop
+from rlx.rollout.runner_actors import Call, RunnerActors
+from rlx.rollout.token_runner import Completions
+
+ASKED_PER_RUNNER = 2  # one that it works at, and one to go on with while the answer is on its way
+
+
+@dataclass
+class Group:
+    """The completions of one prompt."""
+
+    number: int
+    """Of the prompt, counted over the whole run."""
+    version: int
+    """The newest weights when it was asked for: no token of it is of older ones."""
+    completions: Completions
+
+
+class GroupArrivals(CallLoop):
+    """Keeps token runners at work in a thread; `take` returns groups to learn from.
+
+    A batch is `per_batch` groups, learned from in one version of the weights. The age of a group is the versions that
+    came after the one it was asked for with; it is max_age at most where it is learned from.
+    make_request: returns what is asked for by its number. What a lost runner had not finished is asked for again.
+    """
+
+    def __init__(
+        self,
+        actors: RunnerActors,
+        make_request: Callable[[int], Request],
+        sampling: Sampling,
+        *,
+        per_batch: int,
+        max_age: int,
+        when_old: WhenOld = "wait",
+    ) -> None:
+        super().__init__(actors)
+        self._make_request, self._sampling = make_request, sampling
+        self._per_batch, self._max_age, self._when_old = per_batch, max_age, when_old
+        self._version, self._is_learning = 0, False
+        self._next = 0  # number
+        self._again: list[int] = []  # numbers below it that have to be asked for once more
+        self._asked: dict[int, int] = {}  # number -> version, of what has not arrived
+        self._given: list[dict[int, Request]] = [{} for _ in range(len(actors))]  # of it, what each runner has
+        self._unsent: list[list[int]] = [[] for _ in range(len(actors))]  # and what it has not been told of
+        self._arrived: list[Group] = []
+        self._dropped_tokens = 0
+
+    def take(self) -> list[Group]:
+        """Return the groups of the next batch, the oldest first; while it is learned from, less is asked for.
+
+        It waits for them; each runner has a deadline. What a runner raised, this raises.
+        """
+        with self._changed:
+            self._start()
+            while (batch := self._pick()) is None:
+                self._raise_error()
+                self._changed.wait(PATIENCE_S)
+            self._arrived = [group for group in self._arrived if group not in batch]
+            self._is_learning = True
+            self._ring()
+        return batch
+
+    def publish(self, version: int, value: Mapping[str, Any]) -> None:
+        """Have what is asked for from now on begin with these weights."""
+        with self._changed:
+            self._actors.publish(version, value)
+            self._version, self._is_learning = version, False
+            self._ring()
+
+    def take_dropped(self) -> int:
+        """Return how many tokens were dropped, as they were too old, since the last call."""
+        with self._changed:
+            dropped, self._dropped_tokens = self._dropped_tokens, 0
+        return dropped
+
+    def get_state(self) -> dict[str, Any]:
+        """Return which numbers were taken: those below `next` that are not in `open`."""
+        with self._changed:
+            waiting = [*self._again, *self._asked, *(group.number for group in self._arrived)]
+            return {"next": self._next, "open": sorted(waiting)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Forget all that was asked for or has arrived, and go on from `get_state`."""
+        self.pause()
+        self._actors.forget(self._calls)
+        self._calls, self._error, self._is_learning = [], None, False
+        self._asked, self._arrived = {}, []
+        for runner in range(len(self._actors)):
+            self._given[runner], self._unsent[runner] = {}, []
+        self._actors.gather([self._actors.ask(runner, "forget", tuple) for runner in range(len(self._actors))])
+        self._next, self._again = int(state["next"]), [int(number) for number in state["open"]]
+
+    def _pick(self) -> list[Group] | None:
+        """Return the groups to be learned from now; None where some have to be waited for."""
+        if self._when_old != "wait":
+            self._drop([group for group in self._arrived if self._version - group.version > self._max_age])
+        batch = sorted(self._arrived, key=lambda group: group.version)[: self._per_batch]
+        if len(batch) < self._per_batch:
+            return None
+        if self._when_old == "wait":
+            taken = {group.number for group in batch}
+            versions = [*self._asked.values(), *(one.version for one in self._arrived if one.number not in taken)]
+            for ahead in range(self._max_age + 1):  # what is left has to fit into the updates before it is too old
+                due = sum(version + self._max_age <= self._version + ahead for version in versions)
+                if due > ahead * self._per_batch:
+                    return None
+        return batch
+
+    def _drop(self, groups: Sequence[Group]) -> None:
+        self._dropped_tokens += sum(len(group.completions.tokens) for group in groups)
+        self._arrived = [group for group in self._arrived if group not in groups]
+
+    def _ask(self) -> None:
+        """Give each runner as many prompts as may be begun, whoever has the fewest first, and something to do."""
+        while self._may_ask():
+            number = self._again.pop(0) if self._again else self._next
+            self._next = max(self._next, number + 1)
+            runner = min(range(len(self._actors)), key=lambda one: len(self._given[one]))
+            self._asked[number] = self._version
+            self._given[runner][number] = self._make_request(number)
+            self._unsent[runner].append(number)
+        for runner, given in enumerate(self._given):
+            calls = sum(call.runner == runner for call in self._calls)
+            if given and (not calls or (self._unsent[runner] and calls < ASKED_PER_RUNNER)):
+                self._calls.append(self._call(runner))
+
+    def _may_ask(self) -> bool:
+        batches = self._max_age + (not self._is_learning)
+        if self._when_old == "drop":
+            return len(self._asked) < (self._max_age + 1) * self._per_batch
+        return len(self._asked) + len(self._arrived) < batches * self._per_batch
+
+    def _call(self, runner: int) -> Call:
+        fresh = {number: self._given[runner][number] for number in self._unsent[runner]}
+        self._unsent[runner] = []
+        asked: list[bool] = []
+
+        def arguments() -> tuple[Mapping[int, Request], Sampling]:
+            """A runner that was started again knows nothing of what the one before had not finished."""
+            is_again = bool(asked)
+            asked.append(True)
+            return (dict(self._given[runner]) if is_again else fresh), self._sampling
+
+        return self._actors.ask(runner, "advance", arguments)
+
+    def _hear(self, call: Call) -> None:
+        with self._changed:
+            for number, completions in call.value:
+                if self._given[call.runner].pop(number, None) is not None:
+                    self._arrived.append(Group(number, self._asked.pop(number), completions))
+            if self._when_old == "drop":
+                most = (self._max_age + 1) * self._per_batch
+                self._drop(sorted(self._arrived, key=lambda group: group.version)[: max(0, len(self._arrived) - most)])
+            self._changed.notify_all()

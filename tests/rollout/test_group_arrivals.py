@@ -1,0 +1,204 @@
+"""Groups as they arrive from real token runners; and which are taken when, by hand."""
+
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlx import actors
+from rlx.actors import Restart
+from rlx.errors import ConfigError
+from rlx.generation.request import Request, Sampling
+from rlx.nets.flat import FlatParameters
+from rlx.rollout.group_arrivals import Group, GroupArrivals
+from rlx.rollout.token_runner import Completions
+from rlx.rollout.token_runners import TokenRunners
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SAMPLES, NEW = 2, 6
+
+
+def build_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=13, max_position_embeddings=64, **SIZES)).eval()
+
+
+def request(number):
+    """One prompt takes twenty times as long as the others."""
+    limit = 56 if number % 7 == 3 else 2 + number % 4
+    return Request([1, 2, number % 13], n=SAMPLES, max_new_tokens=limit, seed=number)
+
+
+@pytest.fixture
+def make_runners():
+    with actors.runtime("local") as runtime:
+        made = []
+
+        def make(count=2, **options):
+            runners = TokenRunners(
+                build_model,
+                num_runners=count,
+                runtime=lambda: runtime,
+                restart=Restart(max=3, per_s=60.0),
+                torch_threads=1,
+                max_tokens=64,
+                max_new_tokens=56,
+                **options,
+            )
+            made.append(runners)
+            return runners, runtime
+
+        yield make
+        for runners in made:
+            runners.close()
+
+
+def weights(scale=1.0):
+    return FlatParameters(build_model()).numpy().copy() * scale
+
+
+def take(arrivals, runners, batches, first=0):
+    """Return the groups of so many batches, with the version that each was taken with."""
+    taken = []
+    for version in range(first, first + batches):
+        taken += [(group, version) for group in arrivals.take()]
+        runners.publish(version + 1, partial(weights, 1 + 0.01 * version))
+    return taken
+
+
+@pytest.mark.parametrize("when_old", ["wait", "pace", "drop"])
+@pytest.mark.parametrize("on_new_weights", ["finish", "keep_cache", "refresh_cache"])
+def test_no_prompt_is_lost_or_taken_twice_and_no_token_is_too_old(make_runners, when_old, on_new_weights):
+    runners, _ = make_runners(on_new_weights=on_new_weights)
+    arrivals = runners.arrive(request, Sampling(), per_batch=4, max_age=1, when_old=when_old)
+    runners.publish(0, weights)
+    taken = take(arrivals, runners, 12)
+    numbers = [group.number for group, _ in taken]
+    assert len(numbers) == len(set(numbers)) == 48
+    for group, version in taken:
+        completions, limit = group.completions, request(group.number).max_new_tokens
+        assert completions.length.tolist() == [limit] * SAMPLES
+        assert version - 1 <= group.version <= completions.version.min() and completions.version.max() <= version
+        if on_new_weights == "finish":
+            assert len(set(completions.version)) == 1
+    state, dropped = arrivals.get_state(), arrivals.take_dropped()
+    missing = set(range(state["next"])) - set(numbers) - set(state["open"])
+    assert sum(SAMPLES * request(number).max_new_tokens for number in missing) == dropped
+    assert when_old != "wait" or not dropped
+
+
+def test_completions_are_those_that_would_have_been_drawn_alone(make_runners):
+    """Who generates, when, and beside whom makes no difference while the weights stay."""
+    runners, _ = make_runners(exact=True)
+    arrivals = runners.arrive(request, Sampling(), per_batch=3, max_age=2)
+    runners.publish(0, weights)
+    groups = [group for _ in range(6) for group in arrivals.take()]
+    alone = TokenRunners(build_model, exact=True)
+    expected = alone.generate([request(group.number) for group in groups], Sampling())
+    found = Completions.concatenate([group.completions for group in groups])
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.logp, expected.logp)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_a_lost_runner_had_under_way_is_made_once_by_its_successor(make_runners, number):
+    runners, runtime = make_runners(generate_timeout_s=2.0, exact=True)
+    arrivals = runners.arrive(request, Sampling(), per_batch=4, max_age=2)
+    runners.publish(0, weights)
+    groups = [group for _ in range(2) for group in arrivals.take()]
+    under_way = arrivals.get_state()["open"]
+    os.kill(runtime.state()["token_runner/0"].pid, number)
+    while not set(under_way) <= {group.number for group in groups}:
+        groups += arrivals.take()
+    numbers = [group.number for group in groups]
+    assert len(numbers) == len(set(numbers))
+    assert runners.take_restarts() == 1
+    expected = TokenRunners(build_model, exact=True).generate([request(one) for one in numbers], Sampling())
+    found = Completions.concatenate([group.completions for group in groups])
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_a_state_is_gone_on_from(make_runners):
+    runners, _ = make_runners()
+    arrivals = runners.arrive(request, Sampling(), per_batch=4, max_age=1)
+    runners.publish(0, weights)
+    before = [group.number for group, _ in take(arrivals, runners, 3)]
+    state = arrivals.get_state()
+    assert sorted(before + state["open"]) == list(range(state["next"]))
+    lost = [group.number for group, _ in take(arrivals, runners, 2, first=3)]
+    arrivals.set_state(state)
+    after = [group.number for group, _ in take(arrivals, runners, 4, first=3)]
+    assert not set(after) & set(before)
+    assert set(state["open"]) | set(lost) <= set(after)
+    assert sorted(before + after + arrivals.get_state()["open"]) == list(range(arrivals.get_state()["next"]))
+
+
+def test_generate_and_arrivals_take_turns(make_runners):
+    """As in an evaluation."""
+    runners, _ = make_runners()
+    arrivals = runners.arrive(request, Sampling(), per_batch=4, max_age=1)
+    runners.publish(0, weights)
+    numbers = [group.number for group in arrivals.take()]
+    made = runners.generate([request(100), request(102)], Sampling())
+    assert made.length.tolist() == [2, 2, 4, 4]
+    numbers += [group.number for group in arrivals.take()]
+    assert len(set(numbers)) == 8
+
+
+def test_what_a_runner_raises_is_raised_where_groups_are_taken(make_runners):
+    runners, _ = make_runners(1)
+    too_long = Request([1] * 70, n=1, max_new_tokens=4)
+    arrivals = runners.arrive(
+        lambda number: too_long if number == 5 else request(number), Sampling(), per_batch=4, max_age=1
+    )
+    runners.publish(0, weights)
+    with pytest.raises(ConfigError, match="the prompt has 70 tokens"):
+        for _ in range(3):
+            arrivals.take()
+
+
+# Which groups are taken -------------------------------------------------------------------------------------------
+
+
+def picked(version, asked, arrived, per_batch=2, max_age=2, when_old="wait"):
+    """Return the versions of the groups that are taken of those that `arrived`, beside those that were only `asked`."""
+    nothing = Completions(
+        np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, int), np.zeros(0, bool), np.zeros(0, int)
+    )
+    arrivals = GroupArrivals((), request, Sampling(), per_batch=per_batch, max_age=max_age, when_old=when_old)
+    arrivals._version = version
+    arrivals._asked = dict(enumerate(asked, 100))
+    arrivals._arrived = [Group(number, of, nothing) for number, of in enumerate(arrived)]
+    batch = arrivals._pick()
+    return None if batch is None else [group.version for group in batch]
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "arrived", "taken"),
+    [
+        (5, [], [5], None),  # half a batch
+        (5, [], [5, 4, 5, 3], [3, 4]),  # the oldest first
+        (5, [3], [4, 5], None),  # 3 would be 3 updates old in the next one
+        (5, [4, 4], [5, 5], [5, 5]),  # these two have one update more
+        (5, [4, 4, 4], [5, 5], None),  # of three, one would not fit into it
+        (5, [4], [3, 4, 5], [3, 4]),
+        (5, [4, 5, 5], [4, 4, 5], [4, 4]),
+        (5, [4, 4], [4, 5, 5], [4, 5]),
+        (5, [], [4, 4, 4, 4], [4, 4]),
+        (5, [5] * 4, [5, 5], [5, 5]),  # version 5 may be learned from by 5, 6 and 7
+        (5, [5] * 5, [5, 5], None),
+    ],
+)
+def test_a_slow_one_is_waited_for_where_it_would_be_too_old_otherwise(version, asked, arrived, taken):
+    assert picked(version, asked, arrived) == taken
+
+
+@pytest.mark.parametrize("when_old", ["pace", "drop"])
+def test_elsewhere_it_is_dropped(when_old):
+    assert picked(5, [3], [4, 5], when_old=when_old) == [4, 5]
+    assert picked(5, [], [2, 4, 5], when_old=when_old) == [4, 5]
+    assert picked(5, [], [2, 5], when_old=when_old) is None
