@@ -238,7 +238,7 @@ class TextAlgorithm(Trainable):
         if self.learners.local_policy is not None:
             self._announce_plan(self.learners.local_policy)
         if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
-            scorer = build_scorer(s, self.tokenizer, self._runtime)
+            scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime)
             self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
             self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
 
