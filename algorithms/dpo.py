@@ -67,7 +67,7 @@ class DPO(PreferenceAlgorithm, config=DPOConfig):
         with torch.no_grad():
             margin = training.beta * log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected)
             stats = {
-                "accuracy": weighted_sum((margin > 0).float(), minibatch.weight),
+                "accuracy": weighted_sum((margin > 0).to(minibatch.weight), minibatch.weight),
                 "reward_margin": weighted_sum(margin, minibatch.weight),
                 "chosen_logp": weighted_sum(chosen, minibatch.weight),
                 "rejected_logp": weighted_sum(rejected, minibatch.weight),

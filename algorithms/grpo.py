@@ -163,5 +163,5 @@ class GRPO(TextAlgorithm, config=GRPOConfig):
             total = total - training.entropy_coef * mean_entropy
         with torch.no_grad():
             stats["kl"] = weighted_sum(kl.k3(minibatch.logp, new_logp), weight)
-            stats["clip_fraction"] = weighted_sum(outside.float(), weight)
+            stats["clip_fraction"] = weighted_sum(outside.to(weight), weight)
         return total, stats

@@ -63,7 +63,7 @@ class RewardModelTrainer(PreferenceAlgorithm, config=RewardModelConfig):
         loss = weighted_sum(pairwise_loss(chosen, rejected, margin), minibatch.weight)
         with torch.no_grad():
             stats = {
-                "accuracy": weighted_sum((chosen > rejected).float(), minibatch.weight),
+                "accuracy": weighted_sum((chosen > rejected).to(minibatch.weight), minibatch.weight),
                 "score_margin": weighted_sum(chosen - rejected, minibatch.weight),
             }
         return loss, stats

@@ -171,5 +171,5 @@ class RLHFPPO(TextAlgorithm, config=RLHFPPOConfig):
             of_policy = of_policy - training.entropy_coef * mean_entropy
         with torch.no_grad():
             stats["kl"] = weighted_sum(kl.k3(minibatch.logp, new_logp), weight)
-            stats["clip_fraction"] = weighted_sum(((ratio - 1).abs() > clip_range).float(), weight)
+            stats["clip_fraction"] = weighted_sum(((ratio - 1).abs() > clip_range).to(weight), weight)
         return coefficients["policy_coef"] * of_policy + training.value_coef * value_loss, stats

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from rlx.cli import main
+from rlx.errors import ConfigError
+from rlx.rollout.token_runners import TokenRunners
+from rlx.text.tokenizers import character_tokenizer
 
 PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 
@@ -178,6 +181,70 @@ SETTINGS = {
 @pytest.mark.parametrize("algorithm, message, change", SETTINGS.values(), ids=SETTINGS)
 def test_settings_that_make_no_sense(algorithm, message, change, fails):
     fails(algorithm, message, change)
+
+
+# Reward models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(tiny_text):
+    """Train a reward model of so long a context into the folder `judge`."""
+
+    def train(context, **model):
+        made = tiny_text("reward_model", model=model, stop={"iterations": 1})
+        made.model(config={**made.settings.model.config, "max_position_embeddings": context})
+        with made.data([PAIR, PAIR | {"prompt": "2+1="}], rows_per_iteration=2).build(run_dir="judge") as algorithm:
+            algorithm.fit()
+
+    return train
+
+
+TOO_SHORT = (
+    r"reward.model=judge has a context of {} tokens, and a prompt with its completion can have {}; set "
+    r"prompts.max_prompt_tokens and generation.max_new_tokens to {} or less together, or take a reward model with a "
+    r"longer context\."
+)
+
+
+def test_a_reward_model_of_too_short_a_context_is_refused_before_anything_is_generated(judge, fails, monkeypatch):
+    """A prompt is 6 tokens long, as 37+58=, and a completion at most 5."""
+    judge(10)
+
+    def never(*arguments):
+        raise AssertionError("it generates")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenRunners, "generate", never)
+        for processes in (0, 1):
+            change = f"reward={{model: judge, num_actors: {processes}}}"
+            fails("grpo", TOO_SHORT.format(10, 11, 10), change)
+    train = ["train", "config.yaml", "--set", "reward={model: judge}", "--run-dir"]
+    assert main([*train, "shorter", "--set", "generation.max_new_tokens=4"]) == 0
+
+
+def test_a_reward_model_that_reads_as_much_as_the_policy_can_write_is_long_enough(judge, tiny_text):
+    """The policy's context of 32 tokens ends a completion before max_new_tokens do."""
+    judge(32)
+    made = tiny_text("grpo", reward={"function": None, "model": "judge"}, generation={"max_new_tokens": 500})
+    with made.build() as algorithm:
+        algorithm.train()
+        assert algorithm.rollout.completions.length.max() == 26
+
+
+@pytest.mark.parametrize("case", ["another tokenizer", "longer prompts of an evaluation"])
+def test_what_cannot_be_told_before_is_refused_as_it_is_scored(case, judge, tiny_text):
+    made = tiny_text("grpo", reward={"function": None, "model": "judge"})
+    if case == "another tokenizer":
+        character_tokenizer("+=9876543210").save_pretrained("other")
+        judge(7, tokenizer="other")
+    else:
+        judge(11)
+        made.evaluation(source=[{"prompt": "1+1+1+1+1+1="}])
+    with made.build() as algorithm:
+        before = algorithm.learners.weights()
+        with pytest.raises(ConfigError, match=TOO_SHORT.format(r"(7|11)", r"(\d+)", r"(7|11)")):
+            algorithm.train() if case == "another tokenizer" else algorithm.evaluate()
+        assert (algorithm.learners.weights() == before).all()
 
 
 # Runs and checkpoints --------------------------------------------------------------------------------------------

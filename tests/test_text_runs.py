@@ -1,5 +1,6 @@
 """Whole runs on text: what they compute depends on settings and seed only, and their folders tell all of it."""
 
+import io
 import json
 import random
 import re
@@ -11,6 +12,8 @@ import pytest
 
 from rlx.checkpoint import list_checkpoints, load_checkpoint
 from rlx.cli import main
+from rlx.envs import addition
+from rlx.generation.generator import Generator
 from rlx.metrics import read_metrics
 
 LATE = {"stop": {"iterations": 8}, "checkpointing": {"interval": 3, "keep": 2}}
@@ -26,11 +29,26 @@ LOGGING = ("rlx.metrics", "JsonlWriter.write")
 SAVING = ("rlx.checkpoint", "_write_durably")
 RENAMING = ("rlx.checkpoint", "_replace")
 
+ADAPTER = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
+PROCESSES = {"num_token_runners": 2, "torch_threads": 1}
+MERGING = ("rlx.text_algorithm", "export_language_model")
+WAITING = ("rlx.rollout.runner_actors", "RunnerActors.gather")
+
 KILLED = {
     "sft": ("sft", {}, [(STEPPING, 5), (SAVING, 4)]),
     "dpo": ("dpo", {}, [(ASKING, 5), (STEPPING, 2), (RENAMING, 1)]),
     "grpo with kl": ("grpo", {"training": KL, "evaluation": WATCHED}, [(GENERATING, 13), (LOGGING, 17), (STEPPING, 7)]),
     "ppo with adaptive kl": ("rlhf_ppo", {"training": ADAPTIVE}, [(SCORING, 5), (SAVING, 3), (GENERATING, 7)]),
+    "grpo with an adapter": (
+        "grpo",
+        {"model": ADAPTER, "training": KL},
+        [(STEPPING, 5), (SAVING, 3), (GENERATING, 13), (MERGING, 1)],
+    ),
+    "grpo with token runners": (
+        "grpo",
+        {"token_runners": PROCESSES, "training": KL},
+        [(WAITING, 5), (STEPPING, 7)],
+    ),
 }
 
 
@@ -110,6 +128,20 @@ def test_a_run_killed_at_random_moments_goes_on_as_if_it_had_not_been(tiny_text,
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "sft"])
+def test_a_data_set_gives_the_run_that_a_file_of_its_rows_gives(algorithm, tiny_text, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    lines = addition.rows("rl" if algorithm == "grpo" else "sft", limit=20)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    section = "prompts" if algorithm == "grpo" else "data"
+    for name, source in (("data_set", datasets.Dataset.from_list(lines)), ("file", str(tmp_path / "rows.jsonl"))):
+        made = tiny_text(algorithm, stop={"iterations": 3}, **{section: {"source": source, "kwargs": {}}})
+        with made.build(run_dir=tmp_path / name) as run:
+            run.fit()
+    assert len(rows(tmp_path / "file/metrics.jsonl")) == 3
+    assert_same_run(tmp_path / "data_set", tmp_path / "file")
+
+
 # What can be done with a run -------------------------------------------------------------------------------------
 
 
@@ -129,8 +161,6 @@ def says(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_every_command_serves_a_run_on_text(tiny_text, says, monkeypatch):
-    import io
-
     from transformers import AutoModelForCausalLM
 
     made = tiny_text("grpo", training=KL, evaluation=WATCHED, stop={"iterations": 2})
@@ -185,3 +215,68 @@ def test_a_supervised_run_is_evaluated_by_its_loss(tiny_text, says):
     loss = read_metrics(Path("run/metrics.jsonl"))[-1]["evaluation/loss"]
     assert says("eval", "run").split() == ["loss", f"{loss:.5g}"]
     assert not Path("run/samples.jsonl").exists()
+
+
+TURNS = (
+    "{% for message in messages %}{{ '+' if message.role == 'user' else '=' }}{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
+)
+"""A chat template in the characters of the addition: +question=answer, turn by turn."""
+
+
+def test_a_chat_asks_what_the_template_makes_of_the_whole_conversation(tiny_text, says, monkeypatch):
+    tokenizer = addition.tokenizer()
+    tokenizer.chat_template = TURNS
+    tokenizer.save_pretrained("talker")
+    made = tiny_text("sft", model={"tokenizer": "talker"}, stop={"iterations": 1})
+    Path("config.yaml").write_text(made.to_yaml())
+    says("train", "config.yaml", "--run-dir", "run")
+    asked = []
+    generate = Generator.generate
+
+    def watched(self, requests, *more):
+        asked.extend("".join(["<eos>", *addition.ALPHABET][token] for token in request.prompt) for request in requests)
+        return generate(self, requests, *more)
+
+    monkeypatch.setattr(Generator, "generate", watched)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12\n7\n30"))
+    first, second, third = says("chat", "run", "--max-new-tokens", "4").splitlines()
+    assert first and second and re.fullmatch("[0-9+=]{0,4}", third)
+    assert asked == ["+12=", f"+12={first}+7=", f"+12={first}+7={second}+30="]
+
+
+def test_samples_are_written_to_files_as_they_were_drawn(tiny_text, says):
+    from pyarrow import parquet
+
+    def no_ones(prompts, completions):
+        return [float("nan") if "1" in text else len(text) for text in completions]
+
+    made = tiny_text("grpo", training=KL, reporting={"samples_per_iteration": 24}, stop={"iterations": 2})
+    drawn = []
+    with made.reward(no_ones, on_error="mask").build(run_dir="run") as algorithm:
+        sample = algorithm.rollouts.sample
+        algorithm.rollouts.sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
+        algorithm.fit()
+    expected = []
+    for iteration, rollout in enumerate(drawn, 1):
+        completions = rollout.completions
+        columns = completions.split(completions.tokens), completions.split(completions.logp)
+        for prompt, text, tokens, logp in zip(rollout.prompts, rollout.texts, *columns, strict=True):
+            expected.append(
+                {
+                    "iteration": iteration,
+                    "prompt": prompt.text,
+                    "completion": text,
+                    "score": None if "1" in text else float(len(text)),
+                    "truncated": 0 not in tokens,
+                    "tokens": tokens.tolist(),
+                    "logp": pytest.approx(logp.tolist(), abs=1e-5),
+                }
+            )
+    assert 0 < sum(row["score"] is None for row in expected) < len(expected) == 48
+    assert says("samples", "run", "-o", "all.jsonl") == "all.jsonl\n"
+    lines = [json.loads(line) for line in Path("all.jsonl").read_text().splitlines()]
+    assert [{name: row[name] for name in expected[0]} for row in lines] == expected
+    assert says("samples", "run", "-o", "all.parquet") == "all.parquet\n"
+    assert parquet.read_table("all.parquet").to_pylist() == [{"kl": None, "ref_logp": None, **row} for row in lines]
+    assert all(("kl" in row) == (row["score"] is not None) for row in lines)

@@ -79,12 +79,17 @@ class RewardModelActor:
 class RewardModels:
     """Scores completions with a reward model, in this process or on `reward.num_actors` actors.
 
-    Where its tokenizer is the policy's it reads the tokens as they were drawn, else the text, tokenized anew.
+    Where its tokenizer is the policy's it reads the tokens as they were drawn, else the text, tokenized anew. longest:
+    how many tokens of the policy's it may have to read; more than its context raise ConfigError at once, and what
+    cannot be told before, other tokenizers' numbers and prompts of evaluations, as it is scored.
     """
 
-    def __init__(self, run: str, tokenizer: Any, settings: TextSettings, runtime: GetRuntime) -> None:
+    def __init__(self, run: str, tokenizer: Any, settings: TextSettings, runtime: GetRuntime, longest: int) -> None:
         local, self._tokenizer = load_reward_model(run)  # here in any case: a run that is none is refused at once
         self._reads_tokens = self._tokenizer.get_vocab() == tokenizer.get_vocab()
+        self._run, self._context = run, getattr(local.model.config, "max_position_embeddings", None)
+        if self._reads_tokens:
+            self._check_length(longest)
         self._actors: RunnerActors | None = None
         self._local: RewardModelActor | None = None
         r, f = settings.reward, settings.fault_tolerance
@@ -107,6 +112,7 @@ class RewardModels:
         """Return the normalised score of each completion."""
         rows = self._sequences(prompts, texts, completions)
         length = np.array([len(row) for row in rows], np.int64)
+        self._check_length(int(length.max(initial=1)))
         tokens = np.zeros((len(rows), int(length.max(initial=1))), np.int64)
         for place, row in zip(tokens, rows, strict=True):
             place[: len(row)] = row
@@ -131,6 +137,14 @@ class RewardModels:
         """End the actors."""
         if self._actors is not None:
             self._actors.close()
+
+    def _check_length(self, longest: int) -> None:
+        if self._context is not None and longest > self._context:
+            raise ConfigError(
+                f"reward.model={self._run} has a context of {self._context} tokens, and a prompt with its completion "
+                f"can have {longest}; set prompts.max_prompt_tokens and generation.max_new_tokens to {self._context} "
+                "or less together, or take a reward model with a longer context."
+            )
 
     def _sequences(
         self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions

@@ -265,7 +265,7 @@ class TextAlgorithm(Trainable):
         if self.learners.local_policy is not None:
             self._announce_plan(self.learners.local_policy)
         if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
-            scorer = build_scorer(s, self.tokenizer, self._runtime)
+            scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime)
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
             self.runners = build_runners(s, self._make_model, self.learners, self._runtime, longest)
             self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)

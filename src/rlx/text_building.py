@@ -52,8 +52,7 @@ def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
     Raises ConfigError where the tokenizer does not fit the model, or a length its context.
     """
     m = s.model
-    path = None if m.path is None else model_path(m.path)
-    config = language_model_config(path=path, config={"vocab_size": len(tokenizer), **m.config})
+    config = _config_of(m, len(tokenizer))
     check_vocabulary(tokenizer, config.vocab_size)
     context = getattr(config, "max_position_embeddings", None)
     for name in ("reference_path", "value_path"):
@@ -72,6 +71,11 @@ def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
             )
         sections[section] = values.model_copy(update={name: most if wanted is None else wanted})
     return s.model_copy(update=sections)
+
+
+def _config_of(m: TextModelSection, vocabulary: int) -> Any:
+    path = None if m.path is None else model_path(m.path)
+    return language_model_config(path=path, config={"vocab_size": vocabulary, **m.config})
 
 
 def _check_beside(name: str, path: str, config: Any) -> None:
@@ -252,16 +256,26 @@ def _generation_config(m: TextModelSection) -> Any:
         return None
 
 
-def build_scorer(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Scorer:
-    """Return what says how good a completion is: a function, a reward model, or the sum of both."""
+def build_scorer(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, runtime: GetRuntime) -> Scorer:
+    """Return what says how good a completion is: a function, a reward model, or the sum of both.
+
+    Raises ConfigError where a reward model cannot read the longest of these prompts with its completion.
+    """
     r, parts = s.reward, []
     if r.function is not None:
         parts.append(FunctionScorer(RewardFunction(r.function, r.timeout_s, r.on_error)))
     if r.model is not None:
         from rlx.reward_models import RewardModels
 
-        parts.append(RewardModels(r.model, tokenizer, s, runtime))
+        parts.append(RewardModels(r.model, tokenizer, s, runtime, _longest_sequence(s, prompts, tokenizer)))
     return parts[0] if len(parts) == 1 else SumScorer(parts)
+
+
+def _longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any) -> int:
+    """Return how many tokens a prompt and its completion can have, by the settings and by the model's context."""
+    longest = max((len(prompt.tokens) for prompt in prompts), default=0) + s.generation.max_new_tokens
+    context = getattr(_config_of(s.model, len(tokenizer)), "max_position_embeddings", None)
+    return longest if context is None else min(longest, context)
 
 
 def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: int) -> str:

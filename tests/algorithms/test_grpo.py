@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlx.envs import addition
 from rlx.errors import ConfigError
 from rlx.text_building import stop_tokens
 from rlx.trajectory import Batch
@@ -185,6 +186,33 @@ def test_what_is_told_of_an_iteration_is_what_happened(tiny_text):
     assert row["score_mean"] == pytest.approx(rollout.score.mean())
 
 
+@pytest.mark.parametrize("truncated_score", [None, -7.0])
+def test_what_was_cut_gets_the_score_that_is_set_for_it(truncated_score, tiny_text):
+    made = tiny_text("grpo", reward={"truncated_score": truncated_score})
+    made.reward(lambda prompts, completions: [10.0 + len(text) for text in completions])
+    made.evaluation(source="rlx.envs.addition:rows", kwargs={"split": "eval"}, num_rows=20)
+    with made.build() as algorithm:
+        row = algorithm.train()
+        completions, batch = algorithm.rollout.completions, algorithm._batch
+        evaluated = algorithm.evaluate()
+    cut, expected = 0, []
+    for tokens in completions.split(completions.tokens):
+        length = len(tokens) - (tokens[-1] == 0)  # token 0 is EOS, the only end, and no part of the text
+        is_cut = length == 5
+        cut += is_cut
+        expected.append(truncated_score if is_cut and truncated_score else 10.0 + length)
+    assert 0 < cut < 24 and row["truncated_fraction"] == pytest.approx(cut / 24)
+    assert batch.score.tolist() == expected
+    assert batch.reward.gather(1, batch.length[:, None] - 1).flatten().tolist() == expected  # at the last token
+    assert batch.reward.sum(1).tolist() == expected
+    for name in ("score_mean", "episode_return_mean"):
+        assert row[name] == pytest.approx(sum(expected) / 24, rel=1e-6)
+    assert (row["episode_return_min"], row["episode_return_max"]) == (min(expected), max(expected))
+    assert 0 < evaluated["evaluation/truncated_fraction"] < 1
+    worst, best = (evaluated[f"evaluation/episode_return_{name}"] for name in ("min", "max"))
+    assert (worst == -7 and 10 <= best < 15) if truncated_score else (worst >= 10 and best == 15)
+
+
 def test_a_run_that_needs_more_than_there_may_be_is_refused_with_figures_and_cures(tiny_text):
     with pytest.raises(
         ConfigError, match=r"the learner needs .* MB on a device with 0 MB free .*set learners\."
@@ -285,6 +313,36 @@ def test_who_generates_makes_no_difference(tiny_text, ragged, computed):
             rows = [computed(algorithm.train()) for _ in range(2)]
             histories.append((rows, algorithm.learners.weights().tobytes()))
     assert histories[0] == histories[1] == histories[2]
+
+
+def test_an_eos_that_is_also_the_padding_is_drawn_and_learned_like_any(tiny_text, ragged, computed, tmp_path):
+    """Two tokenizers of the same 14 tokens, of which one pads with EOS and one with a token of its own."""
+    outcomes, pads = [], []
+    for pad in ("<eos>", "<pad>"):
+        tokenizer = addition.tokenizer()
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        tokenizer.pad_token = pad
+        tokenizer.save_pretrained(tmp_path / pad)
+        made = tiny_text("grpo", model={"tokenizer": str(tmp_path / pad)}, prompts={"source": ragged, "kwargs": {}})
+        made.reward(lambda prompts, completions: [-float(len(text)) for text in completions]).generation(**LONG)
+        made.training(epochs=2, kl_coef=0.1, lr=0.01)
+        with made.build() as algorithm:
+            pads.append(algorithm.tokenizer.pad_token_id)
+            history = []
+            for _ in range(2):
+                row = algorithm.train()
+                batch, completions = algorithm._batch, algorithm.rollout.completions
+                ends = batch.mask & (batch.action == 0)
+                assert 0 < ends.sum() < 24 and (ends == batch.terminated).all()
+                assert ends.any(1).tolist() == completions.stopped.tolist()
+                assert int(batch.mask.sum()) == int(completions.length.sum())
+                history.append(computed(row))
+            likelier = algorithm.with_columns(batch, "logp").logp - batch.logp
+            short = ends & (batch.advantage > 0.5)
+            assert short.any() and (likelier[short] > 0.02).all()
+            outcomes.append((history, algorithm.learners.weights().tobytes()))
+    assert pads == [0, 13]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_groups_of_one_are_refused(tiny_text):

@@ -1,6 +1,7 @@
 """SFT, reward models and DPO: losses by torch alone, what must make no difference, LoRA, and where the data is."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from rlx.errors import CheckpointError
 from rlx.text.order import order
+from rlx.trajectory import Batch
 
 ALGORITHMS = ["sft", "dpo", "reward_model"]
 UNKNOWN = {"episode_return_mean", "episode_return_min", "episode_return_max", "episode_length_mean"}  # no completions
@@ -106,6 +108,38 @@ def test_the_loss_of_sft_is_the_mean_over_all_tokens(tiny_text):
     norm = torch.cat([parameter.grad.flatten() for parameter in twin.parameters()]).norm()
     assert len(logp) == row["env_steps"] == int(batch.mask.sum())
     assert row["learner/loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert row["learner/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("train_on_prompt", "mask", "loss"),
+    [
+        (False, [[0, 0, 0, 1, 1], [0, 1, 0, 0, 0]], (4 + 5 + 7) / 3),
+        (True, [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], (1 + 2 + 3 + 4 + 5 + 6 + 7) / 7),
+    ],
+)
+def test_tokens_of_prompts_are_learned_where_that_is_set(train_on_prompt, mask, loss, tiny_text):
+    rows = [{"prompt": "1+2=", "completion": "3"}, {"prompt": "9=", "completion": ""}]
+    made = tiny_text("sft", data={"source": rows, "kwargs": {}, "rows_per_iteration": 2, "shuffle": False})
+    with made.data(train_on_prompt=train_on_prompt).build() as algorithm:
+        twin = copy.deepcopy(algorithm.learners.local_policy.model)
+        row = algorithm.train()
+        batch = algorithm._batch
+        weight = algorithm.weigh(batch.mask, algorithm.training, 1)
+        logp = -torch.tensor([[1.0, 2, 3, 4, 5], [6, 7, 99, 99, 99]])
+        policy = SimpleNamespace(evaluate=lambda minibatch, entropy: (logp, None, None))
+        by_hand, _ = algorithm.loss(policy, Batch(**batch.tensors, weight=weight), {}, algorithm.training)
+    assert batch.mask.int().tolist() == mask
+    assert row["env_steps"] == np.sum(mask)
+    assert by_hand.item() == pytest.approx(loss, rel=1e-6)
+    losses = []
+    for tokens, first in (([2, 11, 3, 12, 4, 0], 4), ([10, 12, 0], 2)):  # characters one by one: 0 is EOS, "0" is 1
+        law = torch.log_softmax(twin(input_ids=torch.tensor([tokens])).logits[0], -1)
+        losses += [-law[at - 1, tokens[at]] for at in range(1 if train_on_prompt else first, len(tokens))]
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in twin.parameters()]).norm()
+    assert row["learner/loss"] == pytest.approx(expected.item(), abs=1e-5)
     assert row["learner/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
