@@ -78,17 +78,17 @@ class TextAlgorithm(Trainable):
         """Return whether the policy as it was at the beginning has to be kept, to measure KL against."""
         return False
 
-    def policy_builder(self, vocabulary: int) -> Callable[[], Any]:
+    @classmethod
+    def policy_builder(cls, s: TextSettings, vocabulary: int) -> Callable[[], Any]:
         """Return what makes the policy that learners train; it is sent to them, so it holds plain values only."""
-        s = self.settings
         return functools.partial(
             build_policy,
             s.model,
             vocabulary=vocabulary,
             seed=s.runtime.seed,
             temperature=s.generation.temperature,
-            with_value=self.with_value,
-            with_reference=self.needs_reference(s.training),
+            with_value=cls.with_value,
+            with_reference=cls.needs_reference(s.training),
             layout=s.learners.layout,
             activation_checkpointing=s.learners.activation_checkpointing,
         )
@@ -230,7 +230,7 @@ class TextAlgorithm(Trainable):
         else:
             self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
         self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
-        make_policy = self.policy_builder(vocabulary)
+        make_policy = self.policy_builder(s, vocabulary)
         if s.learners.num_learners:  # before any process starts
             self._announce_plan(make_policy())
         weigh = functools.partial(self.weigh, training=s.training, max_new_tokens=s.generation.max_new_tokens)

@@ -282,7 +282,8 @@ def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: in
 def model_summary(s: TextSettings) -> str:
     """Return the model of these settings in words: what it is, and how much of it is trained."""
     tokenizer = build_tokenizer(s.model)
-    model = build_model(s.model, len(tokenizer), s.runtime.seed)
+    with torch.device("meta"):
+        model = build_model(s.model, len(tokenizer), s.runtime.seed)
     total = sum(parameter.numel() for parameter in model.parameters())
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = model.config
