@@ -38,7 +38,7 @@ from rlx.text_building import (
     build_scorer,
     build_tokenizer,
     fitted,
-    plan_updates,
+    plan_memory,
 )
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
@@ -250,7 +250,8 @@ class TextAlgorithm(Trainable):
         else:
             sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
             longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
-        log.info("%s", plan_updates(s, policy, sequences, longest))
+        self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised)
+        log.info("%s", self._plan)
 
     @property
     def _is_supervised(self) -> bool:
