@@ -7,6 +7,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from rlx.generation.request import Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.nets.flat import FlatParameters
 from rlx.nets.language_model import export_language_model
+from rlx.out_of_memory import out_of_memory_told
 from rlx.rollout.token_runners import TokenRunners
 from rlx.samples import sample_record
 from rlx.schedule import Schedule
@@ -111,7 +113,8 @@ class TextAlgorithm(Trainable):
         if self._weights_are_stale:
             self.publish()
         p = self.settings.prompts
-        rollout = self.rollouts.sample(p.prompts_per_iteration, p.samples_per_prompt, self._clock)
+        with self._generating():
+            rollout = self.rollouts.sample(p.prompts_per_iteration, p.samples_per_prompt, self._clock)
         self._rollout = rollout
         length = rollout.completions.length
         self.env_steps += int(length.sum())
@@ -137,7 +140,7 @@ class TextAlgorithm(Trainable):
 
     def with_columns(self, batch: Batch, *names: str) -> Batch:
         """Return the batch with "logp", "entropy", "value" or "ref_logp" of its rows, by the learners' policy."""
-        with self._clock.measure("logp_s"):
+        with self._clock.measure("logp_s"), self._learning("the learners' forward passes"):
             found = self.learners.evaluate(batch, *names)
         return Batch(**(batch.tensors | found.tensors))
 
@@ -146,13 +149,14 @@ class TextAlgorithm(Trainable):
         t = self.training
         options = {"lr": self.lr(t.lr)} | options
         started = time.perf_counter()
-        stats = self.learners.update(
-            batch,
-            epochs=t.epochs,
-            minibatch_sequences=t.minibatch_sequences,
-            seed=self.seed("update"),
-            **options,
-        )
+        with self._learning("an update"):
+            stats = self.learners.update(
+                batch,
+                epochs=t.epochs,
+                minibatch_sequences=t.minibatch_sequences,
+                seed=self.seed("update"),
+                **options,
+            )
         self._clock.add(train_s=time.perf_counter() - started)
         self._batch, self._weights_are_stale = batch, True
         for name in ("busy_s", "gradient_steps", "stopped_early"):
@@ -239,7 +243,8 @@ class TextAlgorithm(Trainable):
             self._announce_plan(self.learners.local_policy)
         if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
             scorer = build_scorer(s, self.tokenizer, self._runtime)
-            self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
+            with self._generating():
+                self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
             self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
 
     def _announce_plan(self, policy: Any) -> None:
@@ -252,6 +257,14 @@ class TextAlgorithm(Trainable):
             longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
         self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised)
         log.info("%s", self._plan)
+
+    def _learning(self, doing: str) -> AbstractContextManager[None]:
+        """Have it told with the plan where the learners' memory runs out."""
+        return out_of_memory_told(doing, self._plan.memory, self._plan.less_in_updates)
+
+    def _generating(self) -> AbstractContextManager[None]:
+        """Have it told with the plan where memory runs out while completions are drawn and scored."""
+        return out_of_memory_told("generation or its reward", self._plan.memory, self._plan.less_in_generation)
 
     @property
     def _is_supervised(self) -> bool:
@@ -277,7 +290,8 @@ class TextAlgorithm(Trainable):
         if self.rollouts is None:
             if self._evaluation_rows is None:
                 self._evaluation_rows = self.load_rows(e.source, e.kwargs, self._fitted, self.tokenizer)
-            stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
+            with self._learning("an evaluation"):
+                stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
             return {f"evaluation/{name}": value for name, value in stats.items()}
         if self._evaluation_rows is None:
             p = self._fitted.prompts
@@ -289,9 +303,10 @@ class TextAlgorithm(Trainable):
         prompts = self._evaluation_rows[:count]
         numbers = range(seed, seed + len(prompts))
         sampling = Sampling(g.temperature if e.temperature is None else e.temperature, g.top_k, g.top_p, g.min_p)
-        rollout = self.rollouts.complete(
-            *(prompts, e.samples_per_prompt, numbers, EVALUATION, sampling, Clock(self.clock_parts))
-        )
+        with self._generating():
+            rollout = self.rollouts.complete(
+                *(prompts, e.samples_per_prompt, numbers, EVALUATION, sampling, Clock(self.clock_parts))
+            )
         return rollout.metrics()
 
     def _row(self) -> Metrics:

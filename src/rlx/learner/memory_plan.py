@@ -192,8 +192,8 @@ def memory_plan(
         {} if generators is None else generators.parts(run.trunk),
         _batches(update, num_learners),
         run.memory(),
-        tuple(run.less_in_updates(*_lowered(update))),
-        tuple(run.less_in_generation("lower generation.max_slots")),
+        tuple(run.less_in_updates(_lower_microbatch(update), _lower_slots(generators))),
+        tuple(run.less_in_generation(_lower_slots(generators))),
     )
 
 
@@ -319,11 +319,17 @@ def _parts(net: NetSize, update: UpdateSize, tokens: int) -> dict[str, float]:
     }
 
 
-def _lowered(update: UpdateSize) -> tuple[str, str]:
-    """Return what to do about microbatches and slots where no figure is known; a row that is longer is not cut."""
+def _lower_microbatch(update: UpdateSize) -> str:
+    """Return the advice to lower it; none where a row that is longer fills it alone, as rows are not cut."""
     tokens = update.max_tokens_per_microbatch
-    microbatch = f"lower learners.max_tokens_per_microbatch={tokens}" if tokens > update.longest else ""
-    return microbatch, "lower generation.max_slots"
+    return f"lower learners.max_tokens_per_microbatch={tokens}" if tokens > update.longest else ""
+
+
+def _lower_slots(generators: Generators | None) -> str:
+    """Return the advice to lower them, below what is in use: there may be fewer samples than slots."""
+    if generators is None:
+        return "lower generation.max_slots"
+    return f"lower generation.max_slots below {generators.slots}" if generators.slots > 1 else ""
 
 
 def _largest_that_fits(net: NetSize, update: UpdateSize, available: float) -> int:
