@@ -81,6 +81,11 @@ class TextAlgorithm(Trainable):
         return False
 
     @classmethod
+    def generates(cls, s: TextSettings) -> bool:
+        """Return whether completions are drawn: to learn from, or to evaluate what supervised training has made."""
+        return not cls._is_supervised() or (s.evaluation.source is not None and s.reward.is_set)
+
+    @classmethod
     def policy_builder(cls, s: TextSettings, vocabulary: int) -> Callable[[], Any]:
         """Return what makes the policy that learners train; it is sent to them, so it holds plain values only."""
         return functools.partial(
@@ -229,7 +234,7 @@ class TextAlgorithm(Trainable):
         self._fitted = s = fitted(s, self.tokenizer)
         self._prompts: Sequence[Prompt] = ()
         p = s.prompts
-        if self._is_supervised:
+        if self._is_supervised():
             self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
         else:
             self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
@@ -241,7 +246,7 @@ class TextAlgorithm(Trainable):
         self.learners = build_learners(s, make_policy, self.loss, weigh, self._runtime)
         if self.learners.local_policy is not None:
             self._announce_plan(self.learners.local_policy)
-        if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
+        if self.generates(s):
             scorer = build_scorer(s, self.tokenizer, self._runtime)
             with self._generating():
                 self.runners = build_runners(s, self._make_model, self.learners, self._runtime)
@@ -250,12 +255,12 @@ class TextAlgorithm(Trainable):
     def _announce_plan(self, policy: Any) -> None:
         """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
         s = self.settings
-        if self._is_supervised:
+        if self._is_supervised():
             sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
         else:
             sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
             longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
-        self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised)
+        self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised())
         log.info("%s", self._plan)
 
     def _learning(self, doing: str) -> AbstractContextManager[None]:
@@ -266,9 +271,9 @@ class TextAlgorithm(Trainable):
         """Have it told with the plan where memory runs out while completions are drawn and scored."""
         return out_of_memory_told("generation or its reward", self._plan.memory, self._plan.less_in_generation)
 
-    @property
-    def _is_supervised(self) -> bool:
-        return type(self).config_class.reads == "data"  # type: ignore[attr-defined]
+    @classmethod
+    def _is_supervised(cls) -> bool:
+        return cls.config_class.reads == "data"  # type: ignore[attr-defined]
 
     def _train_once(self) -> Metrics:
         self._rollout = self._batch = None

@@ -302,7 +302,9 @@ def in_words(size: float) -> str:
     """Return bytes in a unit that suits them."""
     if size >= 1e10:
         return f"{size / 1e9:.1f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e6 or not size else f"{size / 1e3:.0f} kB"
+    if size >= 1e6:
+        return f"{size / 1e6:.0f} MB"
+    return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size:.0f} B"
 
 
 def _parts(net: NetSize, update: UpdateSize, tokens: int) -> dict[str, float]:
