@@ -18,7 +18,7 @@ from rlx.functional.masking import weighted_sum
 from rlx.functional.preference import pairwise_loss
 from rlx.preference_algorithm import PreferenceAlgorithm
 from rlx.reward_models import build_reward_model
-from rlx.text_settings import TextConfig, TextTrainingSection
+from rlx.text_settings import TextConfig, TextSettings, TextTrainingSection
 from rlx.trajectory import Batch
 
 REFERENCE_PAIRS = 256
@@ -41,9 +41,9 @@ class RewardModelConfig(TextConfig, training=RewardModelTraining):
 class RewardModelTrainer(PreferenceAlgorithm, config=RewardModelConfig):
     """Take the next pairs, update."""
 
-    def policy_builder(self, vocabulary: int) -> Callable[[], Any]:
+    @classmethod
+    def policy_builder(cls, s: TextSettings, vocabulary: int) -> Callable[[], Any]:
         """Return what makes the model that learners train."""
-        s = self.settings
         return functools.partial(
             build_reward_model,
             s.model,

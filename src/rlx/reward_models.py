@@ -39,10 +39,7 @@ def build_reward_model(
 
 def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
     """Return the reward model of a run's newest checkpoint, its scores normalised, and its tokenizer."""
-    folder = Path(run).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model.")
-    state = load_state(folder)
+    state = load_state(_folder(run))
     numbers = state.get("numbers") or {}
     if "score_std" not in numbers:
         raise CheckpointError(f"{run} is a run of {state['config']['algorithm']}, which trains no reward model.")
@@ -54,6 +51,26 @@ def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
     load_trained(model, saved, str(run))
     model.normalize(numbers["score_mean"], numbers["score_std"])
     return model.requires_grad_(False), tokenizer
+
+
+def empty_reward_model(run: str | Path) -> RewardModel:
+    """Return the reward model of a run, or of one of its checkpoints, with its sizes and without weights."""
+    from rlx.config import load_config
+
+    folder = _folder(run)
+    files = [one / "config.yaml" for one in (folder, folder.parent.parent)]
+    settings: Any = load_config(next((file for file in files if file.is_file()), files[0])).settings
+    with torch.device("meta"):
+        vocabulary = len(build_tokenizer(settings.model))
+        model = build_reward_model(settings.model, vocabulary=vocabulary, seed=settings.runtime.seed)
+    return model.requires_grad_(False)
+
+
+def _folder(run: str | Path) -> Path:
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model.")
+    return folder
 
 
 class RewardModelActor:

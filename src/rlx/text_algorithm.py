@@ -7,6 +7,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from rlx.generation.request import Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.nets.flat import FlatParameters
 from rlx.nets.language_model import export_language_model
+from rlx.out_of_memory import out_of_memory_told
 from rlx.rollout.token_runners import TokenRunners
 from rlx.samples import sample_record
 from rlx.schedule import Schedule
@@ -38,7 +40,7 @@ from rlx.text_building import (
     build_scorer,
     build_tokenizer,
     fitted,
-    plan_updates,
+    plan_memory,
 )
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
@@ -93,17 +95,22 @@ class TextAlgorithm(Trainable):
         """Return whether the policy as it was at the beginning has to be kept, to measure KL against."""
         return False
 
-    def policy_builder(self, vocabulary: int) -> Callable[[], Any]:
+    @classmethod
+    def generates(cls, s: TextSettings) -> bool:
+        """Return whether completions are drawn: to learn from, or to evaluate what supervised training has made."""
+        return not cls._is_supervised() or (s.evaluation.source is not None and s.reward.is_set)
+
+    @classmethod
+    def policy_builder(cls, s: TextSettings, vocabulary: int) -> Callable[[], Any]:
         """Return what makes the policy that learners train; it is sent to them, so it holds plain values only."""
-        s = self.settings
         return functools.partial(
             build_policy,
             s.model,
             vocabulary=vocabulary,
             seed=s.runtime.seed,
             temperature=s.generation.temperature,
-            with_value=self.with_value,
-            with_reference=self.needs_reference(s.training),
+            with_value=cls.with_value,
+            with_reference=cls.needs_reference(s.training),
             layout=s.learners.layout,
             activation_checkpointing=s.learners.activation_checkpointing,
         )
@@ -125,7 +132,9 @@ class TextAlgorithm(Trainable):
         assert self.rollouts is not None
         if self._weights_are_stale:
             self.publish()
-        self._rollout = rollout = self.rollouts.sample(self._clock)
+        with self._generating():
+            rollout = self.rollouts.sample(self._clock)
+        self._rollout = rollout
         age = self.learners.version - rollout.completions.version
         self._ages = {"age_mean": float(age.mean()), "age_max": int(age.max())} if len(age) else {}
         self.dropped_env_steps += self.rollouts.take_dropped()
@@ -153,7 +162,7 @@ class TextAlgorithm(Trainable):
 
     def with_columns(self, batch: Batch, *names: str) -> Batch:
         """Return the batch with "logp", "entropy", "value" or "ref_logp" of its rows, by the learners' policy."""
-        with self._clock.measure("logp_s"):
+        with self._clock.measure("logp_s"), self._learning("the learners' forward passes"):
             found = self.learners.evaluate(batch, *names)
         return Batch(**(batch.tensors | found.tensors))
 
@@ -172,13 +181,14 @@ class TextAlgorithm(Trainable):
         t = self.training
         options = {"lr": self.lr(t.lr)} | options
         started = time.perf_counter()
-        stats = self.learners.update(
-            batch,
-            epochs=t.epochs,
-            minibatch_sequences=t.minibatch_sequences,
-            seed=self.seed("update"),
-            **options,
-        )
+        with self._learning("an update"):
+            stats = self.learners.update(
+                batch,
+                epochs=t.epochs,
+                minibatch_sequences=t.minibatch_sequences,
+                seed=self.seed("update"),
+                **options,
+            )
         self._clock.add(train_s=time.perf_counter() - started)
         self._batch, self._weights_are_stale = batch, True
         for name in ("busy_s", "gradient_steps", "stopped_early"):
@@ -252,37 +262,47 @@ class TextAlgorithm(Trainable):
         self._fitted = s = fitted(s, self.tokenizer)
         self._prompts: Sequence[Prompt] = ()
         p = s.prompts
-        if self._is_supervised:
+        if self._is_supervised():
             self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
         else:
             self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
         self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
-        make_policy = self.policy_builder(vocabulary)
+        make_policy = self.policy_builder(s, vocabulary)
         if s.learners.num_learners:  # before any process starts
             self._announce_plan(make_policy())
         weigh = functools.partial(self.weigh, training=s.training, max_new_tokens=s.generation.max_new_tokens)
         self.learners = build_learners(s, make_policy, self.loss, weigh, self._runtime)
         if self.learners.local_policy is not None:
             self._announce_plan(self.learners.local_policy)
-        if not self._is_supervised or (s.evaluation.source is not None and s.reward.is_set):
+        if self.generates(s):
             scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime)
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
-            self.runners = build_runners(s, self._make_model, self.learners, self._runtime, longest)
+            with self._generating():
+                self.runners = build_runners(s, self._make_model, self.learners, self._runtime, longest)
             self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
 
     def _announce_plan(self, policy: Any) -> None:
         """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
         s = self.settings
-        if self._is_supervised:
+        if self._is_supervised():
             sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
         else:
             sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
             longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
-        log.info("%s", plan_updates(s, policy, sequences, longest))
+        self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised())
+        log.info("%s", self._plan)
 
-    @property
-    def _is_supervised(self) -> bool:
-        return type(self).config_class.reads == "data"  # type: ignore[attr-defined]
+    def _learning(self, doing: str) -> AbstractContextManager[None]:
+        """Have it told with the plan where the learners' memory runs out."""
+        return out_of_memory_told(doing, self._plan.memory, self._plan.less_in_updates)
+
+    def _generating(self) -> AbstractContextManager[None]:
+        """Have it told with the plan where memory runs out while completions are drawn and scored."""
+        return out_of_memory_told("generation or its reward", self._plan.memory, self._plan.less_in_generation)
+
+    @classmethod
+    def _is_supervised(cls) -> bool:
+        return cls.config_class.reads == "data"  # type: ignore[attr-defined]
 
     def _train_once(self) -> Metrics:
         self._rollout = self._batch = None
@@ -304,7 +324,8 @@ class TextAlgorithm(Trainable):
         if self.rollouts is None:
             if self._evaluation_rows is None:
                 self._evaluation_rows = self.load_rows(e.source, e.kwargs, self._fitted, self.tokenizer)
-            stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
+            with self._learning("an evaluation"):
+                stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
             return {f"evaluation/{name}": value for name, value in stats.items()}
         if self._evaluation_rows is None:
             p = self._fitted.prompts
@@ -316,9 +337,10 @@ class TextAlgorithm(Trainable):
         prompts = self._evaluation_rows[:count]
         numbers = range(seed, seed + len(prompts))
         sampling = Sampling(g.temperature if e.temperature is None else e.temperature, g.top_k, g.top_p, g.min_p)
-        rollout = self.rollouts.complete(
-            *(prompts, e.samples_per_prompt, numbers, EVALUATION, sampling, Clock(self.clock_parts))
-        )
+        with self._generating():
+            rollout = self.rollouts.complete(
+                *(prompts, e.samples_per_prompt, numbers, EVALUATION, sampling, Clock(self.clock_parts))
+            )
         return rollout.metrics()
 
     def _row(self) -> Metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from rlx.building import GetRuntime, restart_rule
 from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup, choose_device
-from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
+from rlx.learner.memory_plan import LEARNED_BYTES, Cost, Generators, NetSize, Plan, UpdateSize, memory_plan
 from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runners import TokenRunners
@@ -27,6 +27,21 @@ from rlx.text_settings import TextModelSection, TextSettings
 
 EXPORT = "model"
 """The folder of a run that holds its model in the form of transformers."""
+
+
+class GeneratorProcess(NamedTuple):
+    """Where completions are drawn."""
+
+    name: str
+    """Of the process, or of several."""
+    device: str
+    reads_learner: bool
+    """Whether it generates with the learner's own weights, or has a copy."""
+
+
+def indexed(name: str, count: int) -> str:
+    """Return the names of `count` processes in one: learner/0..3."""
+    return f"{name}/0" if count == 1 else f"{name}/0..{count - 1}"
 
 
 def model_path(path: str) -> str:
@@ -278,15 +293,13 @@ def _longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any
     return longest if context is None else min(longest, context)
 
 
-def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: int) -> str:
-    """Return how updates are cut and what memory they need, in words; ConfigError where a device has too little.
+def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, generates: bool) -> Plan:
+    """Return how updates are cut and what memory the run needs; ConfigError where a device has too little.
 
-    sequences: rows of an iteration; longest: tokens of the longest there can be.
+    sequences: rows of an iteration; longest: tokens of the longest there can be. generates: whether they are drawn.
     """
-    on_cuda = choose_device(s.learners.device, lambda: policy)[0] == "cuda"
-    devices = torch.cuda.device_count() if on_cuda else 1
-    # What torch holds on the device is the policy itself, which the plan counts.
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if on_cuda else memory_bytes()
+    device, _ = choose_device(s.learners.device, lambda: policy)
+    longest = min(longest, getattr(policy.trunk.config, "max_position_embeddings", None) or longest)
     update = UpdateSize(
         sequences=sequences,
         longest=longest,
@@ -297,16 +310,59 @@ def plan_updates(s: TextSettings, policy: nn.Module, sequences: int, longest: in
     return memory_plan(
         NetSize.of(policy),
         update,
-        available=free if s.learners.max_memory_gb is None else s.learners.max_memory_gb * 1e9,
+        available=_free_bytes(s, device),
         num_learners=max(1, s.learners.num_learners),
-        num_devices=devices,
-    ).text
+        num_devices=torch.cuda.device_count() if device == "cuda" else 1,
+        generators=_generators(s, policy.model, device, longest) if generates else None,
+    )
+
+
+def generator_process(s: TextSettings, device: str) -> GeneratorProcess:
+    """Return where completions are drawn, by learners on this device: those who do not learn are on the CPU."""
+    count = s.token_runners.num_token_runners
+    if count:
+        return GeneratorProcess(indexed("token_runner", count), "cpu", False)
+    reads_learner = not s.learners.num_learners
+    return GeneratorProcess("driver", device if reads_learner else "cpu", reads_learner)
+
+
+def _generators(s: TextSettings, model: nn.Module, device: str, longest: int) -> Generators:
+    """Return what those who generate keep; model: the policy's; device: that of the learners."""
+    place = generator_process(s, device)
+    frozen = [parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad]
+    return Generators(
+        slots=min(s.generation.max_slots, _samples_at_once(s)),
+        longest=longest,
+        number_bytes=max(frozen, default=LEARNED_BYTES),  # what is learned is computed in float32
+        exact=s.generation.exact,
+        count=max(1, s.token_runners.num_token_runners),
+        weights=0 if place.reads_learner else Cost.of(model.parameters()).weights,
+        available=None if place.device == device else _free_bytes(s, place.device),
+    )
+
+
+def _samples_at_once(s: TextSettings) -> int:
+    """Return the most samples that one who generates is asked for."""
+    p, e, count = s.prompts, s.evaluation, max(1, s.token_runners.num_token_runners)
+    of_evaluation = 0 if e.source is None else -(-e.num_rows // count) * e.samples_per_prompt
+    return max(-(-p.prompts_per_iteration // count) * p.samples_per_prompt, of_evaluation)
+
+
+def _free_bytes(s: TextSettings, device: str) -> float:
+    """Return how many bytes a device may take: as learners.max_memory_gb says, or what it has."""
+    if s.learners.max_memory_gb is not None:
+        return s.learners.max_memory_gb * 1e9
+    if device == "cpu":
+        return memory_bytes()
+    # What torch holds on the device is the policy itself, which the plan counts.
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def model_summary(s: TextSettings) -> str:
     """Return the model of these settings in words: what it is, and how much of it is trained."""
     tokenizer = build_tokenizer(s.model)
-    model = build_model(s.model, len(tokenizer), s.runtime.seed)
+    with torch.device("meta"):
+        model = build_model(s.model, len(tokenizer), s.runtime.seed)
     total = sum(parameter.numel() for parameter in model.parameters())
     learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     config = model.config

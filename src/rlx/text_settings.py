@@ -328,10 +328,14 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
     reads: ClassVar[Literal["prompts", "data"]] = "prompts"
 
     def network(self) -> str:
-        """Return what model these settings build, a line a part."""
+        """Return what model these settings build, a line a part, and where each model of the run lives."""
         from rlx.text_building import model_summary
+        from rlx.text_placement import placement_table
 
-        return model_summary(self.settings)  # type: ignore[arg-type]
+        settings: Any = self.settings
+        algorithm: Any = type(self).algorithm_class
+        places = [] if algorithm is None else [placement_table(settings, algorithm)]
+        return "\n".join([model_summary(settings), *places])
 
     def _names_not_found(self) -> list[str]:
         s: Any = self.settings

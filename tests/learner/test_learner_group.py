@@ -93,6 +93,18 @@ def test_an_error_in_the_loss_of_an_actor_arrives_as_itself(problem, runtime):
     group.close()
 
 
+def test_a_learner_whose_memory_ran_out_comes_before_those_that_waited_for_it(problem, runtime):
+    def loss(policy, minibatch, coefficients):
+        if torch.distributed.get_rank() == 1:
+            torch.empty(1 << 50)
+        raise RuntimeError("Connection closed by peer")
+
+    group = LearnerGroup(problem.build, loss, device="cpu", num_learners=2, runtime=lambda: runtime)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator: can't allocate memory"):
+        group.update(problem.batch(), **problem.update, seed=0)
+    group.close()
+
+
 def test_learners_started_again_do_nothing_until_they_are_given_a_state(problem, runtime):
     restart = actors.Restart(max=1, per_s=60.0, backoff_s=0.01)
     options = {"device": "cpu", "num_learners": 2, "runtime": lambda: runtime, "restart": restart}

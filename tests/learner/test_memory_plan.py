@@ -1,12 +1,23 @@
 """The plan of an update: its numbers by hand, and what it advises where memory is short."""
 
+from typing import Any
+
 import pytest
+import torch
+from torch import nn
 
 from rlx.errors import ConfigError
-from rlx.learner.memory_plan import NetSize, UpdateSize, memory_plan
+from rlx.generation.request import Request, Sampling
+from rlx.learner.memory_plan import Cost, Generators, NetSize, TrunkSize, UpdateSize, memory_plan
+from rlx.nets.language_model import load_language_model
+from rlx.nets.transformer import TransformerPolicy
+from rlx.rollout.token_runner import TokenRunner
+from rlx.text_building import plan_memory
+from rlx.text_settings import TextSettings
 
 MB = 1e6
-SMALL = NetSize(learned=1_000_000, frozen=0, largest=200_000, layers=4, hidden=100, keys=50, inner=300, vocabulary=1000)
+TRUNK = TrunkSize(layers=4, hidden=100, keys=50, inner=300)
+SMALL = NetSize(learned=1_000_000, frozen=0, largest=200_000, vocabulary=1000, trunks=(TRUNK,))
 UPDATE = UpdateSize(sequences=64, longest=50, minibatch_sequences=16, max_tokens_per_microbatch=400)
 
 
@@ -75,3 +86,97 @@ def test_where_no_microbatch_fits_other_cures_are_named():
     message = str(error.value)
     assert "max_tokens_per_microbatch=" not in message
     assert "model.lora" in message and "fewer learners" not in message
+
+
+def test_a_value_net_of_another_architecture_keeps_activations_of_its_own():
+    """2 layers of 8 * 10 + 4 * 10 + 4 * 20 = 200 numbers and 3 * 10 at the ends, of 400 tokens, 4 bytes each."""
+    net = SMALL._replace(trunks=(TRUNK, TrunkSize(layers=2, hidden=10, keys=10, inner=20)))
+    plan = memory_plan(net, UPDATE, available=1e9, num_learners=1)
+    assert plan.bytes["activations"] == pytest.approx(14.56 * MB + 430 * 400 * 4)
+
+
+def test_what_is_learned_costs_float32_whatever_it_was_made_in_and_the_rest_what_it_is():
+    learned, frozen = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(5).bfloat16())
+    frozen.requires_grad_(False)
+    assert Cost.of([learned, frozen], learns=True) == (8, 3 * 4 + 5 * 2, 3 * 4, 3 * 8)
+    assert Cost.of([learned, frozen]) == (8, 22, 0, 0)
+
+
+# Generators -------------------------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_by_hand():
+    """20 slots of 50 tokens, rounded up to 64, in 4 layers of 2 * 50 numbers of 2 bytes; exact: one slot more."""
+    generators = Generators(slots=20, longest=50, number_bytes=2)
+    plan = memory_plan(SMALL, UPDATE, available=1e9, num_learners=1, generators=generators)
+    assert plan.generator_bytes == {"weights": 0, "keys and values": 20 * 64 * 4 * 100 * 2}
+    assert "memory a generator: 1 MB (keys and values 1 MB; 20 slots of 50 tokens)" in str(plan)
+    exact = memory_plan(SMALL, UPDATE, available=1e9, num_learners=1, generators=generators._replace(exact=True))
+    assert exact.generator_bytes["keys and values"] == 21 * 64 * 4 * 100 * 2
+
+
+@pytest.mark.parametrize(("exact", "lora"), [(False, None), (True, None), (False, {"r": 2})])
+def test_the_figure_is_that_of_the_generator_s_own_tensors(exact, lora):
+    """A Llama whose 6 heads share 2 keys, of a head size of its own; learned, or in bfloat16 beneath an adapter."""
+    config = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 16, "vocab_size": 13, "head_dim": 6}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = load_language_model(config=config, dtype="bfloat16", lora=lora)
+    made = TextSettings.model_validate(
+        {"prompts": {"prompts_per_iteration": 3, "samples_per_prompt": 2}, "generation": {"exact": exact}}
+    )
+    plan = plan_memory(made, TransformerPolicy(model), 6, 19, generates=True)
+    runner = TokenRunner(lambda: model, exact=exact)
+    runner.generate([Request([3, 4 + index], 2, 17, index) for index in range(3)], Sampling())
+    slots: Any = runner._generator._slots
+    held = [tensor for layer in slots._cache.slot_layers for tensor in (layer.keys, layer.values)]
+    assert plan.generator_bytes["keys and values"] == sum(tensor.nbytes for tensor in held)
+    assert {tensor.dtype for tensor in held} == {torch.float32 if lora is None else torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("max_slots", "evaluation", "runners", "slots"),
+    [
+        (256, {}, 0, 10),
+        (256, {}, 2, 6),
+        (4, {}, 0, 4),
+        (256, {"source": "x", "num_rows": 9, "samples_per_prompt": 3}, 0, 27),
+    ],
+)
+def test_there_are_no_more_slots_than_samples_to_fill_them(max_slots, evaluation, runners, slots):
+    """5 prompts with 2 samples; of two runners one gets 3 of the prompts. An evaluation may ask for more."""
+    made = TextSettings.model_validate(
+        {
+            "prompts": {"prompts_per_iteration": 5, "samples_per_prompt": 2},
+            "generation": {"max_slots": max_slots},
+            "evaluation": evaluation,
+            "token_runners": {"num_token_runners": runners},
+        }
+    )
+    model = load_language_model(config={"model_type": "gpt2", "vocab_size": 13, "n_embd": 8, "n_layer": 1, "n_head": 2})
+    plan = plan_memory(made, TransformerPolicy(model), 10, 16, generates=True)
+    assert plan.generator_bytes["keys and values"] == slots * 16 * 2 * 8 * 4
+    assert f"{slots} slots of 16 tokens" in plan.memory
+    copy = sum(parameter.numel() for parameter in model.parameters()) * 4
+    assert plan.generator_bytes["weights"] == (copy if runners else 0)
+
+
+def test_generators_on_the_learners_device_take_their_part_of_it():
+    """36.16 MB of a learner and 64 * 4 * 100 * 4 = 0.1024 MB for each of 20 slots; 37.2 MB is room for 10."""
+    generators = Generators(slots=20, longest=50)
+    memory_plan(SMALL, UPDATE, available=38.3e6, num_learners=1, generators=generators)
+    with pytest.raises(ConfigError, match=r"the learner and the generator need 38 MB .* 37 MB") as error:
+        memory_plan(SMALL, UPDATE, available=37.2e6, num_learners=1, generators=generators)
+    assert "of a generator keys and values 2 MB" in str(error.value)
+    assert "generation.max_slots=10" in str(error.value)
+    memory_plan(SMALL, UPDATE, available=37.2e6, num_learners=1, generators=generators._replace(slots=10))
+
+
+def test_generators_on_a_device_of_their_own_are_measured_by_that():
+    """Two with 5 MB of weights and 2.048 MB for 20 slots; 3.3 MB beside the weights are room for 16 slots each."""
+    generators = Generators(slots=20, longest=50, count=2, weights=5_000_000, available=15.2e6)
+    plan = memory_plan(SMALL, UPDATE, available=36.2e6, num_learners=1, generators=generators)
+    assert "memory a learner: 36 MB of 36 MB" in plan.memory
+    assert "memory a generator: 7 MB of 8 MB (weights 5 MB, keys and values 2 MB" in plan.memory
+    with pytest.raises(ConfigError, match=r"2 generators need 14 MB .* 13 MB free .*weights 5 MB") as error:
+        memory_plan(SMALL, UPDATE, available=36.2e6, num_learners=1, generators=generators._replace(available=13.3e6))
+    assert "generation.max_slots=16" in str(error.value) and "num_token_runners" in str(error.value)

@@ -50,6 +50,26 @@ def test_an_exported_model_is_loaded_by_transformers_with_identical_logits(
     assert not (tmp_path / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_on_the_device_meta_a_policy_has_its_sizes_and_no_weights(language_model_configs, tmp_path, family, lora):
+    """Of a configuration and of a folder; what is learned, tied embeddings and kinds of numbers included."""
+
+    def parameters():
+        policy = TransformerPolicy(
+            load_language_model(config=language_model_configs[family], lora=lora, dtype="bfloat16"),
+            value="separate",
+            value_model=load_language_model(path=str(tmp_path)),
+        )
+        return [(name, p.shape, p.dtype, p.requires_grad) for name, p in policy.named_parameters()], policy
+
+    export_language_model(load_language_model(config=language_model_configs["qwen3"]), None, tmp_path)
+    with torch.device("meta"):
+        sizes, empty = parameters()
+    assert sizes == parameters()[0]
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

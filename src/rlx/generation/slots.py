@@ -31,6 +31,11 @@ def round_up(number: Lengths, multiple: int = ROUND) -> Lengths:
     return -(-number // multiple) * multiple
 
 
+def reserved(slots: int, length: int, exact: bool) -> tuple[int, int]:
+    """Return the slots and the length that are made for so many rows of so many tokens; if exact, one slot is spare."""
+    return slots + exact, round_up(length)
+
+
 class Slots:
     """A model and the keys and values of its live rows, which are slots 0 to R - 1.
 
@@ -50,8 +55,7 @@ class Slots:
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for so many rows of so many tokens."""
-        slots += self._exact  # the last one is spare
-        length = round_up(length)
+        slots, length = reserved(slots, length, self._exact)
         cache = self._cache
         if cache is None or cache.slots < slots or cache.length < length:
             self._cache = None  # before the new one is made

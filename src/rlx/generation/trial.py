@@ -11,6 +11,7 @@ from torch import Tensor
 from rlx.errors import ConfigError
 from rlx.generation.architecture import Architecture
 from rlx.generation.slots import Slots
+from rlx.out_of_memory import is_out_of_memory
 
 STEPS = 2
 FULL_PRECISION, REDUCED_PRECISION = 1e-3, 0.1
@@ -35,6 +36,8 @@ def try_out(slots: Slots, model: Any, architecture: Architecture) -> None:
         slots.reserve(len(rows), max(map(len, rows)))
         found = _through_slots(slots, rows, lengths)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"a model of type {kind!r} cannot be generated with: with keys and values in slots its forward pass fails "
             f"with {type(error).__name__}: {error}"

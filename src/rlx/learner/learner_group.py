@@ -17,6 +17,7 @@ from rlx.errors import ActorDied, ConfigError
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
 from rlx.nets.threads import limit_threads
+from rlx.out_of_memory import is_out_of_memory
 from rlx.trajectory import Batch
 
 log = logging.getLogger("rlx")
@@ -175,8 +176,10 @@ class LearnerGroup:
             answers = self._answers(futures, self.timeout_s)
         except LearnersLost:
             raise
-        except Exception:  # a learner's lost connection to one that died is not the cause
+        except Exception as error:  # a learner's lost connection to one that died, or failed, is not the cause
             self._check_state()
+            if (cause := _out_of_memory(futures)) not in (None, error):
+                raise cause from error
             raise
         self._check_state()  # a call that finds its learner dead is answered by the next incarnation
         return answers
@@ -214,6 +217,13 @@ class LearnerGroup:
 
     def _incarnations(self) -> list[int]:
         return [actor.incarnation for actor in self._actors]
+
+
+def _out_of_memory(futures: Sequence[Future[Any]]) -> BaseException | None:
+    """Return the error of a learner whose memory ran out, for which others may have waited in vain."""
+    outcomes = [future.outcome() for future in futures if future.done()]
+    errors = [outcome.error for outcome in outcomes if isinstance(outcome, Err)]
+    return next(filter(is_out_of_memory, errors), None)
 
 
 def choose_device(device: str, build_policy: Callable[[], nn.Module]) -> tuple[str, str]:

@@ -36,6 +36,7 @@ def load_language_model(
     `seed`. dtype: "float32", "bfloat16" or "float16". lora: settings of peft.LoraConfig (r, lora_alpha,
     target_modules, ...), which leave every parameter but the adapter's frozen; the adapter is drawn from `seed`.
     attention: "sdpa" or "eager"; None leaves the choice to the model.
+    Within `torch.device("meta")` the model is made of its configuration alone, with sizes and without weights.
     Raises ConfigError where no such model can be made, MissingExtra where LoRA is asked for without peft.
     """
     if (path is None) == (config is None):
@@ -114,10 +115,12 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _from_path(path: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = find_model(path)
     try:
+        if torch.get_default_device().type == "meta":
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
         with _without_bars():
             return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

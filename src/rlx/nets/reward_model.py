@@ -42,7 +42,7 @@ class RewardModel(nn.Module):
         # Stiennon et al. 2020 (arXiv:2009.01325), appendix B.1: small, so that no sequence begins as a favourite.
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            self.score_head.weight.copy_(torch.randn(1, size, generator=generator) / (size + 1) ** 0.5)
+            self.score_head.weight.copy_(torch.randn(1, size, generator=generator, device="cpu") / (size + 1) ** 0.5)
             self.score_head.bias.zero_()
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
