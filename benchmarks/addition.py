@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -80,9 +80,9 @@ def check_held_out() -> None:
         raise SystemExit(f"{len(shared)} held-out pairs are in the training data, {min(map(sorted, shared))} for one.")
 
 
-def train(name: str, seed: int, runs: Path) -> Path:
+def train(name: str, seed: int, runs: Path, of: Mapping[str, Sequence[str]] = RUNS) -> Path:
     """Return the folder of a run that has ended; make or finish the run before where there is none."""
-    _, config, *changes = RUNS[name]
+    _, config, *changes = of[name]
     home = runs / f"seed-{seed}"  # where the configs' model.path, runs/sft, is this seed's
     folder = home / "runs" / name
     if not (folder / FINISHED).exists():
