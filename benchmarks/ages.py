@@ -14,7 +14,8 @@ from statistics import fmean
 
 import addition
 from addition import Result, conditions, measure, train
-from report import DOCS, markdown_table, write_section
+from learning import write_section
+from report import DOCS, markdown_table
 
 from rlx.metrics import read_metrics
 
