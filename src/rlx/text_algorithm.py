@@ -38,6 +38,7 @@ from rlx.text_building import (
     build_rollouts,
     build_runners,
     build_scorer,
+    build_text_envs,
     build_tokenizer,
     fitted,
     plan_memory,
@@ -138,7 +139,8 @@ class TextAlgorithm(Trainable):
         age = self.learners.version - rollout.completions.version
         self._ages = {"age_mean": float(age.mean()), "age_max": int(age.max())} if len(age) else {}
         self.dropped_env_steps += self.rollouts.take_dropped()
-        length = rollout.completions.length
+        length = rollout.completions.drawn_length
+        self.env_failures = self.rollouts.env_failures
         self.env_steps += int(length.sum())
         self.episodes += len(length)
         self.runner_restarts += self.rollouts.take_restarts()
@@ -279,7 +281,8 @@ class TextAlgorithm(Trainable):
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
             with self._generating():
                 self.runners = build_runners(s, self._make_model, self.learners, self._runtime, longest)
-            self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer)
+            envs = build_text_envs(s, self.tokenizer, self._runtime)
+            self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer, envs)
 
     def _announce_plan(self, policy: Any) -> None:
         """Log how updates are cut and what memory they need; ConfigError where a device has too little."""

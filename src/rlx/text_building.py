@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from rlx.learner.learner_group import LearnerGroup, choose_device
 from rlx.learner.memory_plan import LEARNED_BYTES, Cost, Generators, NetSize, Plan, UpdateSize, memory_plan
 from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
+from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_runners import TokenRunners
+from rlx.text.import_path import import_function
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
 from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
-from rlx.text_rollouts import FunctionScorer, Rollouts, Scorer, SumScorer
+from rlx.text_rollouts import FunctionScorer, NoScorer, Rollouts, Scorer, SumScorer
 from rlx.text_settings import TextModelSection, TextSettings
 
 EXPORT = "model"
@@ -232,7 +235,12 @@ def build_runners(
 
 
 def build_rollouts(
-    s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, runners: TokenRunners, scorer: Scorer
+    s: TextSettings,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    runners: TokenRunners,
+    scorer: Scorer,
+    envs: TextEnvs | None,
 ) -> Rollouts:
     """Return what has these prompts completed and scored; none in supervised training, which evaluates others."""
     g = s.generation
@@ -251,7 +259,53 @@ def build_rollouts(
         samples_per_prompt=s.prompts.samples_per_prompt,
         max_age=getattr(s.training, "max_age", 0),
         when_old=s.token_runners.when_old,
+        envs=envs,
+        max_turns=s.environment.max_turns,
+        context=context_of(s, tokenizer),
     )
+
+
+def build_text_envs(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> TextEnvs | None:
+    """Return the environments that the model talks with; None where there are none."""
+    e = s.environment
+    if e.env is None:
+        return None
+    return TextEnvs(
+        TextEnvMaker(e.env, e.kwargs, s.model, stop_tokens(s, tokenizer)),
+        timeout_s=e.timeout_s,
+        num_actors=e.num_env_actors,
+        runtime=runtime,
+        start_timeout_s=s.fault_tolerance.start_timeout_s,
+        restart=restart_rule(s),
+    )
+
+
+class TextEnvMaker:
+    """Makes environments, with the tokenizer and the stop tokens where their class takes them; travels to processes."""
+
+    def __init__(self, env: Any, kwargs: Mapping[str, Any], m: TextModelSection, stops: frozenset[int]) -> None:
+        self._env, self._kwargs, self._model, self._stops = env, kwargs, m, stops
+        self._tokenizer: Any = None  # one for all environments of a process
+
+    def __call__(self) -> Any:
+        """Return a new environment; ConfigError where it is none."""
+        make = import_function(self._env, "environment.env") if isinstance(self._env, str) else self._env
+        takes = inspect.signature(make).parameters
+        given: dict[str, Any] = {"stops": self._stops} if "stops" in takes else {}
+        if "tokenizer" in takes:
+            self._tokenizer = self._tokenizer or build_tokenizer(self._model)
+            given["tokenizer"] = self._tokenizer
+        made = make(**given, **self._kwargs)
+        if not (hasattr(made, "reset") and hasattr(made, "step")):
+            raise ConfigError(
+                f"environment.env={self._env} made a {type(made).__name__}; it must make a gymnasium.Env."
+            )
+        return made
+
+
+def context_of(s: TextSettings, tokenizer: Any) -> int | None:
+    """Return how many tokens the model can read; None where its config does not say."""
+    return getattr(_config_of(s.model, len(tokenizer)), "max_position_embeddings", None)
 
 
 def stop_tokens(s: TextSettings, tokenizer: Any) -> frozenset[int]:
@@ -283,13 +337,15 @@ def build_scorer(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, run
         from rlx.reward_models import RewardModels
 
         parts.append(RewardModels(r.model, tokenizer, s, runtime, _longest_sequence(s, prompts, tokenizer)))
+    if not parts:
+        return NoScorer()
     return parts[0] if len(parts) == 1 else SumScorer(parts)
 
 
 def _longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any) -> int:
     """Return how many tokens a prompt and its completion can have, by the settings and by the model's context."""
     longest = max((len(prompt.tokens) for prompt in prompts), default=0) + s.generation.max_new_tokens
-    context = getattr(_config_of(s.model, len(tokenizer)), "max_position_embeddings", None)
+    context = context_of(s, tokenizer)
     return longest if context is None else min(longest, context)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,9 @@ import torch
 from rlx.generation.request import Request, Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.rollout.age import WhenOld
+from rlx.rollout.conversations import Conversation, converse, transcripts
 from rlx.rollout.group_arrivals import GroupArrivals
+from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_rows import token_batch, token_trajectory
 from rlx.rollout.token_runner import Completions
 from rlx.rollout.token_runners import TokenRunners
@@ -21,6 +24,8 @@ from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction, Scores
 from rlx.text.tokenizers import decode
 from rlx.trajectory import Batch, Trajectory
+
+log = logging.getLogger("rlx")
 
 TRAINING, EVALUATION = 0, 1  # what seeds are of, so that no evaluation repeats a draw of the training
 
@@ -60,7 +65,7 @@ class Rollout:
 
     def metrics(self) -> Metrics:
         """Return evaluation/ metrics, as of episodes."""
-        score, length = self.score[self.counts], self.completions.length
+        score, length = self.score[self.counts], self.completions.drawn_length
         reductions = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}
         return {
             **{
@@ -97,8 +102,14 @@ class Rollouts:
         samples_per_prompt: int,
         max_age: int = 0,
         when_old: WhenOld = "wait",
+        envs: TextEnvs | None = None,
+        max_turns: int = 1,
+        context: int | None = None,
     ) -> None:
-        """num_prompts, samples_per_prompt: what `sample` returns. max_age: 0 has the runners work in `sample` only."""
+        """num_prompts, samples_per_prompt: what `sample` returns. max_age: 0 has the runners work in `sample` only.
+
+        envs: what completions are turns of a conversation with, at most max_turns of them, of `context` tokens in all.
+        """
         self.prompts, self.runners, self.scorer, self.tokenizer = prompts, runners, scorer, tokenizer
         self.stops, self.sampling = stops, sampling
         self.position = 0
@@ -106,6 +117,8 @@ class Rollouts:
         self._max_new_tokens, self._truncated_score = max_new_tokens, truncated_score
         self._shuffle, self._seed = shuffle, seed
         self._num_prompts, self._samples_per_prompt = num_prompts, samples_per_prompt
+        self._envs, self._max_turns, self._context = envs, max_turns, context
+        self.env_failures = 0
         self._arrivals: GroupArrivals | None = None
         if max_age:
             limits: dict[str, Any] = {"per_batch": num_prompts, "max_age": max_age, "when_old": when_old}
@@ -137,6 +150,8 @@ class Rollouts:
         clock: Clock,
     ) -> Rollout:
         """Return scored completions of `prompts`; what is drawn depends on each one's number and the stream."""
+        if self._envs is not None:
+            return self._converse(self._envs, prompts, samples_per_prompt, numbers, stream, sampling, clock)
         requests = [
             self._request_of(prompt, samples_per_prompt, stream, number)
             for prompt, number in zip(prompts, numbers, strict=True)
@@ -145,21 +160,65 @@ class Rollouts:
             completions = self.runners.generate(requests, sampling)
         return self._scored(prompts, samples_per_prompt, completions, clock)
 
-    def _scored(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, completions: Completions, clock: Clock
+    def _converse(
+        self,
+        envs: TextEnvs,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        numbers: Sequence[int],
+        stream: int,
+        sampling: Sampling,
+        clock: Clock,
     ) -> Rollout:
-        """Return the rollout of these completions of each prompt."""
+        """Return scored conversations about `prompts`."""
+        of_each = zip(numbers, prompts, strict=True)
+        with clock.measure("generate_s"):
+            conversations = converse(
+                lambda requests: self.runners.generate(requests, sampling),
+                envs,
+                {number: {"prompt": prompt.tokens, "record": prompt.record} for number, prompt in of_each},
+                samples=samples_per_prompt,
+                seed_of=lambda number, sample, turn: self._draw_seed(
+                    stream, number, *((sample, turn) if sample or turn else ())
+                ),
+                max_turns=self._max_turns,
+                max_new_tokens=self._max_new_tokens,
+                context=self._context,
+                stops=self.stops,
+            )
+        for index, one in enumerate(conversations):
+            if one.failure:
+                prompt, sample = prompts[index // samples_per_prompt], index % samples_per_prompt
+                log.warning(
+                    "the environment of prompt %d, sample %d: %s; what was said in it is not learned from.",
+                    *(prompt.index, sample, one.failure),
+                )
+        self.env_failures += sum(bool(one.failure) for one in conversations)
+        return self._scored(prompts, samples_per_prompt, transcripts(conversations), clock, conversations)
+
+    def _scored(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        completions: Completions,
+        clock: Clock,
+        conversations: Sequence[Conversation] | None = None,
+    ) -> Rollout:
+        """Return the rollout of these completions of each prompt, or of these conversations about it."""
         asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+        starts = [prompt.tokens for prompt in asked] if conversations is None else [one.start for one in conversations]
         with clock.measure("score_s"):
             texts = [decode(self.tokenizer, tokens, self.stops) for tokens in completions.split(completions.tokens)]
             scores = self.scorer.score(asked, texts, completions)
+            if conversations is not None:
+                scores = _with_rewards(scores, conversations)
             score = scores.score
             if self._truncated_score is not None:
                 score = np.where(completions.stopped, score, np.float32(self._truncated_score))
             group = np.arange(len(asked), dtype=np.int64) // samples_per_prompt
-            trajectory = token_trajectory([prompt.tokens for prompt in asked], completions, score)
+            trajectory = token_trajectory(starts, completions, score)
             trajectory.mask = trajectory.mask & scores.mask
-            steps = np.array([len(prompt.tokens) - 1 for prompt in asked], np.int64) + completions.length
+            steps = np.array([len(start) - 1 for start in starts], np.int64) + completions.length
             batch = token_batch(trajectory, steps)
             of_samples = {"score": score, "group": group, "counts": scores.mask}
             batch.tensors |= {name: torch.from_numpy(column) for name, column in of_samples.items()}
@@ -176,12 +235,16 @@ class Rollouts:
         """Return what is asked for; what is drawn depends on the number and the stream."""
         return Request(prompt.tokens, samples, self._max_new_tokens, self._draw_seed(stream, number), self.stops)
 
-    def _draw_seed(self, stream: int, number: int) -> int:
-        return int(np.random.SeedSequence([self._seed, stream, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    def _draw_seed(self, stream: int, number: int, *of_turn: int) -> int:
+        return int(
+            np.random.SeedSequence([self._seed, stream, number, *of_turn]).generate_state(1, np.uint64)[0]
+            >> np.uint64(1)
+        )
 
     def take_restarts(self) -> int:
-        """Return how many runners, and actors of reward models, were started again since the last call."""
-        return self.runners.take_restarts() + self.scorer.take_restarts()
+        """Return how many runners, and actors of rewards or environments, were started again since the last call."""
+        restarts = 0 if self._envs is None else self._envs.take_restarts()
+        return restarts + self.runners.take_restarts() + self.scorer.take_restarts()
 
     def take_dropped(self) -> int:
         """Return how many tokens were dropped, as they were too old, since the last call."""
@@ -189,6 +252,8 @@ class Rollouts:
 
     def close(self) -> None:
         """End the processes of runners and scorers."""
+        if self._envs is not None:
+            self._envs.close()
         self.runners.close()
         self.scorer.close()
 
@@ -203,6 +268,28 @@ class Rollouts:
         self.position, self.reward_failures = int(state["position"]), int(state["reward_failures"])
         if self._arrivals is not None:
             self._arrivals.set_state(state.get("ahead") or {"next": self.position, "open": []})
+
+
+def _with_rewards(scores: Scores, conversations: Sequence[Conversation]) -> Scores:
+    """Return the scores with what the environments gave; conversations that were lost do not count."""
+    rewards = np.array([sum(one.reward) for one in conversations], np.float32)
+    mask = scores.mask & np.array([not one.failure for one in conversations], bool)
+    return Scores(scores.score + rewards, mask, scores.failures)
+
+
+class NoScorer:
+    """Scores nothing: all that counts is what the environments give."""
+
+    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
+        """Return zeros."""
+        return Scores(np.zeros(len(texts), np.float32), np.ones(len(texts), bool))
+
+    def take_restarts(self) -> int:
+        """Return 0: it has no process."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing to close."""
 
 
 class FunctionScorer:

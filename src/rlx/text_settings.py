@@ -97,6 +97,30 @@ class PromptsSection(Section):
     """A new order in every pass over the rows."""
 
 
+class TextEnvironmentSection(Section):
+    """What the model talks with, where a completion is not all: tools, games, users."""
+
+    positional: ClassVar[str | None] = "env"
+
+    env: Annotated[
+        str | Callable[..., Any] | None,
+        Allowed("an import path pkg.module:Class, or a class"),
+        PlainSerializer(spelled),
+        WithJsonSchema({"type": ["string", "null"]}),
+    ] = None
+    """A gymnasium.Env whose observations and actions are tokens, as of rlx.text.text_env; made with `kwargs`, and with
+    `tokenizer` and `stops` where it takes them. null: a completion ends what a prompt began."""
+    kwargs: PlainMapping = Field(default={})
+    """Keyword arguments of the class."""
+    max_turns: int = Field(default=8, gt=0)
+    """Turns of the model at most; each ends with a stop token, or is cut at generation.max_new_tokens, which ends the
+    conversation."""
+    num_env_actors: int = Field(default=0, ge=0)
+    """Processes that the environments are in; 0: the driver."""
+    timeout_s: float | None = Field(default=10.0, gt=0)
+    """Longest time for one reset or step; an environment that takes longer costs its sample. null: as it likes."""
+
+
 class DataSection(Section):
     """The examples or preferences that are learned from, in supervised training."""
 
@@ -299,6 +323,7 @@ class TextSettings(Section):
     """grpo for rlx.algorithms.grpo, pkg.module, or ./file.py next to the YAML file."""
     model: TextModelSection = Field(default_factory=TextModelSection)
     prompts: PromptsSection = Field(default_factory=PromptsSection)
+    environment: TextEnvironmentSection = Field(default_factory=TextEnvironmentSection)
     data: DataSection = Field(default_factory=DataSection)
     generation: GenerationSection = Field(default_factory=GenerationSection)
     reward: RewardSection = Field(default_factory=RewardSection)
@@ -356,6 +381,7 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
         for key, value in {
             **sources,
             "reward.function": s.reward.function,
+            "environment.env": s.environment.env,
             "model.tokenizer": s.model.tokenizer,
         }.items():
             if isinstance(value, str) and ":" in value:
@@ -372,8 +398,15 @@ def _missing(section: str) -> None:
 
 
 def _check_rollouts(s: TextSettings) -> None:
-    if not s.reward.is_set:
-        raise ConfigError("reward.function and reward.model are not set; at least one has to say what is good.")
+    if not s.reward.is_set and s.environment.env is None:
+        raise ConfigError(
+            "reward.function, reward.model and environment.env are not set; at least one has to say what is good."
+        )
+    if s.environment.env is not None and getattr(s.training, "max_age", 0):
+        raise ConfigError(
+            "training.max_age above 0 has token runners work ahead at completions, not at conversations with "
+            "environment.env; set max_age to 0."
+        )
     g = s.generation
     if g.top_k or g.top_p < 1 or g.min_p or g.temperature == 0:
         raise ConfigError(

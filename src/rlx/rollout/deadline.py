@@ -42,8 +42,9 @@ class EnvTimeout(EnvError, TimeoutError):
 class Watchdog:
     """Raises EnvTimeout in calls that run for longer than `timeout_s` (None: in none)."""
 
-    def __init__(self, timeout_s: float | None) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, timeout_s: float | None, setting: str = "fault_tolerance.env_step_timeout_s") -> None:
+        """`setting`: what the deadline is set by, to be told."""
+        self.timeout_s, self.setting = timeout_s, setting
         self.call: Call | None = None
         """What runs: a new tuple (name of the method, index of the environment); None while nothing does."""
         self.can_interrupt = False
@@ -97,6 +98,6 @@ def _interrupt(signum: int, frame: Any) -> None:
     watchdog, call = late
     if watchdog.call is call:
         raise EnvTimeout(
-            f"{call[0]}() of an environment took longer than fault_tolerance.env_step_timeout_s={watchdog.timeout_s:g} "
-            "and was interrupted; raise that, or set it to null for no deadline."
+            f"{call[0]}() of an environment took longer than {watchdog.setting}={watchdog.timeout_s:g} and was "
+            "interrupted; raise that, or set it to null for no deadline."
         )

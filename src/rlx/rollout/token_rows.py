@@ -15,11 +15,14 @@ def token_trajectory(prompts: Sequence[Sequence[int]], completions: Completions,
     """Return S completed sequences as a Trajectory, T = the longest sequence less one token.
 
     prompts: the tokens of each completion's prompt. score_S: float32, each sequence's reward, which stands at the last
-    token of its completion. A step reads a token (`obs`) and acts with the one that follows (`action`); only steps that
-    act with a token of the completion count (`mask`). Values are not known yet and are 0.
+    token of its completion; of it, what environments gave for turns stands at theirs. A step reads a token (`obs`) and
+    acts with the one that follows (`action`); only steps that act with a token that was drawn count (`mask`). Values
+    are not known yet and are 0.
     """
     columns = (completions.tokens, completions.logp, completions.version)
     tokens, logps, versions = (completions.split(column) for column in columns)
+    drawns = None if completions.drawn is None else completions.split(completions.drawn)
+    rewards = None if completions.reward is None else completions.split(completions.reward)
     first_S = np.array([len(prompt) - 1 for prompt in prompts], np.int64)  # the step that acts with its first token
     end_S = first_S + completions.length
     shape = len(prompts), int(end_S.max(initial=1))
@@ -31,10 +34,16 @@ def token_trajectory(prompts: Sequence[Sequence[int]], completions: Completions,
         obs[row, : first + 1], obs[row, first + 1 : end] = prompt, completion[:-1]
         action[row, :first], action[row, first:end] = prompt[1:], completion
         logp[row, first:end], version[row, first:end] = logps[row], versions[row]
+        if rewards is not None:
+            reward[row, first:end] = rewards[row]
     step = np.arange(shape[1])
     mask = (step >= first_S[:, None]) & (step < end_S[:, None])
     last = mask & (step == end_S[:, None] - 1)
-    reward[last] = score_S[completions.length > 0]
+    if rewards is not None:
+        score_S = score_S - np.array([of_one.sum() for of_one in rewards], np.float32)  # what comes beside them
+    reward[last] += score_S[completions.length > 0]
+    if drawns is not None:
+        mask[mask] = np.concatenate(drawns)
     unknown = np.broadcast_to(np.float32(0), shape[::-1])
     return Trajectory(
         obs=obs.T,

@@ -35,6 +35,17 @@ class Completions:
     """int64 [N]: version of the weights that each token was drawn with."""
     busy_s: float = 0.0
     """Seconds that generating took."""
+    drawn: np.ndarray | None = None
+    """bool [N]: whether the model drew a token, or an environment said it; None: it drew all."""
+    reward: np.ndarray | None = None
+    """float32 [N]: what an environment gave for the turn that ends here, else 0; None: there is no environment."""
+
+    @property
+    def drawn_length(self) -> np.ndarray:
+        """Tokens of each completion that the model drew, int64 [S]."""
+        if self.drawn is None:
+            return self.length
+        return np.array([int(drawn.sum()) for drawn in self.split(self.drawn)], np.int64)
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """Return `tokens`, `logp` or `version` by completion."""

@@ -1,0 +1,76 @@
+"""TextEnv: a conversation as a gymnasium environment, whose observations and actions are tokens.
+
+An environment for a language model is any gymnasium.Env of this form: `reset(seed=..., options={"prompt": tokens,
+"record": row})` returns the tokens that the model reads first, and `step(tokens)` takes a turn of the model, its stop
+token included, and returns the tokens of the answer, a reward, and whether the conversation ends. Tokens are never
+made from text twice: the model reads on behind the very tokens that it drew. TextEnv is the form for those who would
+rather write of words.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Discrete, Sequence
+
+from rlx.text.tokenizers import decode, encode, encode_start
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an environment says to a turn."""
+
+    text: str = ""
+    """Put behind the turn; what follows is the model's next one."""
+    reward: float = 0.0
+    """What the turn was worth."""
+    ends: bool = False
+    """Whether the conversation is over."""
+
+
+class TextEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """Subclass and write `reply`, and `begin` where the prompt of the row is not what the model reads first."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, tokenizer: Any, stops: frozenset[int] = frozenset()) -> None:
+        """`stops`: the tokens that end a turn, which are no part of its text unless `keeps_stops` is set."""
+        self.tokenizer, self.stops = tokenizer, stops
+        self.observation_space = self.action_space = Sequence(Discrete(len(tokenizer)))  # type: ignore[assignment]
+        self.record: Mapping[str, Any] = {}
+        """The row of prompts.source that this conversation is about."""
+        self.rng = np.random.default_rng(0)
+        """Of this conversation: the same in every run with the same seed."""
+
+    keeps_stops: ClassVar[bool] = False
+    """Whether the text of a turn has its stop token, as where that is a character that means something."""
+
+    @abstractmethod
+    def reply(self, text: str) -> Reply:
+        """Return what follows a turn of the model with this text."""
+
+    def begin(self) -> str | None:
+        """Begin a conversation about `record`; return what the model reads first, None for the row's prompt."""
+        return None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the tokens that the model reads first, int64 [P]; options: {"prompt": tokens, "record": row}."""
+        super().reset(seed=seed)
+        options = options or {}
+        self.record, self.rng = options.get("record", {}), np.random.default_rng(seed)
+        text = self.begin()
+        tokens = options.get("prompt", ()) if text is None else encode_start(self.tokenizer, text, type(self).__name__)
+        return np.array(tokens, np.int64), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Return the tokens of the reply to a turn, int64 [R], its reward, and whether the conversation is over."""
+        reply = self.reply(decode(self.tokenizer, action, () if self.keeps_stops else self.stops))
+        tokens = encode(self.tokenizer, reply.text, f"the reply of {type(self).__name__}") if reply.text else []
+        return np.array(tokens, np.int64), float(reply.reward), reply.ends, False, {}
