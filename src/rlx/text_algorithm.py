@@ -99,7 +99,8 @@ class TextAlgorithm(Trainable):
     @classmethod
     def generates(cls, s: TextSettings) -> bool:
         """Return whether completions are drawn: to learn from, or to evaluate what supervised training has made."""
-        return not cls._is_supervised() or (s.evaluation.source is not None and s.reward.is_set)
+        is_scored = s.reward.is_set or s.environment.env is not None
+        return not cls._is_supervised() or (s.evaluation.source is not None and is_scored)
 
     @classmethod
     def policy_builder(cls, s: TextSettings, vocabulary: int) -> Callable[[], Any]:

@@ -172,15 +172,17 @@ class Rollouts:
     ) -> Rollout:
         """Return scored conversations about `prompts`."""
         of_each = zip(numbers, prompts, strict=True)
+
+        def seed_of(number: int, sample: int, turn: int) -> int:
+            return self._draw_seed(stream, number, *((sample, turn) if sample or turn else ()))
+
         with clock.measure("generate_s"):
             conversations = converse(
                 lambda requests: self.runners.generate(requests, sampling),
                 envs,
                 {number: {"prompt": prompt.tokens, "record": prompt.record} for number, prompt in of_each},
                 samples=samples_per_prompt,
-                seed_of=lambda number, sample, turn: self._draw_seed(
-                    stream, number, *((sample, turn) if sample or turn else ())
-                ),
+                seed_of=seed_of,
                 max_turns=self._max_turns,
                 max_new_tokens=self._max_new_tokens,
                 context=self._context,
