@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rlx.errors import CheckpointError, MissingExtra
 from rlx.metrics import read_metrics
 from rlx.run import SAMPLES
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from rlx.text_rollouts import Rollout
@@ -21,20 +22,25 @@ def sample_record(
     iteration: int, rollout: Rollout, index: int, logps: Sequence[np.ndarray], ref_logp: Tensor | None
 ) -> dict[str, Any]:
     """Return one completion as a row of samples.jsonl; ref_logp: of the rollout's rows [S, L], if there is one."""
-    logp, versions = logps[index], rollout.completions.split(rollout.completions.version)[index]
+    completions = rollout.completions
+    tokens, version = (completions.split(column)[index] for column in (completions.tokens, completions.version))
+    drawn = np.ones(len(tokens), bool) if completions.drawn is None else completions.split(completions.drawn)[index]
+    logp = logps[index]
     row: dict[str, Any] = {
         "iteration": iteration,
         "prompt": rollout.prompts[index].text,
         "completion": rollout.texts[index],
         "score": float(rollout.score[index]) if rollout.counts[index] else None,
         "truncated": not bool(rollout.completions.stopped[index]),
-        "weights_version": int(versions[0]) if len(versions) else None,
-        "tokens": rollout.completions.split(rollout.completions.tokens)[index].tolist(),
-        "logp": [round(float(value), 5) for value in logp],
+        "weights_version": int(version[0]) if len(version) else None,
+        "tokens": tokens.tolist(),
+        "logp": [round(float(value), 5) for value in logp[drawn]],
     }
+    if not drawn.all():
+        row["drawn"] = drawn.tolist()  # the others are an environment's
     if ref_logp is not None and rollout.counts[index]:
         ref = ref_logp[index][rollout.batch.mask[index]].numpy()
-        row["kl"] = float((logp - ref).sum())
+        row["kl"] = float((logp[drawn] - ref).sum())
         row["ref_logp"] = [round(float(value), 5) for value in ref]
     return row
 
@@ -70,8 +76,13 @@ def sample_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def token_lines(tokenizer: Any, row: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each token of a sample: its text, logp, and logp under the reference."""
     refs = row.get("ref_logp") or [None] * len(row["logp"])
-    for token, logp, ref in zip(row["tokens"], row["logp"], refs, strict=True):
+    of_drawn = zip(row["logp"], refs, strict=True)
+    for token, drawn in zip(row["tokens"], row.get("drawn") or [True] * len(row["tokens"]), strict=True):
         text = tokenizer.decode([token])
+        if not drawn:
+            yield f"    {text!r:<16} of the environment"
+            continue
+        logp, ref = next(of_drawn)
         yield f"    {text!r:<16} {logp:>9.4f}" + ("" if ref is None else f"  reference {ref:>9.4f}")
 
 

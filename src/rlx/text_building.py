@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,9 @@ from rlx.nets.language_model import find_model, language_model_config, load_lang
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_runners import TokenRunners
-from rlx.text.import_path import import_function
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
+from rlx.text.text_env import TextEnvMaker
 from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_rollouts import FunctionScorer, NoScorer, Rollouts, Scorer, SumScorer
 from rlx.text_settings import TextModelSection, TextSettings
@@ -59,9 +58,12 @@ def model_path(path: str) -> str:
 
 def build_tokenizer(m: TextModelSection) -> Any:
     """Return the tokenizer that a model is used with."""
-    if m.tokenizer is not None:
-        return load_tokenizer(m.tokenizer)
-    return load_tokenizer(find_model(model_path(m.path or "")))
+    return load_tokenizer(tokenizer_source(m))
+
+
+def tokenizer_source(m: TextModelSection) -> str:
+    """Return where that tokenizer comes from: a folder, a hub id, or an import path."""
+    return find_model(model_path(m.path or "")) if m.tokenizer is None else m.tokenizer
 
 
 def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
@@ -271,36 +273,13 @@ def build_text_envs(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Tex
     if e.env is None:
         return None
     return TextEnvs(
-        TextEnvMaker(e.env, e.kwargs, s.model, stop_tokens(s, tokenizer)),
+        TextEnvMaker(e.env, e.kwargs, tokenizer_source(s.model), stop_tokens(s, tokenizer)),
         timeout_s=e.timeout_s,
         num_actors=e.num_env_actors,
         runtime=runtime,
         start_timeout_s=s.fault_tolerance.start_timeout_s,
         restart=restart_rule(s),
     )
-
-
-class TextEnvMaker:
-    """Makes environments, with the tokenizer and the stop tokens where their class takes them; travels to processes."""
-
-    def __init__(self, env: Any, kwargs: Mapping[str, Any], m: TextModelSection, stops: frozenset[int]) -> None:
-        self._env, self._kwargs, self._model, self._stops = env, kwargs, m, stops
-        self._tokenizer: Any = None  # one for all environments of a process
-
-    def __call__(self) -> Any:
-        """Return a new environment; ConfigError where it is none."""
-        make = import_function(self._env, "environment.env") if isinstance(self._env, str) else self._env
-        takes = inspect.signature(make).parameters
-        given: dict[str, Any] = {"stops": self._stops} if "stops" in takes else {}
-        if "tokenizer" in takes:
-            self._tokenizer = self._tokenizer or build_tokenizer(self._model)
-            given["tokenizer"] = self._tokenizer
-        made = make(**given, **self._kwargs)
-        if not (hasattr(made, "reset") and hasattr(made, "step")):
-            raise ConfigError(
-                f"environment.env={self._env} made a {type(made).__name__}; it must make a gymnasium.Env."
-            )
-        return made
 
 
 def context_of(s: TextSettings, tokenizer: Any) -> int | None:

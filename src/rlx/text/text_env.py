@@ -9,7 +9,8 @@ rather write of words.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,7 +19,9 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete, Sequence
 
-from rlx.text.tokenizers import decode, encode, encode_start
+from rlx.errors import ConfigError
+from rlx.text.import_path import import_function
+from rlx.text.tokenizers import decode, encode, encode_start, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Reply:
     """Whether the conversation is over."""
 
 
-class TextEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+class TextEnv(gymnasium.Env[np.ndarray, np.ndarray], ABC):
     """Subclass and write `reply`, and `begin` where the prompt of the row is not what the model reads first."""
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
@@ -74,3 +77,30 @@ class TextEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         reply = self.reply(decode(self.tokenizer, action, () if self.keeps_stops else self.stops))
         tokens = encode(self.tokenizer, reply.text, f"the reply of {type(self).__name__}") if reply.text else []
         return np.array(tokens, np.int64), float(reply.reward), reply.ends, False, {}
+
+
+class TextEnvMaker:
+    """Makes environments, with the tokenizer and the stop tokens where their class takes them; travels to processes."""
+
+    def __init__(self, env: Any, kwargs: Mapping[str, Any], tokenizer: str, stops: frozenset[int]) -> None:
+        """env: a class or its import path. tokenizer: what load_tokenizer makes it of."""
+        self._env, self._kwargs, self._source, self._stops = env, kwargs, tokenizer, stops
+        self._tokenizer: Any = None  # one for all environments of a process
+
+    def __call__(self) -> Any:
+        """Return a new environment; ConfigError where it is none."""
+        make = import_function(self._env, "environment.env") if isinstance(self._env, str) else self._env
+        takes = inspect.signature(make).parameters
+        given: dict[str, Any] = {"stops": self._stops} if "stops" in takes else {}
+        if "tokenizer" in takes:
+            self._tokenizer = self._tokenizer or load_tokenizer(self._source)
+            given["tokenizer"] = self._tokenizer
+        try:
+            made = make(**given, **self._kwargs)
+        except TypeError as error:
+            raise ConfigError(
+                f"environment.env={self._env} cannot be made with {dict(self._kwargs)}: {error}."
+            ) from error
+        if not (hasattr(made, "reset") and hasattr(made, "step")):
+            raise ConfigError(f"environment.env={self._env} made a {type(made).__name__}; it must be a gymnasium.Env.")
+        return made

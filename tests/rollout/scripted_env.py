@@ -1,0 +1,35 @@
+"""An environment of tokens that does what it is told to; a file of its own, as processes import it quickly."""
+
+import os
+import signal
+import time
+
+import gymnasium
+import numpy as np
+
+
+class Scripted(gymnasium.Env):
+    """Says 20 + turn twice to every turn, for 0.5; ends with the third one, or does what the record says."""
+
+    def reset(self, *, seed=None, options=None):
+        self.what, self.turn = options["record"].get("what"), 0
+        if self.what == "raises in reset":
+            raise FloatingPointError("no luck")
+        if self.what == "starts with nothing":
+            return np.zeros(0, np.int64), {}
+        return np.array([*options["prompt"], 7]), {}
+
+    def step(self, action):
+        self.turn += 1
+        if self.what == "raises":
+            raise FloatingPointError(f"at {action.tolist()}")
+        if self.what == "hangs":
+            while True:
+                time.sleep(0.001)
+        if self.what == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "is no number":
+            return np.zeros(0, np.int64), float("nan"), False, False, {}
+        if self.what == "says words":
+            return "words", 0.0, False, False, {}
+        return np.full(2, 20 + self.turn), 0.5, self.turn == 3, False, {}
