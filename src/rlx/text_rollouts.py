@@ -13,6 +13,7 @@ from rlx.generation.request import Request, Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.rollout.age import WhenOld
 from rlx.rollout.group_arrivals import GroupArrivals
+from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.token_rows import token_batch, token_trajectory
 from rlx.rollout.token_runner import Completions
 from rlx.rollout.token_runners import TokenRunners
@@ -83,7 +84,7 @@ class Rollouts:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        runners: TokenRunners,
+        runners: TokenRunners | ServedRunners,
         scorer: Scorer,
         tokenizer: Any,
         *,
