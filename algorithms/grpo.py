@@ -29,8 +29,9 @@ from rlx.functional.groups import group_advantage, has_spread
 from rlx.functional.losses import cispo, clipped_surrogate, sequence_ratio
 from rlx.functional.masking import weighted_sum
 from rlx.metrics import Metrics
+from rlx.policy_distance import old_policy
 from rlx.settings import Schedule
-from rlx.text_algorithm import TextAlgorithm, old_policy
+from rlx.text_algorithm import TextAlgorithm
 from rlx.text_settings import RolloutTrainingSection, TextConfig
 from rlx.trajectory import Batch
 

@@ -24,8 +24,9 @@ from rlx.functional.advantages import token_gae
 from rlx.functional.losses import clipped_squared_error, clipped_surrogate, squared_error
 from rlx.functional.masking import explained_variance, standardize, weighted_sum
 from rlx.metrics import Metrics
+from rlx.policy_distance import old_policy
 from rlx.settings import Schedule
-from rlx.text_algorithm import TextAlgorithm, old_policy
+from rlx.text_algorithm import TextAlgorithm
 from rlx.text_settings import RolloutTrainingSection, TextConfig
 from rlx.trajectory import Batch
 

@@ -54,7 +54,7 @@ def build_runners(
         on_env_error=s.fault_tolerance.on_env_error,
         max_env_failures=s.fault_tolerance.max_env_failures,
         env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
-        num_cores=max(1, int(cpu_count()) // max(1, s.env_runners.num_env_runners)),
+        num_cores=share_of_cores(s.env_runners.num_env_runners),
         atari=s.atari.model_dump(),
         callbacks=callbacks,
         **s.environment.model_dump(exclude={"id"}),
@@ -82,3 +82,8 @@ def restart_rule(s: Any) -> actors.Restart | None:
     """Return how often what dies is started again, by the fault_tolerance of these settings."""
     f = s.fault_tolerance
     return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
+
+
+def share_of_cores(processes: int) -> int:
+    """Return how many threads each of so many processes may use."""
+    return max(1, int(cpu_count()) // max(1, processes))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlx.building import GetRuntime, restart_rule
+from rlx.building import GetRuntime, restart_rule, share_of_cores
 from rlx.checkpoint import load_state
 from rlx.errors import CheckpointError, ConfigError, RewardError
 from rlx.nets.reward_model import RewardModel
@@ -19,7 +19,7 @@ from rlx.rollout.token_runner import Completions
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import Scores
 from rlx.text.tokenizers import encode, encode_start
-from rlx.text_building import build_model, build_tokenizer, load_trained, share_of_cores
+from rlx.text_building import build_model, build_tokenizer, load_trained
 from rlx.text_settings import TextModelSection, TextSettings
 
 ADVICE = Advice(

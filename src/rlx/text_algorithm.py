@@ -18,13 +18,13 @@ from torch import Tensor
 from rlx.errors import ConfigError
 from rlx.functional.aggregation import token_mean
 from rlx.functional.groups import has_spread
-from rlx.functional.kl import k1, k3
-from rlx.functional.masking import sample_weight, weighted_sum
 from rlx.generation.request import Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.nets.flat import FlatParameters
 from rlx.nets.language_model import export_language_model
 from rlx.out_of_memory import out_of_memory_told
+from rlx.policy_distance import mismatch_kl, reference_kl
+from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.token_runners import TokenRunners
 from rlx.samples import sample_record
 from rlx.schedule import Schedule
@@ -49,21 +49,6 @@ from rlx.trainable import Trainable
 from rlx.trajectory import Batch
 
 log = logging.getLogger("rlx")
-
-
-def old_policy(new_logp: Tensor, minibatch: Batch, training: Any) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities that ratios are taken to, and the weight of each token's loss.
-
-    Where generating and learning take turns, the policy that drew the tokens is the one before the update. Otherwise
-    ratios are taken to the one before the update, and what lies between it and the one that drew them is made up for by
-    a truncated importance weight (Hilton et al. 2021, arXiv:2110.00641; Espeholt et al. 2018, arXiv:1802.01561).
-    """
-    if not training.max_age:
-        return minibatch.logp, torch.ones_like(new_logp)
-    old_logp = minibatch.tensors.get("old_logp", new_logp.detach())  # an update of one step is made by the old policy
-    if training.importance_cap is None:
-        return old_logp, torch.ones_like(new_logp)
-    return old_logp, (old_logp - minibatch.logp).exp().clamp(max=training.importance_cap)
 
 
 class TextAlgorithm(Trainable):
@@ -171,13 +156,14 @@ class TextAlgorithm(Trainable):
 
     def with_old_logp(self, batch: Batch) -> Batch:
         """Return the batch with `old_logp`, by the policy before the update, where `old_policy` needs it."""
-        training = self.training
-        takes_one_step = training.epochs == 1 and (training.minibatch_sequences or len(batch.mask)) >= len(batch.mask)
-        if not training.max_age or takes_one_step:
+        is_drawn_here = self.settings.token_runners.engine == "rlx"
+        if is_drawn_here and (not self.training.max_age or self._takes_one_step(batch)):
             return batch
         with self._clock.measure("logp_s"):
             found = self.learners.evaluate(batch, "logp")
-        return Batch(**batch.tensors, old_logp=found.logp)
+        batch = Batch(**batch.tensors, old_logp=found.logp)
+        self._mismatch_kl = mismatch_kl(batch, self.learners.version)
+        return batch
 
     def update(self, batch: Batch, **options: Any) -> Metrics:
         """Run `Learner.update` on all learners with the settings' epochs and minibatches; return its stats."""
@@ -196,7 +182,15 @@ class TextAlgorithm(Trainable):
         self._batch, self._weights_are_stale = batch, True
         for name in ("busy_s", "gradient_steps", "stopped_early"):
             stats.pop(name)
+        is_fresh = self._ages.get("age_max") == 0 and "old_logp" not in batch.tensors
+        if is_fresh and "kl" in stats and self._takes_one_step(batch):  # the step's KL is to who drew the tokens
+            total = self.weigh(batch.mask, t, self.settings.generation.max_new_tokens).sum().item()
+            self._mismatch_kl = stats["kl"] / total if total else None
         return {**self._finite(stats), "lr": options["lr"]}
+
+    def _takes_one_step(self, batch: Batch) -> bool:
+        rows = len(batch.mask)
+        return self.training.epochs == 1 and (self.training.minibatch_sequences or rows) >= rows
 
     def lr(self, schedule: Schedule) -> float:
         """Return what a step size is at this moment of the run."""
@@ -254,12 +248,13 @@ class TextAlgorithm(Trainable):
         self.position = 0
         self.numbers: dict[str, float] = {}  # what an algorithm keeps from iteration to iteration, as a KL coefficient
         self.rows: Sequence[Any] = ()
-        self.runners: TokenRunners | None = None
+        self.runners: TokenRunners | ServedRunners | None = None
         self.rollouts: Rollouts | None = None
         self._evaluation_rows: Sequence[Any] | None = None
         self._rollout: Rollout | None = None
         self._batch: Batch | None = None
         self._ages: Metrics = {}
+        self._mismatch_kl: float | None = None  # of this iteration, where it is known
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
         self._fitted = s = fitted(s, self.tokenizer)
@@ -281,7 +276,8 @@ class TextAlgorithm(Trainable):
             scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime)
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
             with self._generating():
-                self.runners = build_runners(s, self._make_model, self.learners, self._runtime, longest)
+                parts = (self.learners, self._runtime, longest, self.export)
+                self.runners = build_runners(s, self._make_model, *parts)
             envs = build_text_envs(s, self.tokenizer, self._runtime)
             self.rollouts = build_rollouts(s, self._prompts, self.tokenizer, self.runners, scorer, envs)
 
@@ -309,7 +305,7 @@ class TextAlgorithm(Trainable):
         return cls.config_class.reads == "data"  # type: ignore[attr-defined]
 
     def _train_once(self) -> Metrics:
-        self._rollout = self._batch = None
+        self._rollout = self._batch = self._mismatch_kl = None
         position, rollouts = self.position, None if self.rollouts is None else self.rollouts.get_state()
         try:
             metrics = super()._train_once()
@@ -360,16 +356,10 @@ class TextAlgorithm(Trainable):
                 "reward_failures": self.rollouts.reward_failures if self.rollouts is not None else 0,
                 **self._ages,
             }
+        if self._mismatch_kl is not None:
+            metrics["learner/mismatch_kl"] = self._mismatch_kl
         if batch is not None and "ref_logp" in batch.tensors and "logp" in batch.tensors:
-            weight = sample_weight(batch.mask)
-            logp, ref_logp = (batch.tensors[name].masked_fill(~batch.mask, 0) for name in ("logp", "ref_logp"))
-            k1_mean = weighted_sum(k1(logp, ref_logp), weight).item()
-            sequences = int(batch.mask.any(-1).sum())
-            metrics |= {
-                "ref_kl_k1": k1_mean,
-                "ref_kl_k3": weighted_sum(k3(logp, ref_logp), weight).item(),
-                "ref_kl_sequence": k1_mean * int(batch.mask.sum()) / max(1, sequences),
-            }
+            metrics |= reference_kl(batch)
         return metrics
 
     def _keep_samples(self) -> None:

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlx.actors.machine import cpu_count, memory_bytes
-from rlx.building import GetRuntime, restart_rule
+from rlx.actors.machine import memory_bytes
+from rlx.building import GetRuntime, restart_rule, share_of_cores
 from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup, choose_device
 from rlx.learner.memory_plan import LEARNED_BYTES, Cost, Generators, NetSize, Plan, UpdateSize, memory_plan
 from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
+from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.prompts import Prompt
@@ -25,6 +26,7 @@ from rlx.text.rewards import RewardFunction
 from rlx.text.text_env import TextEnvMaker
 from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_rollouts import FunctionScorer, NoScorer, Rollouts, Scorer, SumScorer
+from rlx.text_served import build_served_runners
 from rlx.text_settings import TextModelSection, TextSettings
 
 EXPORT = "model"
@@ -211,12 +213,19 @@ def build_learners(
 
 
 def build_runners(
-    s: TextSettings, make_model: Callable[[], nn.Module], learners: LearnerGroup, runtime: GetRuntime, longest: int
-) -> TokenRunners:
+    s: TextSettings,
+    make_model: Callable[[], nn.Module],
+    learners: LearnerGroup,
+    runtime: GetRuntime,
+    longest: int,
+    export: Callable[[Path], object],
+) -> TokenRunners | ServedRunners:
     """Return the token runners; one in the driver reads the model of a learner that is there as well.
 
-    longest: tokens of the longest prompt that is trained on.
+    longest: tokens of the longest prompt that is trained on. export: writes the model as it is, for a server.
     """
+    if s.token_runners.engine == "vllm":
+        return build_served_runners(s, make_model, export, longest)
     count = s.token_runners.num_token_runners
     policy = learners.local_policy
     return TokenRunners(
@@ -240,7 +249,7 @@ def build_rollouts(
     s: TextSettings,
     prompts: Sequence[Prompt],
     tokenizer: Any,
-    runners: TokenRunners,
+    runners: TokenRunners | ServedRunners,
     scorer: Scorer,
     envs: TextEnvs | None,
 ) -> Rollouts:
@@ -334,6 +343,7 @@ def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, g
     sequences: rows of an iteration; longest: tokens of the longest there can be. generates: whether they are drawn.
     """
     device, _ = choose_device(s.learners.device, lambda: policy)
+    is_local = s.token_runners.engine == "rlx"
     longest = min(longest, getattr(policy.trunk.config, "max_position_embeddings", None) or longest)
     update = UpdateSize(
         sequences=sequences,
@@ -348,7 +358,7 @@ def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, g
         available=_free_bytes(s, device),
         num_learners=max(1, s.learners.num_learners),
         num_devices=torch.cuda.device_count() if device == "cuda" else 1,
-        generators=_generators(s, policy.model, device, longest) if generates else None,
+        generators=_generators(s, policy.model, device, longest) if generates and is_local else None,
     )
 
 
@@ -413,11 +423,6 @@ def model_summary(s: TextSettings) -> str:
     ]
     lines = [f"language model {s.subject}: {total:,} parameters"]
     return "\n".join(lines + [f"  {name:<14} {text:<80}{count:>11}".rstrip() for name, text, count in rows])
-
-
-def share_of_cores(processes: int) -> int:
-    """Return how many threads each of so many processes may use."""
-    return max(1, int(cpu_count()) // max(1, processes))
 
 
 def _token(tokenizer: Any, text: str) -> int:

@@ -30,7 +30,7 @@ class ModelPlace(NamedTuple):
 
     model: str
     process: str
-    """driver, learner/0..3, token_runner/0 or reward_model/0..1."""
+    """driver, learner/0..3, token_runner/0, reward_model/0..1, or vllm for a server that is not of the run."""
     device: str
     cost: Cost | None
     """In each process; None where the model is another one's, or its size cannot be told."""
@@ -88,6 +88,8 @@ def _owner(parameter: str) -> str:
 
 
 def _generating(s: TextSettings, model: nn.Module, device: str) -> ModelPlace:
+    if s.token_runners.engine == "vllm":
+        return ModelPlace("policy", "vllm", "-", None, f"generates, at {s.token_runners.url}")
     place = generator_process(s, device)
     if place.reads_learner:
         return ModelPlace("policy", place.name, place.device, None, "generates with the learner's own weights")

@@ -15,6 +15,7 @@ from rlx.metrics import Clock, Metrics
 from rlx.rollout.age import WhenOld
 from rlx.rollout.conversations import Conversation, converse, transcripts
 from rlx.rollout.group_arrivals import GroupArrivals
+from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_rows import token_batch, token_trajectory
 from rlx.rollout.token_runner import Completions
@@ -88,7 +89,7 @@ class Rollouts:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        runners: TokenRunners,
+        runners: TokenRunners | ServedRunners,
         scorer: Scorer,
         tokenizer: Any,
         *,

@@ -18,6 +18,7 @@ from rlx.schedule import Schedule
 from rlx.section import Allowed, Section, plain, spelled
 from rlx.settings import CallbacksSection, CheckpointingSection, ReportingSection, RuntimeSection, StopSection
 from rlx.text.sources import object_name
+from rlx.text_served import check_engine
 
 
 def _spelled_source(source: Any) -> Any:
@@ -197,6 +198,12 @@ class RewardSection(Section):
 class TokenRunnersSection(Section):
     """Who generates."""
 
+    engine: Literal["rlx", "vllm"] = "rlx"
+    """rlx: its own generator; vllm: a vLLM server that runs already, in batches that learners wait for."""
+    url: str | None = None
+    """Address of that server, as http://localhost:8000."""
+    weights_path: str | None = None
+    """Folder through which it gets the weights, under the same path there and here; null: that of temporary files."""
     num_token_runners: int = Field(default=0, ge=0)
     """Processes that generate, which get the weights by a channel; 0: the driver, which on one device reads the
     learner's own."""
@@ -240,8 +247,8 @@ class RolloutTrainingSection(TextTrainingSection):
     """How many updates the weights that drew a token may be behind those that learn from it. 0: generating and learning
     take turns; above: token runners go on while learners learn, which token_runners.num_token_runners is needed for."""
     importance_cap: PositiveFloat | None = 2.0
-    """With max_age above 0, losses of tokens are weighted by how much likelier the policy finds them than the one that
-    drew them, at most by this (truncated importance sampling); null: not at all."""
+    """With max_age above 0, or engine vllm, losses of tokens are weighted by how much likelier the policy finds them
+    than the one that drew them, at most by this (truncated importance sampling); null: not at all."""
 
 
 class TextLearnersSection(Section):
@@ -374,6 +381,7 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
 
     def _checks(self, s: TextSettings) -> Iterable[Callable[[], None]]:
         yield s.model.check
+        yield lambda: check_engine(s)
         rows = getattr(s, self.reads)
         if rows.source is None:
             yield lambda: _missing(self.reads)
@@ -413,7 +421,8 @@ def _check_rollouts(s: TextSettings) -> None:
             f"generation.top_k={g.top_k}, top_p={g.top_p}, min_p={g.min_p}, temperature={g.temperature}: training "
             "needs completions drawn from the policy itself; set top_k=0, top_p=1, min_p=0, temperature above 0."
         )
-    if getattr(s.training, "max_age", 0) and not s.token_runners.num_token_runners:
+    is_local = s.token_runners.engine == "rlx"
+    if is_local and getattr(s.training, "max_age", 0) and not s.token_runners.num_token_runners:
         raise ConfigError(
             f"training.max_age={s.training.max_age} has token runners work while learners do, so they need processes "  # type: ignore[attr-defined]
             "of their own: set token_runners.num_token_runners to 1 or more, or max_age to 0."

@@ -111,7 +111,7 @@ class TokenRunner:
         made = [one for samples in self._generator.generate(requests, sampling) for one in samples]
         for one in made:
             one.version[:] = self.version
-        return _packed(made, perf_counter() - started)
+        return packed(made, perf_counter() - started)
 
     def advance(self, requests: Mapping[int, Request], sampling: Sampling) -> list[tuple[int, Completions]]:
         """Take up these requests beside those under way, by number; return those that end first, as (number, samples).
@@ -132,7 +132,7 @@ class TokenRunner:
                 samples = self._unfinished[number]
                 samples[sample] = completion
                 if (made := [one for one in samples if one is not None]) and len(made) == len(samples):
-                    ended.append((number, _packed(made)))
+                    ended.append((number, packed(made)))
                     del self._unfinished[number]
         return ended
 
@@ -166,7 +166,8 @@ class TokenRunner:
         return True
 
 
-def _packed(made: Sequence[Completion], busy_s: float = 0.0) -> Completions:
+def packed(made: Sequence[Completion], busy_s: float = 0.0) -> Completions:
+    """Return completions as flat arrays, in the order given."""
     return Completions(
         tokens=np.concatenate([np.zeros(0, np.int64), *(one.tokens for one in made)]),
         logp=np.concatenate([np.zeros(0, np.float32), *(one.logp for one in made)]),
