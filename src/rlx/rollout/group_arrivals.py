@@ -147,10 +147,13 @@ class GroupArrivals(CallLoop):
         asked: list[bool] = []
 
         def arguments() -> tuple[Mapping[int, Request], Sampling]:
-            """A runner that was started again knows nothing of what the one before had not finished."""
+            """A runner that was started again knows nothing of what the one before was told of."""
             is_again = bool(asked)
             asked.append(True)
-            return (dict(self._given[runner]) if is_again else fresh), self._sampling
+            if not is_again:
+                return fresh, self._sampling
+            waiting = set(self._unsent[runner])
+            return {number: one for number, one in self._given[runner].items() if number not in waiting}, self._sampling
 
         return self._actors.ask(runner, "advance", arguments)
 
