@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from rlx import actors
 from rlx.functional.aggregation import token_mean
 from rlx.learner.learner import Learner
 from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.nets.language_model import load_language_model
-from rlx.nets.transformer import TransformerPolicy
+from rlx.nets.transformer import TransformerPolicy, decoder_layers
 from rlx.trajectory import Batch
 
 LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -57,12 +58,24 @@ def joined(runtime, tmp_path):
     from rlx.learner.sharded import ShardedLearner
 
     class Telling(ShardedLearner):
+        whole = 0
+
+        def join(self, *args: Any) -> None:
+            super().join(*args)
+            for layer in decoder_layers(self.policy):
+                layer.register_forward_pre_hook(self.count)  # after that of FSDP2, which gathers
+
+        def count(self, *_: Any) -> None:
+            found = [p.numel() for p in self.policy.parameters() if not isinstance(p, DTensor)]
+            self.whole = max(self.whole, sum(found))
+
         def held(self) -> dict[str, int]:
             adam: Any = self.adam
             parameters: Any = list(self.policy.parameters())
             kept = [tensor for moments in adam._moments() for tensor in moments]
             gradients = [p.grad.to_local() for p in self.flat.parameters if p.grad is not None]
             return {
+                "whole": self.whole,
                 "parameters": sum(p.to_local().numel() for p in parameters),
                 "moments": sum(tensor.numel() for tensor in kept),
                 "gradients": sum(gradient.numel() for gradient in gradients),
@@ -102,12 +115,14 @@ def test_each_holds_a_share_of_parameters_gradients_and_moments_and_nothing_twic
     assert [len(other) for other in others] == [0] * (count - 1)
 
     parameters = sum(p.numel() for p in one.policy.parameters())
+    layer, embedding, norm = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32, 40 * 32, 32
     learned = len(one.weights())
     held = group.held.call().values(10.0)
     for name, whole in (("parameters", parameters), ("gradients", learned), ("moments", 2 * learned)):
         shares = [each[name] for each in held]
         assert sum(shares) == whole
         assert max(shares) < whole / count * 1.1
+    assert {each["whole"] for each in held} == {layer + 2 * ((1 if tied else 2) * embedding + norm)}
 
 
 @pytest.mark.slow
