@@ -40,6 +40,7 @@ class LearnerGroup:
     restart: how often the learners are started again, all together, when one dies or misses update_timeout_s. They have
     lost their state then, so every call raises LearnersLost until `set_state`; ActorDied, with advice, when they may
     not be started again.
+    sharded: each of at least two learners holds a share of the parameters; see ShardedLearner.
     """
 
     def __init__(
@@ -57,7 +58,6 @@ class LearnerGroup:
         sharded: bool = False,
         **learner_options: Any,
     ) -> None:
-        """sharded: each of at least two learners holds a share of the parameters; see ShardedLearner."""
         device, reason = choose_device(device, build_policy)
         log.info("learners: %s on %s (%s)", num_learners or "in the driver", device, reason)
         limit_threads(torch_threads)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlx.errors import RlxError
+from rlx.errors import ConfigError, RlxError
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Stats
 from rlx.learner.learner import VALUE_FUNCTION, Learner
@@ -34,8 +34,8 @@ class ShardedLearner(Learner):
     replicated but buffers. So the learners have to run the same layers in the same order: every method is for all of
     them to call, and who has fewer microbatches than another runs some of nothing.
 
-    What a learner returns of weights and state is whole from rank 0, and empty from the others. Between two of them the
-    state is that of a Learner, which goes on from it.
+    What rank 0 returns of weights and state is whole, and what the others do is empty. The state is that of a Learner:
+    either kind goes on from the other's.
     """
 
     def join(self, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
@@ -49,6 +49,11 @@ class ShardedLearner(Learner):
         """Leave them where they were made until the others are there."""
         if self.max_tokens is None:
             raise RlxError("sharded learners go through rows of tokens in microbatches: set max_tokens_per_microbatch.")
+        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+            raise ConfigError(
+                f"learners.sharding=full needs an FSDP2 that can sum gradients, which torch {torch.__version__} lacks; "
+                "install a newer torch, or set sharding to none."
+            )
 
     def _agree(self) -> None:
         _ = self._frozen  # a checksum, which is kept, of what is whole for the last time
