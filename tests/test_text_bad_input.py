@@ -169,6 +169,7 @@ SETTINGS = {
     "no such reward": ("grpo", "reward.function is .*rewrd", "reward.function=rlx.envs.addition:rewrd"),
     "no such judge": ("grpo", "reward.model=runs/judge is no folder", "reward={model: runs/judge}"),
     "no model": ("grpo", "give one of them", "model={}"),
+    "nobody to share with": ("sft", "num_learners is 1; set it to 2", "learners={num_learners: 1, sharding: full}"),
     "no such setting": ("grpo", "Did you mean training.clip_range", "training.clip_rnge=0.1"),
     "a law that is cut": ("grpo", "completions drawn from the policy itself", "generation.top_k=3"),
     "a stop of two tokens": ("grpo", "generation.stop: '12' is 2 tokens long", "generation.stop=['12']"),

@@ -41,6 +41,15 @@ def test_a_model_too_large_for_this_machine_is_measured_by_hand(tiny_text):
     assert places(made) == [("policy", "driver", "cpu", Cost(numbers, 4 * numbers, 4 * numbers, 8 * numbers), "")]
 
 
+def test_of_a_model_that_is_shared_out_each_learner_has_its_share(tiny_text):
+    whole, shared = (
+        tiny_text("dpo", learners={"num_learners": 3, "sharding": sharding}) for sharding in ("none", "full")
+    )
+    for (*which, cost, _), (*of_share, share, _) in zip(places(whole), places(shared), strict=True):
+        assert which == of_share and which[1:] == ["learner/0..2", "cpu"]
+        assert share == (cost.parameters, *(-(-size // 3) for size in cost[1:]))
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_models_of_four_architectures_cost_what_the_run_s_own_tensors_take(lora_rank, tiny_text, tmp_path):
     """A Llama that learns, GPT-2 as its value model, Qwen3 as its reference, and a reward model of another GPT-2."""

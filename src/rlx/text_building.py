@@ -209,6 +209,7 @@ def build_learners(
         max_grad_norm=t.max_grad_norm,
         weigh=weigh,
         max_tokens_per_microbatch=s.learners.max_tokens_per_microbatch,
+        sharded=shares(s) > 1,
     )
 
 
@@ -353,7 +354,7 @@ def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, g
         activation_checkpointing=s.learners.activation_checkpointing,
     )
     return memory_plan(
-        NetSize.of(policy),
+        NetSize.of(policy, shares(s)),
         update,
         available=_free_bytes(s, device),
         num_learners=max(1, s.learners.num_learners),
@@ -423,6 +424,11 @@ def model_summary(s: TextSettings) -> str:
     ]
     lines = [f"language model {s.subject}: {total:,} parameters"]
     return "\n".join(lines + [f"  {name:<14} {text:<80}{count:>11}".rstrip() for name, text, count in rows])
+
+
+def shares(s: TextSettings) -> int:
+    """Return in how many parts every parameter is cut, of which a learner holds one."""
+    return s.learners.num_learners if s.learners.sharding == "full" else 1
 
 
 def _token(tokenizer: Any, text: str) -> int:

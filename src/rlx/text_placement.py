@@ -13,7 +13,7 @@ from rlx.learner.learner_group import choose_device
 from rlx.learner.memory_plan import Cost, in_words
 from rlx.nets.reward_model import RewardModel
 from rlx.reward_models import empty_reward_model
-from rlx.text_building import build_tokenizer, generator_process, indexed
+from rlx.text_building import build_tokenizer, generator_process, indexed, shares
 from rlx.text_settings import TextSettings
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ModelPlace(NamedTuple):
     """driver, learner/0..3, token_runner/0, reward_model/0..1, or vllm for a server that is not of the run."""
     device: str
     cost: Cost | None
-    """In each process; None where the model is another one's, or its size cannot be told."""
+    """In each process, of its share; None where the model is another one's, or its size cannot be told."""
     remark: str = ""
     """Whose it is; or why its size cannot be told."""
 
@@ -72,7 +72,10 @@ def _learned(s: TextSettings, algorithm: type[TextAlgorithm], policy: nn.Module,
         owned = {"reward model": list(policy.parameters())}
     shares_trunk = "a head on the policy's trunk" if s.model.value == "shared" else ""
     places = [
-        ModelPlace(model, process, device, Cost.of(parameters, learns=True), shares_trunk * (model == "value model"))
+        ModelPlace(
+            *(model, process, device, Cost.of(parameters, learns=True).shared_by(shares(s))),
+            shares_trunk * (model == "value model"),
+        )
         for model, parameters in owned.items()
     ]
     if algorithm.needs_reference(s.training) and "reference" not in owned:

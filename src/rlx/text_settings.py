@@ -256,6 +256,9 @@ class TextLearnersSection(Section):
 
     num_learners: int = Field(default=0, ge=0)
     """Processes that learn, each on its share of the batch; 0: the driver learns."""
+    sharding: Literal["none", "full"] = "none"
+    """What several learners hold. none: the whole model each; full: a share of every parameter, of its gradient and of
+    its optimizer (FSDP2), gathered a layer at a time while it runs: slower, for models that no device can hold."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model lives; auto: a GPU where there is one."""
     torch_threads: int | None = Field(default=None, gt=0)
@@ -270,6 +273,14 @@ class TextLearnersSection(Section):
     """Compute activations twice in place of keeping them."""
     max_memory_gb: float | None = Field(default=None, gt=0)
     """Memory that a device may need by the plan that is printed before the start; null: what it has."""
+
+    def check(self) -> None:
+        """Raise ConfigError where there is nobody to share the parameters with."""
+        if self.sharding == "full" and self.num_learners < 2:
+            raise ConfigError(
+                f"learners.sharding=full shares the model out among learners, and learners.num_learners is "
+                f"{self.num_learners}; set it to 2 or more, or sharding to none."
+            )
 
 
 class TextEvaluationSection(Section):
@@ -382,6 +393,7 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
     def _checks(self, s: TextSettings) -> Iterable[Callable[[], None]]:
         yield s.model.check
         yield lambda: check_engine(s)
+        yield s.learners.check
         rows = getattr(s, self.reads)
         if rows.source is None:
             yield lambda: _missing(self.reads)

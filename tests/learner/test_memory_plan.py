@@ -102,6 +102,26 @@ def test_what_is_learned_costs_float32_whatever_it_was_made_in_and_the_rest_what
     assert Cost.of([learned, frozen]) == (8, 22, 0, 0)
 
 
+def test_a_model_that_is_shared_out_costs_its_share_and_what_is_gathered():
+    """Of 3 layers of size a, and embedding, norm and head of size b: b, two layers, the gradients of b and of a layer,
+    and the larger of these once more while it is summed.
+    """
+    config = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48}
+    config |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
+    policy = TransformerPolicy(load_language_model(config=config))
+    a, b = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32, 2 * 40 * 32 + 32
+    net = NetSize.of(policy, shares=2)
+    assert (net.learned, net.shares, net.gathered) == (3 * a + b, 2, 4 * (b + 2 * a + b + a + max(a, b)))
+    whole, plan = (memory_plan(one, UPDATE, available=1e9, num_learners=2) for one in (NetSize.of(policy), net))
+    for name, size in {"weights": 4, "gradient": 4, "Adam": 8}.items():
+        assert plan.bytes[name] == size * (3 * a + b) / 2
+    assert plan.bytes["gathered layers"] == net.gathered and "gathered layers" not in whole.bytes
+    with pytest.raises(ConfigError, match=r"set learners\.sharding=full"):
+        memory_plan(NetSize.of(policy), UPDATE, available=1e5, num_learners=2)
+    with pytest.raises(ConfigError, match=r"^(?!.*sharding)"):
+        memory_plan(net, UPDATE, available=1e5, num_learners=2)
+
+
 # Generators -------------------------------------------------------------------------------------------------------
 
 

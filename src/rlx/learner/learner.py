@@ -20,7 +20,7 @@ from rlx.errors import CheckpointError, RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
-from rlx.learner.microbatches import accumulated_gradient, blank, evaluate_in_microbatches, microbatches
+from rlx.learner.microbatches import Parts, accumulated_gradient, blank, evaluate_in_microbatches, microbatches
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
 from rlx.trajectory import Batch
@@ -64,25 +64,30 @@ class Learner:
         weight_decay: as in AdamW, of every parameter with two axes or more.
         """
         self.device = torch.device(device)
-        self.policy = build_policy().to(self.device)
-        self.flat = FlatParameters(self.policy, self.device)
-        matrices = [view for view in self.flat.views(self.flat.data) if view.ndim > 1]
-        split = self.flat.first_of(VALUE_FUNCTION)
-        self.adam = FlatAdam(self.flat.data, adam_eps, *adam_betas, weight_decay, matrices, split)
+        self.policy = build_policy()
         self.max_grad_norm = max_grad_norm
         self.weigh, self.max_tokens = weigh, max_tokens_per_microbatch
-        if max_tokens_per_microbatch is None:
-            self.gradient = gradient_function(self.policy, self.flat, loss, compile=compile)
-        else:
-            if compile:
-                log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
-            self.gradient = accumulated_gradient(self.policy, self.flat, loss, max_tokens_per_microbatch)
         self.prepare = prepare
         self._loss = loss
+        self._adam_options = (adam_eps, *adam_betas, weight_decay)
+        self._own_parameters(compile)
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
         self.rank, self.world_size = 0, 1
+
+    def _own_parameters(self, compile: bool) -> None:
+        """Make what holds the parameters, steps them and finds their gradient."""
+        self.policy.to(self.device)
+        self.flat = FlatParameters(self.policy, self.device)
+        matrices = [view for view in self.flat.views(self.flat.data) if view.ndim > 1]
+        self.adam = FlatAdam(self.flat.data, *self._adam_options, matrices, self.flat.first_of(VALUE_FUNCTION))
+        if self.max_tokens is None:
+            self.gradient = gradient_function(self.policy, self.flat, self._loss, compile=compile)
+        else:
+            if compile:
+                log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
+            self.gradient = accumulated_gradient(self.policy, self.flat, self._loss, self.max_tokens)
 
     def join(self, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
         """Meet the other learners (gloo on CPU, nccl on GPU) and start from the weights of rank 0."""
@@ -96,6 +101,10 @@ class Learner:
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
+        self._agree()
+
+    def _agree(self) -> None:
+        """Take over the weights of rank 0."""
         dist.broadcast(self.flat.data, src=0)
 
     @np.errstate(over="ignore", invalid="ignore")  # stats that are not finite tell, and whoever reads them raises
@@ -141,7 +150,7 @@ class Learner:
                 stopped_early = target_kl is not None and self._total(stats["kl"]) > target_kl
                 if stopped_early:
                     break
-                stats["grad_norm"] = self._step(self._sum(gradient), lr, value_lr)
+                stats["grad_norm"] = self._step(gradient, lr, value_lr)
                 history.append(stats)
             if stopped_early:
                 break
@@ -160,7 +169,7 @@ class Learner:
         They are what the loss would see, [S, L] like the mask, and 0 off it; for a reward model "score", [S].
         """
         batch = self._own(batch)
-        columns = evaluate_in_microbatches(self.policy, batch, names, self.max_tokens)
+        columns = evaluate_in_microbatches(self.policy, batch, names, self._microbatches(batch))
         return Batch(**{name: column.cpu() for name, column in columns.items()})
 
     @torch.no_grad()
@@ -169,7 +178,7 @@ class Learner:
         batch = self._own(batch)
         weighed = Batch(**batch.tensors, weight=self.weigh(batch.mask))
         sums: dict[str, float] = {}
-        for _, part in microbatches(self.policy, weighed, self.max_tokens):
+        for _, part in self._microbatches(weighed):
             total, stats = self._loss(self.policy, part, coefficients)
             for name, stat in ({"loss": total} | stats).items():
                 sums[name] = sums.get(name, 0.0) + float(stat)
@@ -181,10 +190,8 @@ class Learner:
 
     def get_state(self) -> dict[str, Any]:
         """Return everything that `set_state` needs to go on exactly."""
-        parameters = zip(self.flat.names, self.flat.parameters, strict=True)
-        policy = {name: p.detach().cpu().numpy().copy() for name, p in parameters}
         target = None if self.target is None else self.target.get_state()
-        state = {"policy": policy, "adam": self.adam.get_state(), "target": target}
+        state = {"policy": self.flat.arrays(), "adam": self.adam.get_state(), "target": target}
         buffers = {name: buffer.cpu().numpy().copy() for name, buffer in self._buffers().items()}
         state |= {"buffers": buffers} if buffers else {}
         return state if self._frozen is None else state | {"frozen": self._frozen}
@@ -235,6 +242,9 @@ class Learner:
         batch = batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         return blank(batch) if "length" in batch.tensors else batch
 
+    def _microbatches(self, batch: Batch) -> Parts:
+        return microbatches(self.policy, batch, self.max_tokens)
+
     def _shares(self, batch: Batch, order: Tensor, rows_each: int) -> Iterator[Batch]:
         """Yield this learner's share of each minibatch of `order`, with `weight`: the share in the global mean."""
         minibatches = order.split(rows_each)
@@ -255,8 +265,8 @@ class Learner:
         return self._sum(torch.as_tensor(share).clone()).item()
 
     def _step(self, gradient: Tensor, lr: float, value_lr: float | None) -> Tensor:
-        """Clip the global norm, step, and return the norm before clipping."""
-        norm = gradient.norm()
+        """Sum the gradient over all learners, clip its norm, step, and return the norm before clipping."""
+        norm = self._sum(gradient).norm()
         if self.max_grad_norm is not None:
             gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
         self.adam.step(gradient, lr, value_lr)

@@ -40,6 +40,7 @@ class LearnerGroup:
     restart: how often the learners are started again, all together, when one dies or misses update_timeout_s. They have
     lost their state then, so every call raises LearnersLost until `set_state`; ActorDied, with advice, when they may
     not be started again.
+    sharded: each of at least two learners holds a share of the parameters; see ShardedLearner.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class LearnerGroup:
         start_timeout_s: float = 60.0,
         update_timeout_s: float = 300.0,
         restart: Restart | None = None,
+        sharded: bool = False,
         **learner_options: Any,
     ) -> None:
         device, reason = choose_device(device, build_policy)
@@ -68,6 +70,7 @@ class LearnerGroup:
         self._current: list[int] = []  # those that have the state of this run
         self._local: Learner | None = None
         self._actors: list[ActorHandle] = []
+        self._sharded = sharded
         if num_learners == 0:
             self._local = Learner(build_policy, loss, **options)
         else:
@@ -76,9 +79,12 @@ class LearnerGroup:
             names = [f"learner/{rank}" for rank in range(num_learners)]
             # gloo listens on the loopback interface only: learners of one machine need no other.
             environment = {"GLOO_SOCKET_IFNAME": "lo"}
+            kind = Learner
+            if sharded:
+                from rlx.learner.sharded import ShardedLearner as kind
             self._actors = [
                 self._rt.spawn(
-                    *(Learner, build_policy, loss),
+                    *(kind, build_policy, loss),
                     name=name,
                     env=environment,
                     threads=torch_threads,
@@ -110,7 +116,8 @@ class LearnerGroup:
         if self._local is not None:
             return self._local.evaluate(batch, *names)
         self._check_state()
-        shares = [rows for rows in torch.arange(len(batch)).tensor_split(len(self._actors)) if len(rows)]
+        shares = torch.arange(len(batch)).tensor_split(len(self._actors))
+        shares = [rows for rows in shares if len(rows) or self._sharded]
         calls = zip(self._actors, shares, strict=False)
         parts = self._answers_with_state([actor.evaluate.call(batch.take(rows), *names) for actor, rows in calls])
         return Batch(**{name: torch.cat([part.tensors[name] for part in parts]) for name in names})
@@ -169,7 +176,8 @@ class LearnerGroup:
         if self._local is not None:
             return getattr(self._local, method)(*arguments)
         self._check_state()
-        return self._answers_with_state([getattr(self._actors[0], method).call(*arguments)])[0]
+        asked = self._actors if self._sharded else self._actors[:1]  # those who hold shares answer together
+        return self._answers_with_state([getattr(actor, method).call(*arguments) for actor in asked])[0]
 
     def _answers_with_state(self, futures: Sequence[Future[Any]]) -> list[Any]:
         try:

@@ -11,6 +11,7 @@ from torch import nn
 from rlx.errors import ConfigError
 from rlx.generation.slots import reserved
 from rlx.nets.chunked_head import CHUNK_NUMBERS, KEPT_NUMBERS
+from rlx.nets.transformer import decoder_layers
 from rlx.nets.trunk import Trunk, unwrapped
 
 LEARNED_BYTES = 4
@@ -38,6 +39,11 @@ class Cost(NamedTuple):
             gradient=LEARNED_BYTES * learned * learns,
             optimizer=ADAM_BYTES * learned * learns,
         )
+
+    def shared_by(self, count: int) -> Cost:
+        """Return the cost in each of `count` processes that hold a share of every parameter."""
+        parameters, *sizes = self
+        return Cost(parameters, *(-(-size // count) for size in sizes))
 
 
 class TrunkSize(NamedTuple):
@@ -85,9 +91,13 @@ class NetSize(NamedTuple):
     """That of the policy, and that of a value net which has its own."""
     frozen_bytes: int = 4
     """Bytes of each frozen parameter."""
+    shares: int = 1
+    """Learners that share out every parameter, its gradient and its moments; 1: each has them whole."""
+    gathered: int = 0
+    """Bytes of what is whole for a while where they do: parameters, and their gradient before it is shared out."""
 
     @staticmethod
-    def of(policy: nn.Module) -> NetSize:
+    def of(policy: nn.Module, shares: int = 1) -> NetSize:
         """Return the size of a TransformerPolicy or a RewardModel."""
         trunk: Any = policy.trunk
         trunks = [one for one in (trunk, getattr(policy, "value_trunk", None)) if one is not None]
@@ -100,6 +110,8 @@ class NetSize(NamedTuple):
             vocabulary=unwrapped(trunk.causal_lm).get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
             trunks=tuple(map(TrunkSize.of, trunks)),
             frozen_bytes=max((p.element_size() for p in frozen), default=4),
+            shares=shares,
+            gathered=_gathered(policy) if shares > 1 else 0,
         )
 
 
@@ -279,6 +291,7 @@ class _Run:
             microbatch: bool(microbatch),
             "set learners.activation_checkpointing=true": not self.update.activation_checkpointing,
             slots: bool(slots) and self.beside > 0,
+            "set learners.sharding=full": self.num_learners > 1 and net.shares == 1,
             "take fewer learners on a device": self.on_device > 1,
             "learn an adapter (model.lora_rank) in place of all weights": net.learned > net.frozen,
         }
@@ -307,15 +320,34 @@ def in_words(size: float) -> str:
     return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size:.0f} B"
 
 
+def _gathered(policy: nn.Module) -> int:
+    """Return the bytes of what is whole at once: all outside of the layers, a layer, and the one that comes next."""
+    layers = {layer: list(layer.parameters()) for layer in decoder_layers(policy)}
+    reference = getattr(policy, "reference", None)
+    apart = {id(p) for parameters in layers.values() for p in parameters}
+    apart |= set() if reference is None else {id(p) for p in reference.parameters()}
+    outside = [p for p in policy.parameters() if id(p) not in apart]
+    layer = max(layers.values(), key=lambda parameters: sum(p.numel() for p in parameters), default=[])
+
+    def weights(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    learned_outside, learned_layer = ([p for p in parameters if p.requires_grad] for parameters in (outside, layer))
+    gradients = weights(learned_outside) + weights(learned_layer)
+    summed = LEARNED_BYTES * max(sum(p.numel() for p in learned) for learned in (learned_outside, learned_layer))
+    return weights(outside) + 2 * weights(layer) + gradients + summed
+
+
 def _parts(net: NetSize, update: UpdateSize, tokens: int) -> dict[str, float]:
     """Return bytes by purpose, for microbatches of `tokens` tokens."""
     kept = sum(trunk.kept(update.activation_checkpointing) for trunk in net.trunks)
     logits = tokens * net.vocabulary
     return {
-        "weights": float(LEARNED_BYTES * net.learned),
-        "frozen weights": float(net.frozen_bytes * net.frozen),
-        "gradient": float(LEARNED_BYTES * (net.learned + net.largest)),
-        "Adam": float(ADAM_BYTES * net.learned),
+        "weights": LEARNED_BYTES * net.learned / net.shares,
+        "frozen weights": net.frozen_bytes * net.frozen / net.shares,
+        "gradient": LEARNED_BYTES * (net.learned / net.shares + (net.largest if net.shares == 1 else 0)),
+        "Adam": ADAM_BYTES * net.learned / net.shares,
+        **({"gathered layers": float(net.gathered)} if net.gathered else {}),
         "activations": 4.0 * tokens * kept,
         "head": 4.0 * (2 * min(logits, CHUNK_NUMBERS) + (logits if logits <= KEPT_NUMBERS else 0)),
     }

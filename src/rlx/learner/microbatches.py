@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from rlx.learner.gradient import Gradient, Loss, Stats
 from rlx.nets.flat import FlatParameters
 from rlx.nets.ragged import positions_within
 from rlx.trajectory import Batch
+
+Parts = Iterable[tuple[Tensor, Batch]]
+"""Row numbers and the microbatch of these rows."""
 
 
 def accumulated_gradient(policy: Any, flat: FlatParameters, loss: Loss, max_tokens: int) -> Gradient:
@@ -27,31 +30,35 @@ def accumulated_gradient(policy: Any, flat: FlatParameters, loss: Loss, max_toke
         flat_gradient.zero_()
         for parameter, view in zip(flat.parameters, views, strict=True):
             parameter.grad = view  # backward() adds to it in place
-        sums: Stats = {}
-        for _, microbatch in microbatches(policy, _not_empty(minibatch), max_tokens):
-            total, stats = loss(policy, microbatch, coefficients)
-            if total.requires_grad:
-                total.backward()
-            for name, stat in (stats | {"loss": total.detach()}).items():
-                sums[name] = sums[name] + stat if name in sums else stat
-        return flat_gradient, sums
+        parts = microbatches(policy, not_empty(minibatch), max_tokens)
+        return flat_gradient, accumulate(policy, loss, parts, coefficients)
 
     return gradient
 
 
-def evaluate_in_microbatches(
-    policy: Any, batch: Batch, names: tuple[str, ...], max_tokens: int | None
-) -> dict[str, Tensor]:
-    """Return the columns `names` that `policy.columns` makes of all rows."""
+def accumulate(policy: Any, loss: Loss, parts: Parts, coefficients: Mapping[str, float]) -> Stats:
+    """Add the gradients of all microbatches to those of the policy; return the sums of the stats."""
+    sums: Stats = {}
+    for _, microbatch in parts:
+        total, stats = loss(policy, microbatch, coefficients)
+        if total.requires_grad:
+            total.backward()
+        for name, stat in (stats | {"loss": total.detach()}).items():
+            sums[name] = sums[name] + stat if name in sums else stat
+    return sums
+
+
+def evaluate_in_microbatches(policy: Any, batch: Batch, names: tuple[str, ...], parts: Parts) -> dict[str, Tensor]:
+    """Return the columns `names` that `policy.columns` makes of all rows, which `parts` are the microbatches of."""
     found: dict[str, Tensor] = {}
-    for rows, part in microbatches(policy, batch, max_tokens):
+    for rows, part in parts:
         for name, column in policy.columns(part, names).items():
             if name not in found:
                 of_tokens = column.shape == part.mask.shape
                 shape = batch.mask.shape if of_tokens else (len(batch), *column.shape[1:])
                 found[name] = column.new_zeros(shape)
             place = found[name] if column.ndim < part.mask.ndim else found[name][..., : column.shape[-1]]
-            place[rows] = column
+            place[rows] = column[: len(rows)]
     return found
 
 
@@ -98,8 +105,15 @@ def _trimmed(batch: Batch, rows: Tensor, length: int) -> Batch:
     return batch.map(part)
 
 
-def _not_empty(minibatch: Batch) -> Batch:
+def not_empty(minibatch: Batch) -> Batch:
     """Return the minibatch, or in place of none a row that counts for nothing: losses and networks expect one."""
     if len(minibatch):
         return minibatch
     return minibatch.map(lambda tensor: tensor.new_zeros(1, *tensor.shape[1:]))
+
+
+def nothing(batch: Batch) -> tuple[Tensor, Batch]:
+    """Return no row numbers, and as short a microbatch as there is, of one row that counts for nothing."""
+    none = torch.arange(0, device=batch.mask.device)
+    blank_row = not_empty(batch.take(none))
+    return none, _trimmed(blank_row, none.new_zeros(1), 1)

@@ -41,6 +41,11 @@ class FlatParameters:
         """Return the buffer as float32 [n]: a view on the CPU, a copy from elsewhere."""
         return self.data.cpu().numpy()
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return every parameter by its name (copies)."""
+        parameters = zip(self.names, self.parameters, strict=True)
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in parameters}
+
     def load(self, weights: np.ndarray) -> None:
         """Copy `weights` float32 [n] into the buffer."""
         self.data.copy_(torch.from_numpy(np.array(weights)))  # a copy: torch warns of arrays that are read-only

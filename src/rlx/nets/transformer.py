@@ -264,15 +264,20 @@ def gradient_modes(trunks: list[Trunk], dropout: bool, activation_checkpointing:
         yield
 
 
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of every decoder in a module."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def checkpointed_layers(decoder: nn.Module) -> Iterator[None]:
     """Have each of a decoder's layers keep its input only, and compute the rest again in the backward pass.
 
     The models' own switch for it would turn on dropout as well, and stay on for whoever else uses the model.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers: list[Any] = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = decoder_layers(decoder)
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:

@@ -31,6 +31,8 @@ class Trunk:
         self.inner = int(inner or 4 * self.hidden_size)
         """Width inside a layer's feed-forward part."""
         self._windows = _attention_windows(self.config)
+        self.always_runs = False
+        """Whether the layers run for no position, too: those that several processes share out have to run in all."""
 
     def hidden(self, obs: Tensor, length: Tensor, index: Tensor, layout: Layout, shared: SharedRows | None) -> Tensor:
         """Return the last hidden states [M, H] of the positions `index` [M] of the flattened rows.
@@ -39,7 +41,9 @@ class Trunk:
         shared: the same rows as `share` has put them together, for the layout of that name.
         """
         if not len(index):
-            return next(self.decoder.parameters()).new_zeros(0, self.hidden_size)
+            if not self.always_runs:
+                return next(self.decoder.parameters()).new_zeros(0, self.hidden_size)
+            obs, layout = obs[:1, :1], "padded"
         if layout == "padded":
             states = self._run(obs, None, None)
         elif shared is not None:
