@@ -163,7 +163,7 @@ def test_rows_of_another_kind_are_named(fails):
 # Settings --------------------------------------------------------------------------------------------------------
 
 SETTINGS = {
-    "no reward": ("grpo", "reward.function and reward.model are not set", "reward={}"),
+    "no reward": ("grpo", "reward.function, reward.model and environment.env are not set", "reward={}"),
     "no prompts": ("grpo", "prompts.source is not set", "prompts={}"),
     "no data": ("sft", "data.source is not set", "data={}"),
     "no such reward": ("grpo", "reward.function is .*rewrd", "reward.function=rlx.envs.addition:rewrd"),
