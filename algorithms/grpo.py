@@ -57,7 +57,7 @@ class GRPOTraining(RolloutTrainingSection):
     """How losses of tokens become one: the mean over all tokens; over each completion's and then over completions; the
     sum over each completion's; or that sum divided by generation.max_new_tokens."""
     mask_truncated: bool = False
-    """Do not learn from completions that were cut at generation.max_new_tokens."""
+    """Do not learn from completions that were cut at generation.max_new_tokens, or conversations that were."""
     drop_flat_groups: bool = False
     """Do not learn from groups whose completions all score alike: their advantages are 0, and so they count in no mean
     over tokens or completions either (DAPO)."""

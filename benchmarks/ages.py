@@ -20,21 +20,24 @@ from report import DOCS, markdown_table
 from rlx.metrics import read_metrics
 
 RUNNER = ("token_runners.num_token_runners=1", "token_runners.torch_threads=1")
+OLD = ("training.max_age=4", "token_runners.when_old=drop", "training.lr=5.0e-4", "training.kl_coef=0")
+"""As old as it may be, with a step size at which it matters."""
 UNCORRECTED = ("training.importance_cap=null", "training.clip_range=1000")
 RUNS = {
     "sft": addition.RUNS["sft"],
     "age_0": ("0: turns are taken", "grpo", *RUNNER),
     "age_1": ("at most 1", "grpo", *RUNNER, "training.max_age=1"),
     "age_4": ("at most 4", "grpo", *RUNNER, "training.max_age=4"),
-    "age_4_in_flight": (
+    "in_flight": (
         "at most 4, weights change in mid-sequence",
         *("grpo", *RUNNER, "training.max_age=4", "token_runners.on_new_weights=keep_cache"),
     ),
-    "age_4_uncorrected": (
-        "at most 4, neither clipped nor corrected",
+    "old": ("4 (`drop`), lr 5e-4, no KL", "grpo", *RUNNER, *OLD),
+    "old_uncorrected": (
+        "4 (`drop`), lr 5e-4, no KL, neither clipped nor corrected",
         "grpo",
         *RUNNER,
-        "training.max_age=4",
+        *OLD,
         *UNCORRECTED,
     ),
 }

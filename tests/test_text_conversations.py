@@ -117,6 +117,7 @@ def test_an_environment_that_fails_is_named_and_counted_and_its_sample_left_out(
         counts = algorithm.rollout.counts
     failures = rows[-1]["env_failures"]
     assert failures and failures % 4 == 0 and (~counts).sum() == failures - rows[-2]["env_failures"]
+    assert (rows[-1]["reward_failures"], rows[-1]["age_max"]) == (0, 0)
     told = "step() raised FloatingPointError: three; what was said in it is not learned from"
     assert caplog.text.count(told) == failures
     assert "the environment of prompt " in caplog.text

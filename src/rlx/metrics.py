@@ -28,7 +28,8 @@ METRICS: dict[str, str] = {
     "dropped_env_steps": "Environment steps collected and not learned from so far: older than training.max_age, or "
     "dropped from a full queue.",
     "episodes": "Episodes finished during training so far.",
-    "env_failures": "Failures of training environments so far: exceptions and hangs after which one was built anew.",
+    "env_failures": "Failures of training environments so far: exceptions and hangs after which one was built anew, "
+    "and on text conversations that were lost by them.",
     "runner_restarts": "Restarts of env runners, token runners and reward models so far: deaths and hangs after which "
     "the same was asked again.",
     "learner_restarts": "Restarts of the learners so far, after each of which the run went back to a checkpoint.",
@@ -73,7 +74,8 @@ METRICS: dict[str, str] = {
 
 TEXT_METRICS: dict[str, str] = {
     "score_mean": "Mean score of this iteration's completions.",
-    "truncated_fraction": "Share of this iteration's completions that reached generation.max_new_tokens.",
+    "truncated_fraction": "Share of this iteration's completions that reached generation.max_new_tokens; of "
+    "conversations those that the environment did not end.",
     "flat_groups_fraction": "Share of prompts whose completions all scored alike, from which GRPO learns nothing.",
     "reward_failures": "Completions so far whose reward raised, was late or no number, and that were masked.",
     "ref_kl_k1": "Mean over tokens of log(policy / reference), in nats: k1, unbiased; where there is a reference.",
@@ -87,7 +89,7 @@ TEXT_METRICS: dict[str, str] = {
     "time/logp_s": "Log-probabilities of the policy and the reference, and values, before the update.",
     "time/train_s": "Computing gradients and stepping the optimizer.",
     "time/sync_s": "Bringing weights to the token runners, or to the vLLM server.",
-    "evaluation/truncated_fraction": "Share of the evaluation's completions that reached generation.max_new_tokens.",
+    "evaluation/truncated_fraction": "The same share of the evaluation's completions.",
     "evaluation/loss": "Loss on the evaluation's examples, in supervised training.",
     "evaluation/accuracy": "Share of the evaluation's pairs in which the chosen answer wins.",
 }

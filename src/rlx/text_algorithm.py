@@ -122,11 +122,12 @@ class TextAlgorithm(Trainable):
         with self._generating():
             rollout = self.rollouts.sample(self._clock)
         self._rollout = rollout
-        age = self.learners.version - rollout.completions.version
+        made = rollout.completions
+        age = self.learners.version - (made.version if made.drawn is None else made.version[made.drawn])
         self._ages = {"age_mean": float(age.mean()), "age_max": int(age.max())} if len(age) else {}
         self.dropped_env_steps += self.rollouts.take_dropped()
         length = rollout.completions.drawn_length
-        self.env_failures = self.rollouts.env_failures
+        self.env_failures += rollout.env_failures
         self.env_steps += int(length.sum())
         self.episodes += len(length)
         self.runner_restarts += self.rollouts.take_restarts()
@@ -289,6 +290,7 @@ class TextAlgorithm(Trainable):
         else:
             sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
             longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
+            longest *= s.environment.max_turns if s.environment.env is not None else 1
         self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised())
         log.info("%s", self._plan)
 

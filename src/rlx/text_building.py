@@ -274,6 +274,7 @@ def build_rollouts(
         envs=envs,
         max_turns=s.environment.max_turns,
         context=context_of(s, tokenizer),
+        vocabulary=len(tokenizer),
     )
 
 
@@ -335,6 +336,8 @@ def _longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any
     """Return how many tokens a prompt and its completion can have, by the settings and by the model's context."""
     longest = max((len(prompt.tokens) for prompt in prompts), default=0) + s.generation.max_new_tokens
     context = context_of(s, tokenizer)
+    if s.environment.env is not None:  # answers are of any length
+        longest = context or s.environment.max_turns * longest
     return longest if context is None else min(longest, context)
 
 

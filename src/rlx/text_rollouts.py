@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,6 +63,10 @@ class Rollout:
     trajectory: Trajectory
     batch: Batch
     """The rows that learners take, with `score`, `group` and `counts` of each."""
+    reward_failures: int = 0
+    """Completions whose reward failed."""
+    env_failures: int = 0
+    """Conversations whose environment failed."""
 
     def metrics(self) -> Metrics:
         """Return evaluation/ metrics, as of episodes."""
@@ -106,10 +110,12 @@ class Rollouts:
         envs: TextEnvs | None = None,
         max_turns: int = 1,
         context: int | None = None,
+        vocabulary: int = 0,
     ) -> None:
         """num_prompts, samples_per_prompt: what `sample` returns. max_age: 0 has the runners work in `sample` only.
 
-        envs: what completions are turns of a conversation with, at most max_turns of them, of `context` tokens in all.
+        envs: what completions are turns of a conversation with, at most max_turns of them, of `context` tokens in all;
+        vocabulary: how many tokens there are, which an environment has to keep to.
         """
         self.prompts, self.runners, self.scorer, self.tokenizer = prompts, runners, scorer, tokenizer
         self.stops, self.sampling = stops, sampling
@@ -118,8 +124,7 @@ class Rollouts:
         self._max_new_tokens, self._truncated_score = max_new_tokens, truncated_score
         self._shuffle, self._seed = shuffle, seed
         self._num_prompts, self._samples_per_prompt = num_prompts, samples_per_prompt
-        self._envs, self._max_turns, self._context = envs, max_turns, context
-        self.env_failures = 0
+        self._envs, self._max_turns, self._context, self._vocabulary = envs, max_turns, context, vocabulary
         self._arrivals: GroupArrivals | None = None
         if max_age:
             limits: dict[str, Any] = {"per_batch": num_prompts, "max_age": max_age, "when_old": when_old}
@@ -138,7 +143,7 @@ class Rollouts:
             completions = Completions.concatenate([group.completions for group in groups])
             prompts = [self._prompt(group.number) for group in groups]
             rollout = self._scored(prompts, self._samples_per_prompt, completions, clock)
-        self.reward_failures += int((~rollout.counts).sum())
+        self.reward_failures += rollout.reward_failures
         return rollout
 
     def complete(
@@ -187,6 +192,7 @@ class Rollouts:
                 max_turns=self._max_turns,
                 max_new_tokens=self._max_new_tokens,
                 context=self._context,
+                vocabulary=self._vocabulary,
                 stops=self.stops,
             )
         for index, one in enumerate(conversations):
@@ -196,7 +202,6 @@ class Rollouts:
                     "the environment of prompt %d, sample %d: %s; what was said in it is not learned from.",
                     *(prompt.index, sample, one.failure),
                 )
-        self.env_failures += sum(bool(one.failure) for one in conversations)
         return self._scored(prompts, samples_per_prompt, transcripts(conversations), clock, conversations)
 
     def _scored(
@@ -209,23 +214,33 @@ class Rollouts:
     ) -> Rollout:
         """Return the rollout of these completions of each prompt, or of these conversations about it."""
         asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        starts = [prompt.tokens for prompt in asked] if conversations is None else [one.start for one in conversations]
+        if conversations is not None:
+            asked = [self._begun(prompt, one.start) for prompt, one in zip(asked, conversations, strict=True)]
         with clock.measure("score_s"):
             texts = [decode(self.tokenizer, tokens, self.stops) for tokens in completions.split(completions.tokens)]
-            scores = self.scorer.score(asked, texts, completions)
-            if conversations is not None:
-                scores = _with_rewards(scores, conversations)
+            if conversations is None:
+                scores, lost = self.scorer.score(asked, texts, completions), np.zeros(len(asked), bool)
+            else:
+                scores, lost = _of_conversations(self.scorer, asked, texts, conversations)
             score = scores.score
             if self._truncated_score is not None:
                 score = np.where(completions.stopped, score, np.float32(self._truncated_score))
             group = np.arange(len(asked), dtype=np.int64) // samples_per_prompt
-            trajectory = token_trajectory(starts, completions, score)
-            trajectory.mask = trajectory.mask & scores.mask
-            steps = np.array([len(start) - 1 for start in starts], np.int64) + completions.length
+            counts = scores.mask & ~lost
+            trajectory = token_trajectory([prompt.tokens for prompt in asked], completions, score)
+            trajectory.mask = trajectory.mask & counts
+            steps = np.array([len(prompt.tokens) - 1 for prompt in asked], np.int64) + completions.length
             batch = token_batch(trajectory, steps)
-            of_samples = {"score": score, "group": group, "counts": scores.mask}
+            of_samples = {"score": score, "group": group, "counts": counts}
             batch.tensors |= {name: torch.from_numpy(column) for name, column in of_samples.items()}
-        return Rollout(asked, texts, completions, score, scores.mask, trajectory, batch)
+        failures = int((~scores.mask).sum()), int(lost.sum())
+        return Rollout(asked, texts, completions, score, counts, trajectory, batch, *failures)
+
+    def _begun(self, prompt: Prompt, start: Sequence[int]) -> Prompt:
+        """Return what a conversation about a prompt began with."""
+        if tuple(start) == tuple(prompt.tokens):
+            return prompt
+        return replace(prompt, tokens=tuple(start), text=decode(self.tokenizer, start))
 
     def _prompt(self, number: int) -> Prompt:
         """Return the prompt of this number, counted over the whole run."""
@@ -273,11 +288,21 @@ class Rollouts:
             self._arrivals.set_state(state.get("ahead") or {"next": self.position, "open": []})
 
 
-def _with_rewards(scores: Scores, conversations: Sequence[Conversation]) -> Scores:
-    """Return the scores with what the environments gave; conversations that were lost do not count."""
-    rewards = np.array([sum(one.reward) for one in conversations], np.float32)
-    mask = scores.mask & np.array([not one.failure for one in conversations], bool)
-    return Scores(scores.score + rewards, mask, scores.failures)
+def _of_conversations(
+    scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[str], conversations: Sequence[Conversation]
+) -> tuple[Scores, np.ndarray]:
+    """Return what environments and scorer gave together, and which conversations were lost: nobody scores these."""
+    lost = np.array([bool(one.failure) for one in conversations])
+    kept = np.flatnonzero(~lost).tolist()
+    score, mask = np.array([sum(one.reward) for one in conversations], np.float32), np.ones(len(lost), bool)
+    failures: dict[int, Any] = {}
+    if len(kept):
+        of_kept = transcripts([conversations[index] for index in kept])
+        scores = scorer.score([prompts[index] for index in kept], [texts[index] for index in kept], of_kept)
+        score[kept] += scores.score
+        mask[kept] = scores.mask
+        failures = {kept[index]: error for index, error in scores.failures.items()}
+    return Scores(score, mask, failures), lost
 
 
 class NoScorer:

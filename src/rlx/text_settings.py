@@ -187,7 +187,8 @@ class RewardSection(Section):
     """What follows when a reward raises, is late or is no number. stop: the run ends, naming the sample; mask: that
     sample is not learned from, and reward_failures counts it."""
     truncated_score: float | None = None
-    """The score of completions that reached generation.max_new_tokens, in place of their own; null: their own."""
+    """The score of completions that reached generation.max_new_tokens, and of conversations that no environment has
+    ended, in place of their own; null: their own."""
 
     @property
     def is_set(self) -> bool:

@@ -17,6 +17,8 @@ class Scripted(gymnasium.Env):
             raise FloatingPointError("no luck")
         if self.what == "starts with nothing":
             return np.zeros(0, np.int64), {}
+        if self.what == "starts with a book":
+            return np.full(62, 7), {}
         return np.array([*options["prompt"], 7]), {}
 
     def step(self, action):
@@ -30,6 +32,8 @@ class Scripted(gymnasium.Env):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "is no number":
             return np.zeros(0, np.int64), float("nan"), False, False, {}
+        if self.what == "says another language":
+            return np.array([30]), 0.0, False, False, {}
         if self.what == "says words":
             return "words", 0.0, False, False, {}
         return np.full(2, 20 + self.turn), 0.5, self.turn == 3, False, {}

@@ -29,19 +29,23 @@ def drawn(asked):
     )
 
 
-@pytest.fixture(params=["driver", "processes"])
+IN_BOTH_HOMES = pytest.mark.parametrize("make_envs", ["driver", "processes"], indirect=True)
+
+
+@pytest.fixture
 def make_envs(request):
+    """Make environments in the driver, or where a test asks for it in processes."""
+    home = getattr(request, "param", "driver")
     drawn.calls = []
     with actors.runtime("local") as runtime:
         made = []
 
         def make(timeout_s=5.0):
             actors_of_envs = {"num_actors": 2, "runtime": lambda: runtime, "restart": Restart(max=3, per_s=60.0)}
-            envs = TextEnvs(Scripted, timeout_s=timeout_s, **(actors_of_envs if request.param == "processes" else {}))
+            envs = TextEnvs(Scripted, timeout_s=timeout_s, **(actors_of_envs if home == "processes" else {}))
             made.append(envs)
             return envs
 
-        make.home = request.param
         yield make
         for envs in made:
             envs.close()
@@ -49,10 +53,12 @@ def make_envs(request):
 
 def talk(envs, whats=(None,), generate=drawn, **changes):
     begun = {number: {"prompt": [1, 2], "record": {"what": what}} for number, what in enumerate(whats)}
-    options = {"samples": 1, "max_turns": 5, "max_new_tokens": 4, "context": 50, "stops": frozenset([STOP])}
+    options = {"samples": 1, "max_turns": 5, "max_new_tokens": 4, "context": 50, "vocabulary": 30}
+    options["stops"] = frozenset([STOP])
     return converse(generate, envs, begun, seed_of=lambda *key: hash(key) & 0xFFFF, **options | changes)
 
 
+@IN_BOTH_HOMES
 def test_a_conversation_by_hand(make_envs):
     (one,) = talk(make_envs())
     assert one.start == [1, 2, 7] and one.terminated and not one.failure
@@ -124,7 +130,9 @@ def test_a_turn_without_a_stop_token_is_the_last(make_envs):
         ("starts with nothing", "reset() returned 0 tokens; the model reads 1 to 49"),
         ("raises", "step() raised FloatingPointError: at [1, 9]"),
         ("hangs", "step() of an environment took longer than environment.timeout_s=0.5 and was interrupted; "),
-        ("is no number", "step() raised ValueError: the reward is nan; it must be finite"),
+        ("starts with a book", "reset() returned 62 tokens; the model reads 1 to 49"),
+        ("is no number", "step() raised ValueError: the reward is nan; it must be a finite number of float32"),
+        ("says another language", "the observation has token ids outside of 0 to 29"),
         ("says words", "step() raised TypeError: the observation is str of shape (); it must be token ids"),
     ],
 )
@@ -133,19 +141,25 @@ def test_an_environment_that_fails_costs_its_own_conversation(make_envs, what, f
     assert conversations[1].failure.startswith(failure)
     for one in (conversations[0], conversations[2]):
         assert not one.failure and len(one.tokens) == 10
+    lengths = np.array([len(one.start) - 1 + len(one.tokens) for one in conversations])
+    rows = token_trajectory([one.start for one in conversations], transcripts(conversations), np.ones(3, np.float32))
+    assert token_batch(rows, lengths).obs.shape == (3, 12)
+
+
+@pytest.mark.parametrize("make_envs", ["processes"], indirect=True)
+def test_one_that_hangs_in_a_process_costs_its_own_conversation(make_envs):
+    conversations = talk(make_envs(timeout_s=0.5), [None, "hangs", None, None])
+    assert [bool(one.failure) for one in conversations] == [F, T, F, F]  # 3 is in its process
 
 
 def test_after_four_that_hang_no_more_are_waited_for(make_envs):
-    if make_envs.home == "processes":
-        pytest.skip("each process has its own share of them")
     conversations = talk(make_envs(timeout_s=0.1), ["hangs"] * 5)
     assert [one.failure.startswith("step() of an environment took longer") for one in conversations] == [T] * 4 + [F]
     assert conversations[4].failure == "step() was not called, since 4 others before it were interrupted"
 
 
+@pytest.mark.parametrize("make_envs", ["processes"], indirect=True)
 def test_a_process_that_dies_costs_the_conversations_in_it(make_envs):
-    if make_envs.home == "driver":
-        pytest.skip("it would be this process")
     envs = make_envs()
     conversations = talk(envs, [None, "dies", None, None])
     assert [bool(one.failure) for one in conversations] == [F, T, F, T]  # 1 and 3 share a process
@@ -153,8 +167,17 @@ def test_a_process_that_dies_costs_the_conversations_in_it(make_envs):
     assert envs.take_restarts() == 1
 
 
+@IN_BOTH_HOMES
 def test_an_environment_is_used_again(make_envs):
     envs = make_envs()
     first, second = talk(envs), talk(envs)
     assert first[0].tokens == [1, 9, 21, 21, 2, 9, 22, 22, 3, 9]
     assert second[0].tokens == [4, 9, 21, 21, 5, 9, 22, 22, 6, 9]
+
+
+def test_conversations_that_the_model_left_keep_no_environment(make_envs):
+    """Of those that end with max_turns the environment does not know that they are over."""
+    envs = make_envs()
+    for _ in range(5):
+        talk(envs, [None] * 3, max_turns=1)
+    assert len(envs._hosts._envs) + len(envs._hosts._free) == 3

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +14,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ConfigError
+from rlx.generation.generation import Generation
 from rlx.generation.request import Request, Sampling
 from rlx.nets.flat import FlatParameters
 from rlx.rollout.group_arrivals import Group, GroupArrivals
-from rlx.rollout.token_runner import Completions
+from rlx.rollout.token_runner import Completions, TokenRunner
 from rlx.rollout.token_runners import TokenRunners
+
+
+class FakeChannel:
+    """Holds what was published last."""
+
+    def __init__(self):
+        self.newest = None
+
+    def publish(self, version, values):
+        self.newest = SimpleNamespace(version=version, value={"weights": values})
+
+    def latest(self):
+        return self.newest
+
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SAMPLES, NEW = 2, 6
@@ -70,8 +87,10 @@ def take(arrivals, runners, batches, first=0):
     return taken
 
 
-@pytest.mark.parametrize("when_old", ["wait", "pace", "drop"])
-@pytest.mark.parametrize("on_new_weights", ["finish", "keep_cache", "refresh_cache"])
+@pytest.mark.parametrize(
+    ("when_old", "on_new_weights"),
+    [("wait", "finish"), ("wait", "refresh_cache"), ("pace", "finish"), ("drop", "keep_cache")],
+)
 def test_no_prompt_is_lost_or_taken_twice_and_no_token_is_too_old(make_runners, when_old, on_new_weights):
     runners, _ = make_runners(on_new_weights=on_new_weights)
     arrivals = runners.arrive(request, Sampling(), per_batch=4, max_age=1, when_old=when_old)
@@ -137,6 +156,24 @@ def test_a_state_is_gone_on_from(make_runners):
     assert sorted(before + after + arrivals.get_state()["open"]) == list(range(arrivals.get_state()["next"]))
 
 
+def test_runners_are_no_further_ahead_than_they_have_to_be(make_runners):
+    """A learner that finds every batch complete learns from the last version, whatever age is allowed."""
+    runners, _ = make_runners(1)
+    arrivals = runners.arrive(lambda number: request(2), Sampling(), per_batch=4, max_age=5)
+    runners.publish(0, weights)
+    arrivals.take()
+    assert arrivals._lead == 2  # it had to wait
+    ages = []
+    for version in range(1, 9):
+        runners.publish(version, weights)
+        deadline = time.monotonic() + 60
+        while arrivals._asked or len(arrivals._arrived) < 4:  # a slow learner
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        ages.append([version - group.version for group in arrivals.take()])
+    assert arrivals._lead == 1 and max(map(max, ages[-4:])) <= 1
+
+
 def test_generate_and_arrivals_take_turns(make_runners):
     """As in an evaluation."""
     runners, _ = make_runners()
@@ -147,6 +184,39 @@ def test_generate_and_arrivals_take_turns(make_runners):
     assert made.length.tolist() == [2, 2, 4, 4]
     numbers += [group.number for group in arrivals.take()]
     assert len(set(numbers)) == 8
+
+
+def test_a_runner_that_dies_in_an_evaluation_is_told_of_what_was_under_way(make_runners):
+    runners, runtime = make_runners(1)
+    arrivals = runners.arrive(request, Sampling(), per_batch=4, max_age=2)
+    runners.publish(0, weights)
+    numbers = [group.number for group in arrivals.take()]
+    runners.generate([request(100)], Sampling())  # it pauses the arrivals
+    os.kill(runtime.state()["token_runner/0"].pid, signal.SIGKILL)
+    runners.generate([request(100)], Sampling())
+    assert runners.take_restarts() == 1
+    numbers += [group.number for _ in range(3) for group in arrivals.take()]
+    assert len(set(numbers)) == len(numbers) == 16
+
+
+@pytest.mark.parametrize("on_new_weights", ["finish", "keep_cache", "refresh_cache"])
+def test_new_weights_that_an_evaluation_takes_find_sequences_under_way(on_new_weights, monkeypatch):
+    """As between two calls of advance: the long one of two requests has drawn some tokens, then new weights come."""
+    channel = FakeChannel()
+    runner = TokenRunner(
+        build_model, policy_channel=channel, on_new_weights=on_new_weights, max_tokens=64, max_new_tokens=56
+    )
+    channel.publish(0, weights())
+    long, short = Request([1, 2], max_new_tokens=20, seed=1), Request([3], max_new_tokens=3, seed=2)
+    assert [number for number, _ in runner.advance({0: long, 1: short}, Sampling())] == [1]
+    refreshed = []
+    monkeypatch.setattr(Generation, "refresh", lambda self: refreshed.append(self))
+    channel.publish(1, weights(1.1))
+    assert runner.generate([short], Sampling()).version.tolist() == [1, 1, 1]
+    ((number, made),) = runner.advance({}, Sampling())
+    drawn_before = 20 if on_new_weights == "finish" else 3
+    assert number == 0 and made.version.tolist() == [0] * drawn_before + [1] * (20 - drawn_before)
+    assert len(refreshed) == (on_new_weights == "refresh_cache")
 
 
 def test_what_a_runner_raises_is_raised_where_groups_are_taken(make_runners):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ def converse(
     max_turns: int,
     max_new_tokens: int,
     context: int | None,
+    vocabulary: int,
     stops: frozenset[int],
 ) -> list[Conversation]:
     """Return `samples` conversations about each of `begun` (number -> options of reset), which have ended.
@@ -76,13 +77,14 @@ def converse(
     generate: completes requests. max_new_tokens: of a turn. context: tokens that the model can read at most.
     """
     keys: list[Key] = [(number, sample) for number in begun for sample in range(samples)]
-    starts = envs.reset({key: (seed_of(key[0], 0, 0), begun[key[0]]) for key in keys})  # all of a prompt are alike
+    of_each = {key: (seed_of(key[0], 0, 0), begun[key[0]]) for key in keys}  # all of a prompt are alike
+    starts = _known(vocabulary, envs.reset(of_each))
     found = {key: _begun(starts[key], context) for key in keys}
     turn, live = 0, [key for key in keys if not found[key].failure]
     while live:
         requests = _requests(found, live, lambda key, turn=turn: seed_of(*key, turn), max_new_tokens, stops)
         turns = dict(zip([key for _, asked in requests for key in asked], _turns(generate, requests), strict=True))
-        answers = envs.step({key: turns[key].tokens for key in live})
+        answers = _known(vocabulary, envs.step({key: turns[key].tokens for key in live}))
         turn += 1
         for key in live:
             found[key].add_turn(turns[key].tokens, turns[key].logp, turns[key].version)
@@ -92,11 +94,20 @@ def converse(
     return list(found.values())
 
 
+def _known(vocabulary: int, answers: dict[Key, Answer]) -> dict[Key, Answer]:
+    """Return the answers; those with tokens that the model does not know are failures."""
+    failure = f"the observation has token ids outside of 0 to {vocabulary - 1}"
+    return {
+        key: replace(one, failure=failure) if (one.tokens < 0).any() or (one.tokens >= vocabulary).any() else one
+        for key, one in answers.items()
+    }
+
+
 def _begun(start: Answer, context: int | None) -> Conversation:
     tokens, failure = start.tokens.tolist(), start.failure
     if not failure and not 0 < len(tokens) < (context or LIMITLESS):
         failure = f"reset() returned {len(tokens)} tokens; the model reads 1 to {(context or LIMITLESS) - 1}"
-    return Conversation(tokens or [0], failure=failure)
+    return Conversation([0] if failure else tokens, failure=failure)
 
 
 def _requests(

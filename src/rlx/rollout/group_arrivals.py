@@ -30,7 +30,8 @@ class GroupArrivals(CallLoop):
     """Keeps token runners at work in a thread; `take` returns groups to learn from.
 
     A batch is `per_batch` groups, learned from in one version of the weights. The age of a group is the versions that
-    came after the one it was asked for with; it is max_age at most where it is learned from.
+    came after the one it was asked for with; it is max_age at most where it is learned from. Unless `when_old` is
+    "drop", runners are no further ahead than it takes for `take` not to wait: what is begun later is younger.
     make_request: returns what is asked for by its number. What a lost runner had not finished is asked for again.
     """
 
@@ -48,11 +49,13 @@ class GroupArrivals(CallLoop):
         self._make_request, self._sampling = make_request, sampling
         self._per_batch, self._max_age, self._when_old = per_batch, max_age, when_old
         self._version, self._is_learning = 0, False
+        self._lead = 1  # batches that may be ahead of the one that is learned from
         self._next = 0  # number
         self._again: list[int] = []  # numbers below it that have to be asked for once more
         self._asked: dict[int, int] = {}  # number -> version, of what has not arrived
         self._given: list[dict[int, Request]] = [{} for _ in range(len(actors))]  # of it, what each runner has
         self._unsent: list[list[int]] = [[] for _ in range(len(actors))]  # and what it has not been told of
+        self._told = [0] * len(actors)  # which incarnation of each was told of the rest
         self._arrived: list[Group] = []
         self._dropped_tokens = 0
 
@@ -63,10 +66,16 @@ class GroupArrivals(CallLoop):
         """
         with self._changed:
             self._start()
+            has_waited = False
             while (batch := self._pick()) is None:
                 self._raise_error()
+                has_waited = True
                 self._changed.wait(PATIENCE_S)
             self._arrived = [group for group in self._arrived if group not in batch]
+            if has_waited:
+                self._lead = min(self._lead + 1, self._max_age)
+            elif len(self._arrived) >= self._per_batch:  # the next one is complete before this one is begun
+                self._lead = max(self._lead - 1, 1)
             self._is_learning = True
             self._ring()
         return batch
@@ -93,13 +102,14 @@ class GroupArrivals(CallLoop):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Forget all that was asked for or has arrived, and go on from `get_state`."""
         self.pause()
-        self._actors.forget(self._calls)
-        self._calls, self._error, self._is_learning = [], None, False
-        self._asked, self._arrived = {}, []
-        for runner in range(len(self._actors)):
-            self._given[runner], self._unsent[runner] = {}, []
-        self._actors.gather([self._actors.ask(runner, "forget", tuple) for runner in range(len(self._actors))])
         self._next, self._again = int(state["next"]), [int(number) for number in state["open"]]
+        self._asked, self._arrived = {}, []
+        self._given, self._unsent = ([{} for _ in self._given], [[] for _ in self._unsent])
+        self._error, self._is_learning = None, False
+        self._actors.forget(self._calls)
+        self._calls = []
+        # Nobody waits for it: a runner does it when it has ended what it is at, and before what it is asked for next.
+        self._actors.forget([self._actors.ask(runner, "forget", tuple) for runner in range(len(self._actors))])
 
     def _pick(self) -> list[Group] | None:
         """Return the groups to be learned from now; None where some have to be waited for."""
@@ -113,7 +123,7 @@ class GroupArrivals(CallLoop):
             versions = [*self._asked.values(), *(one.version for one in self._arrived if one.number not in taken)]
             for ahead in range(self._max_age + 1):  # what is left has to fit into the updates before it is too old
                 due = sum(version + self._max_age <= self._version + ahead for version in versions)
-                if due > ahead * self._per_batch:
+                if due > ahead * self._per_batch and self._asked:
                     return None
         return batch
 
@@ -136,29 +146,31 @@ class GroupArrivals(CallLoop):
                 self._calls.append(self._call(runner))
 
     def _may_ask(self) -> bool:
-        batches = self._max_age + (not self._is_learning)
         if self._when_old == "drop":
             return len(self._asked) < (self._max_age + 1) * self._per_batch
+        batches = self._lead + (not self._is_learning)
         return len(self._asked) + len(self._arrived) < batches * self._per_batch
 
     def _call(self, runner: int) -> Call:
-        fresh = {number: self._given[runner][number] for number in self._unsent[runner]}
-        self._unsent[runner] = []
+        fresh, self._unsent[runner] = self._unsent[runner], []
         asked: list[bool] = []
 
         def arguments() -> tuple[Mapping[int, Request], Sampling]:
             """A runner that was started again knows nothing of what the one before was told of."""
-            is_again = bool(asked)
+            given, incarnation = self._given[runner], self._actors.incarnation(runner)
+            is_new = bool(asked) or incarnation != self._told[runner]
             asked.append(True)
-            if not is_again:
-                return fresh, self._sampling
-            waiting = set(self._unsent[runner])
-            return {number: one for number, one in self._given[runner].items() if number not in waiting}, self._sampling
+            self._told[runner] = incarnation
+            unsent = set(self._unsent[runner])
+            numbers = [number for number in given if number not in unsent] if is_new else fresh
+            return {number: given[number] for number in numbers if number in given}, self._sampling
 
         return self._actors.ask(runner, "advance", arguments)
 
     def _hear(self, call: Call) -> None:
         with self._changed:
+            if not call.value:  # it knows of nothing that it could do
+                self._unsent[call.runner] = list(self._given[call.runner])
             for number, completions in call.value:
                 if self._given[call.runner].pop(number, None) is not None:
                     self._arrived.append(Group(number, self._asked.pop(number), completions))

@@ -201,6 +201,10 @@ class RunnerActors:
             if call in self._asked[call.runner]:
                 self._asked[call.runner].remove(call)
 
+    def incarnation(self, runner: int) -> int:
+        """Return how often a runner was started again; what the last one knew, the next one does not."""
+        return self._handles[runner].incarnation
+
     def take_restarts(self) -> int:
         """Return how many runners were started again since the last call."""
         total = sum(handle.incarnation for handle in self._handles)

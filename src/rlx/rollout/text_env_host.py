@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from rlx.rollout.deadline import EnvTimeout, Watchdog
 
 MOST_TIMEOUTS = 4
 """How many environments of one call may be waited for in vain; then the rest is given up."""
+
+LARGEST = float(np.finfo(np.float32).max)
 
 Key = tuple[int, int]
 """Number of the prompt, and of the sample."""
@@ -55,7 +57,9 @@ class TextEnvHost:
         self._free.append(self._make_env())
 
     def reset(self, begun: Mapping[Key, tuple[int, Mapping[str, Any]]]) -> list[Answer]:
-        """Begin conversations, by key with seed and options; return what is read first in each."""
+        """Begin conversations, by key with seed and options; return what is read first in each. All others are over."""
+        self._free += self._envs.values()
+        self._envs = {}
         return self._each("reset", self._reset, begun)
 
     def step(self, turns: Mapping[Key, np.ndarray]) -> list[Answer]:
@@ -84,11 +88,16 @@ class TextEnvHost:
                 said = str(error) if is_told else f"{method}() raised {type(error).__name__}: {error}"
                 answer = Answer(np.zeros(0, np.int64), failure=said)
             if answer.failure:
-                self._envs.pop(key, None)
+                self._close(self._envs.pop(key, None))
             elif answer.ends:
                 self._free.append(self._envs.pop(key))
             answers.append(answer)
         return answers
+
+    def _close(self, env: gymnasium.Env | None) -> None:
+        if env is not None:
+            with contextlib.suppress(Exception):  # it has failed already
+                self._watchdog.run("close", 0, env.close)
 
     def _reset(self, key: Key, seed: int, options: Mapping[str, Any]) -> Answer:
         env = self._envs.pop(key, None) or (self._free.pop() if self._free else self._make_env())
@@ -100,9 +109,10 @@ class TextEnvHost:
         if key not in self._envs:
             raise EnvError("the environment was lost with its process")
         tokens, reward, terminated, truncated, _ = self._envs[key].step(turn)
-        if not math.isfinite(reward):
-            raise ValueError(f"the reward is {reward}; it must be finite")
-        return Answer(_tokens(tokens), float(reward), bool(terminated), bool(truncated))
+        value = float(reward)
+        if not abs(value) <= LARGEST:
+            raise ValueError(f"the reward is {reward}; it must be a finite number of float32")
+        return Answer(_tokens(tokens), value, bool(terminated), bool(truncated))
 
 
 def _tokens(returned: Any) -> np.ndarray:

@@ -19,7 +19,9 @@ ADVICE = Advice(
     when_back=", without the conversations that it was in",
 )
 MARGIN_S = 30.0
-"""Beyond the time that MOST_TIMEOUTS environments may take, for all the others."""
+"""Beyond the time that all environments of a process may take, one after the other."""
+FOR_EVER_S = 3600.0
+"""What each may take that has no deadline."""
 
 
 class TextEnvs:
@@ -41,8 +43,8 @@ class TextEnvs:
             self._hosts.spaces()
             return
         assert runtime is not None
-        longest = 3600.0 if timeout_s is None else MARGIN_S + 5 * timeout_s
-        self._hosts = RunnerActors(runtime(), start_timeout_s, longest, restart, TextEnvHost, ADVICE)
+        self._timeout_s = FOR_EVER_S if timeout_s is None else timeout_s
+        self._hosts = RunnerActors(runtime(), start_timeout_s, MARGIN_S, restart, TextEnvHost, ADVICE)
         try:
             for index in range(num_actors):
                 self._hosts.spawn(f"text_env/{index}", (make_env, timeout_s), {})
@@ -74,7 +76,7 @@ class TextEnvs:
         for key, value in of_each.items():
             shares[sum(key) % len(shares)][key] = value
         calls = [
-            (share, self._hosts.ask(index, method, lambda share=share: (share,)))
+            (share, self._hosts.ask(index, method, lambda share=share: (share,), self._deadline_s(share)))
             for index, share in enumerate(shares)
             if share
         ]
@@ -83,3 +85,6 @@ class TextEnvs:
         for (share, _), each in zip(calls, answers, strict=True):
             found |= dict(zip(share, each, strict=True))
         return {key: found[key] for key in of_each}
+
+    def _deadline_s(self, share: Mapping[Key, Any]) -> float:
+        return MARGIN_S + self._timeout_s * len(share)

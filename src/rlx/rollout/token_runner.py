@@ -91,6 +91,7 @@ class TokenRunner:
         self._on_new_weights, self._lengths = on_new_weights, {"length": max_tokens, "limit": max_new_tokens}
         self._generation: Generation | None = None
         self._unfinished: dict[int, list[Completion | None]] = {}  # of `advance`, by number: its samples so far
+        self._ended: list[tuple[int, Completions]] = []  # and what it has not returned
         self.version = 0
 
     def spaces(self) -> int | None:
@@ -106,7 +107,7 @@ class TokenRunner:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, with the newest weights."""
-        self._take_weights(self._new_weights())
+        self._make_way()
         started = perf_counter()
         made = [one for samples in self._generator.generate(requests, sampling) for one in samples]
         for one in made:
@@ -126,31 +127,42 @@ class TokenRunner:
         for number, request in fresh.items():
             self._generation.add([request], number)
             self._unfinished[number] = [None] * request.n
-        ended: list[tuple[int, Completions]] = []
-        while self._unfinished and not ended:
-            for number, sample, completion in self._step(self._generation):
-                samples = self._unfinished[number]
-                samples[sample] = completion
-                if (made := [one for one in samples if one is not None]) and len(made) == len(samples):
-                    ended.append((number, packed(made)))
-                    del self._unfinished[number]
+        while self._unfinished and not self._ended:
+            self._step(self._generation)
+        ended, self._ended = self._ended, []
         return ended
 
     def forget(self) -> None:
         """Never mind what is under way."""
-        self._generation, self._unfinished = None, {}
+        self._generation, self._unfinished, self._ended = None, {}, []
 
     def close(self) -> None:
         """Nothing to close; every runner has it."""
 
-    def _step(self, generation: Generation) -> list[tuple[int, int, Completion]]:
-        """Draw a token for each sample, with new weights if there are any and it is time for them."""
+    def _step(self, generation: Generation) -> None:
+        """Draw a token for each sample of `advance`, with new weights if there are any and it is time for them."""
         new = self._new_weights()
         waits = new is not None and self._on_new_weights == "finish" and generation.has_begun
         if not waits and self._take_weights(new) and self._on_new_weights == "refresh_cache":
             generation.refresh()
         generation.version = self.version
-        return generation.step(begin=not waits)
+        for number, sample, completion in generation.step(begin=not waits):
+            samples = self._unfinished[number]
+            samples[sample] = completion
+            if (made := [one for one in samples if one is not None]) and len(made) == len(samples):
+                self._ended.append((number, packed(made)))
+                del self._unfinished[number]
+
+    def _make_way(self) -> None:
+        """Take new weights, if there are any, as is due to what is under way."""
+        new, generation = self._new_weights(), self._generation
+        if new is not None and generation is not None and generation.has_begun:
+            while self._on_new_weights == "finish" and generation.has_begun:
+                self._step(generation)
+            if self._on_new_weights == "refresh_cache":
+                self._take_weights(new)
+                generation.refresh()
+        self._take_weights(self._new_weights())
 
     def _new_weights(self) -> Published | None:
         """Return what was published since weights were taken last, if anything."""
