@@ -20,9 +20,6 @@ from report import DOCS, markdown_table
 from rlx.metrics import read_metrics
 
 RUNNER = ("token_runners.num_token_runners=1", "token_runners.torch_threads=1")
-OLD = ("training.max_age=4", "token_runners.when_old=drop", "training.lr=5.0e-4", "training.kl_coef=0")
-"""As old as it may be, with a step size at which it matters."""
-UNCORRECTED = ("training.importance_cap=null", "training.clip_range=1000")
 RUNS = {
     "sft": addition.RUNS["sft"],
     "age_0": ("0: turns are taken", "grpo", *RUNNER),
@@ -32,13 +29,9 @@ RUNS = {
         "at most 4, weights change in mid-sequence",
         *("grpo", *RUNNER, "training.max_age=4", "token_runners.on_new_weights=keep_cache"),
     ),
-    "old": ("4 (`drop`), lr 5e-4, no KL", "grpo", *RUNNER, *OLD),
-    "old_uncorrected": (
-        "4 (`drop`), lr 5e-4, no KL, neither clipped nor corrected",
-        "grpo",
-        *RUNNER,
-        *OLD,
-        *UNCORRECTED,
+    "uncorrected": (
+        "at most 4, neither clipped nor corrected",
+        *("grpo", *RUNNER, "training.max_age=4", "training.importance_cap=null", "training.clip_range=1000"),
     ),
 }
 """Each run's title, its config, and what of it is set."""
