@@ -139,7 +139,7 @@ def _describe(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
     """Title, labels with units, the goal, and a light grid."""
     titles = {f"{one.settings['algorithm'].rpartition('/')[2]} on {_subject(one.settings)}" for one in curves}
     axes.set_title(" / ".join(sorted(titles)), loc="left", fontweight="bold")
-    steps = {"environment steps" if "environment" in one.settings else "tokens" for one in curves}
+    steps = {"tokens" if _is_on_text(one.settings) else "environment steps" for one in curves}
     axes.set_xlabel(f"env_steps ({' or '.join(sorted(steps))})\n", labelpad=6)
     meaning = "\n".join(textwrap.wrap((METRICS | TEXT_METRICS)[metric].partition(";")[0].rstrip("."), 110))
     axes.text(1, -0.155, meaning, transform=axes.transAxes, ha="right", va="top", fontsize=7, color="0.45")
@@ -156,10 +156,14 @@ def _describe(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
 
 def _subject(settings: dict[str, Any]) -> str:
     """Return what a run trains on, an environment, or the language model that it trains."""
-    if "environment" in settings:
+    if not _is_on_text(settings):
         return settings["environment"]["id"]
     model = settings["model"]
     return (model["path"] or model["config"]["model_type"]).rstrip("/").rpartition("/")[2]
+
+
+def _is_on_text(settings: dict[str, Any]) -> bool:
+    return "generation" in settings
 
 
 def _unit(metric: str) -> str:
