@@ -86,6 +86,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return character_tokenizer(ALPHABET)
 
 
+def split_of(pairs: Sequence[tuple[int, int]], split: str) -> list[tuple[int, int]]:
+    """Return the pairs that are in a split of SPLITS, the same ones in every process."""
+    order = np.random.default_rng(0).permutation(len(pairs))
+    start = 0
+    for name, share in SPLITS.items():
+        count = round(share * len(pairs))
+        if name == split:
+            return [pairs[index] for index in order[start : start + count]]
+        start += count
+    raise KeyError(split)
+
+
 def _with_a_wrong_digit(answer: str, rng: np.random.Generator) -> str:
     place = int(rng.integers(len(answer)))
     lowest = int(place == 0 and len(answer) > 1)  # no number begins with 0
@@ -94,16 +106,8 @@ def _with_a_wrong_digit(answer: str, rng: np.random.Generator) -> str:
 
 
 def _pairs(split: str) -> list[tuple[int, int]]:
-    unordered = [(a, b) for a in range(NUMBERS) for b in range(a, NUMBERS)]
-    order = np.random.default_rng(0).permutation(len(unordered))
-    start = 0
-    for name, share in SPLITS.items():
-        count = round(share * len(unordered))
-        if name == split:
-            chosen = [unordered[index] for index in order[start : start + count]]
-            return [pair for a, b in chosen for pair in dict.fromkeys([(a, b), (b, a)])]
-        start += count
-    raise KeyError(split)
+    chosen = split_of([(a, b) for a in range(NUMBERS) for b in range(a, NUMBERS)], split)
+    return [pair for a, b in chosen for pair in dict.fromkeys([(a, b), (b, a)])]
 
 
 def _rng(prompts: Sequence[str], completions: Sequence[str]) -> np.random.Generator:

@@ -14,10 +14,11 @@ rlx.envs.calculator:tokenizer.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from rlx.envs.addition import SPLITS, split_of
 from rlx.errors import ConfigError
 from rlx.text.text_env import Reply, TextEnv
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 ALPHABET = "0123456789*=[]"
-SPLITS = {"eval": 0.1, "sft": 0.3, "rl": 0.6}
-"""Each split's share of the pairs."""
 CALL = re.compile(r"\[(\d{1,4})\*(\d{1,4})\]")
 
 
@@ -79,14 +78,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _conversation(a: int, b: int, rng: np.random.Generator, is_wrong: bool) -> str:
-    call, answer = f"{a}*{b}", ""
+    right = call = f"{a}*{b}"
     if is_wrong and rng.random() < 0.5:
-        call = _with_a_wrong_digit(call, rng)
+        call = _with_a_wrong_digit(right, rng)
     first, second = map(int, call.split("*"))
-    answer = str(first * second)
-    if is_wrong and call == f"{a}*{b}":
-        answer = _with_a_wrong_digit(answer, rng)
-    return f"[{call}]{first * second}={answer}"
+    answer = product = str(first * second)
+    if is_wrong and call == right:
+        answer = _with_a_wrong_digit(product, rng)
+    return f"[{call}]{product}={answer}"
 
 
 def _with_a_wrong_digit(text: str, rng: np.random.Generator) -> str:
@@ -96,12 +95,5 @@ def _with_a_wrong_digit(text: str, rng: np.random.Generator) -> str:
     return text[:place] + others[rng.integers(len(others))] + text[place + 1 :]
 
 
-def _pairs(split: str) -> list[tuple[Any, Any]]:
-    every = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    order, start = np.random.default_rng(0).permutation(len(every)), 0
-    for name, share in SPLITS.items():
-        count = round(share * len(every))
-        if name == split:
-            return [every[index] for index in order[start : start + count]]
-        start += count
-    raise KeyError(split)
+def _pairs(split: str) -> list[tuple[int, int]]:
+    return split_of([(a, b) for a in range(10, 100) for b in range(10, 100)], split)
