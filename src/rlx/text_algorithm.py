@@ -41,6 +41,7 @@ from rlx.text_building import (
     build_text_envs,
     build_tokenizer,
     fitted,
+    longest_sequence,
     plan_memory,
 )
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
@@ -289,8 +290,7 @@ class TextAlgorithm(Trainable):
             sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
         else:
             sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
-            longest = max(len(prompt.tokens) for prompt in self._prompts) + s.generation.max_new_tokens
-            longest *= s.environment.max_turns if s.environment.env is not None else 1
+            longest = longest_sequence(s, self._prompts, self.tokenizer)
         self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised())
         log.info("%s", self._plan)
 

@@ -326,14 +326,14 @@ def build_scorer(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, run
     if r.model is not None:
         from rlx.reward_models import RewardModels
 
-        parts.append(RewardModels(r.model, tokenizer, s, runtime, _longest_sequence(s, prompts, tokenizer)))
+        parts.append(RewardModels(r.model, tokenizer, s, runtime, longest_sequence(s, prompts, tokenizer)))
     if not parts:
         return NoScorer()
     return parts[0] if len(parts) == 1 else SumScorer(parts)
 
 
-def _longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any) -> int:
-    """Return how many tokens a prompt and its completion can have, by the settings and by the model's context."""
+def longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any) -> int:
+    """Return how many tokens a prompt can have with what follows it, by the settings and by the model's context."""
     longest = max((len(prompt.tokens) for prompt in prompts), default=0) + s.generation.max_new_tokens
     context = context_of(s, tokenizer)
     if s.environment.env is not None:  # answers are of any length

@@ -119,3 +119,17 @@ def test_what_has_ended_is_forgotten(build):
         assert len(finish(generation)) == 6
     live = generation._live
     assert (live._shares, live._unfinished, sorted(live._free)) == ({}, {}, list(range(6)))
+
+
+def test_a_generation_that_is_opened_anew_keeps_no_slots_of_the_last_one(build):
+    """As after an interrupt, of which a run may have many."""
+    model = build("llama", **SMALL)
+    generator = Generator(model, max_slots=4)
+    hooks = generator._twin.model().get_output_embeddings()._forward_pre_hooks
+    generator.open(Sampling(), length=128, limit=NEW).add(requests_of([[1, 2]], n=1))
+    count = len(hooks)
+    for _ in range(3):
+        generation = generator.open(Sampling(), length=128, limit=NEW)
+        generation.add(requests_of([[1, 2]], n=1))
+        assert len(finish(generation)) == 1
+    assert len(hooks) == count

@@ -147,7 +147,7 @@ def test_the_figure_is_that_of_the_generator_s_own_tensors(exact, lora):
     plan = plan_memory(made, TransformerPolicy(model), 6, 19, generates=True)
     runner = TokenRunner(lambda: model, exact=exact)
     runner.generate([Request([3, 4 + index], 2, 17, index) for index in range(3)], Sampling())
-    slots: Any = runner._generator._slots
+    slots: Any = runner._generator._ready_slots("generate")
     held = [tensor for layer in slots._cache.slot_layers for tensor in (layer.keys, layer.values)]
     assert plan.generator_bytes["keys and values"] == sum(tensor.nbytes for tensor in held)
     assert {tensor.dtype for tensor in held} == {torch.float32 if lora is None else torch.bfloat16}

@@ -40,10 +40,9 @@ class Generator:
         self.architecture = Architecture.of(model, max_length)
         self.max_slots, self._max_length, self._exact = max_slots, max_length, exact
         self._twin = Twin(model)
-        self._slots: Slots | None = None
-        self._slots_of: Any = None
+        self._slots: dict[str, tuple[Any, Slots]] = {}  # of `generate` and of `open`, with the model they serve
         self._is_busy = False
-        try_out(self._ready_slots(), self._twin.model(), self.architecture)
+        try_out(self._ready_slots("generate"), self._twin.model(), self.architecture)
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling | None = None, on_finished: OnFinished | None = None
@@ -69,7 +68,7 @@ class Generator:
                     if on_finished is not None:
                         on_finished(request, sample, completion)
         except BaseException:
-            self._ready_slots().forget()  # what is in them may be half written, or not be numbers
+            self._ready_slots("generate").forget()  # what is in them may be half written, or not be numbers
             raise
         finally:
             self._is_busy = False
@@ -80,17 +79,18 @@ class Generator:
         check_requests(requests, self.architecture.vocabulary, self.architecture.context)
 
     def open(self, sampling: Sampling, *, length: int, limit: int) -> Generation:
-        """Return a Generation with slots of its own, to which requests can be added at any time.
+        """Return a Generation to which requests can be added at any time, and that `generate` leaves alone.
 
-        length: tokens of a prompt and its completion together at most; limit: of a completion.
+        It takes over the slots of the one that was opened before, which is over. length: tokens of a prompt and its
+        completion together at most; limit: of a completion.
         """
-        slots = Slots(self.architecture, self._twin.model(), self._exact)
+        slots = self._ready_slots("open")
         return Generation(slots, sampling, capacity=self.max_slots, length=length, limit=limit)
 
     def _begin(self, requests: Sequence[Request], sampling: Sampling) -> Generation:
         shares = shares_of(requests, self.architecture.context, self.max_slots, 0)
         generation = Generation(
-            self._ready_slots(),
+            self._ready_slots("generate"),
             sampling,
             capacity=min(self.max_slots, sum(request.n for request in requests)),
             length=self._max_length or max(share.length for share in shares),
@@ -99,8 +99,9 @@ class Generator:
         generation.add(requests)
         return generation
 
-    def _ready_slots(self) -> Slots:
+    def _ready_slots(self, whose: str) -> Slots:
         model = self._twin.model()
-        if self._slots is None or self._slots_of is not model:
-            self._slots, self._slots_of = Slots(self.architecture, model, self._exact), model
-        return self._slots
+        known = self._slots.get(whose)
+        if known is None or known[0] is not model:
+            known = self._slots[whose] = model, Slots(self.architecture, model, self._exact)
+        return known[1]

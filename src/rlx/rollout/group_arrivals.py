@@ -15,7 +15,7 @@ from rlx.rollout.token_runner import Completions
 ASKED_PER_RUNNER = 2  # one that it works at, and one to go on with while the answer is on its way
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """The completions of one prompt."""
 
