@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from rlx.envs.addition import SPLITS, split_of
+from rlx.envs.addition import SPLITS, split_of  # pyright: ignore[reportMissingImports] - it does not know package-dir
 from rlx.errors import ConfigError
 from rlx.text.text_env import Reply, TextEnv
 
