@@ -17,7 +17,8 @@ from rlx.functional.masking import weighted_sum
 from rlx.functional.preference import dpo, ipo, log_ratio_margin, sequence_logp
 from rlx.preference_algorithm import PreferenceAlgorithm
 from rlx.text.examples import Pair
-from rlx.text_settings import TextConfig, TextTrainingSection
+from rlx.text_sections import TextTrainingSection
+from rlx.text_settings import TextConfig
 from rlx.trajectory import Batch
 
 

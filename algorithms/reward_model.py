@@ -18,7 +18,8 @@ from rlx.functional.masking import weighted_sum
 from rlx.functional.preference import pairwise_loss
 from rlx.preference_algorithm import PreferenceAlgorithm
 from rlx.reward_models import build_reward_model
-from rlx.text_settings import TextConfig, TextSettings, TextTrainingSection
+from rlx.text_sections import TextTrainingSection
+from rlx.text_settings import TextConfig, TextSettings
 from rlx.trajectory import Batch
 
 REFERENCE_PAIRS = 256

@@ -27,7 +27,8 @@ from rlx.metrics import Metrics
 from rlx.policy_distance import old_policy
 from rlx.settings import Schedule
 from rlx.text_algorithm import TextAlgorithm
-from rlx.text_settings import RolloutTrainingSection, TextConfig
+from rlx.text_sections import RolloutTrainingSection
+from rlx.text_settings import TextConfig
 from rlx.trajectory import Batch
 
 

@@ -15,7 +15,8 @@ from rlx.functional.masking import weighted_sum
 from rlx.metrics import Metrics
 from rlx.text.examples import Example, collate, load_examples
 from rlx.text_algorithm import TextAlgorithm
-from rlx.text_settings import TextConfig, TextTrainingSection
+from rlx.text_sections import TextTrainingSection
+from rlx.text_settings import TextConfig
 from rlx.trajectory import Batch
 
 

@@ -83,7 +83,7 @@ def text_configuration_page() -> str:
     lines = [
         "# Configuration of runs on text",
         "",
-        "<!-- Written by `python docs/generate.py` from src/rlx/text_settings.py and algorithms/grpo.py. -->",
+        "<!-- Written by `python docs/generate.py` from src/rlx/text_sections.py and algorithms/grpo.py. -->",
         "",
         "How settings are written and changed is said in [configuration.md](configuration.md). These are the sections",
         "of `algorithm: grpo`; `rlhf_ppo`, `sft`, `reward_model` and `dpo` differ in `training` only, which stands at",

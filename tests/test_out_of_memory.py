@@ -98,7 +98,7 @@ def test_a_token_runner_s_process_says_it_with_its_traceback(tiny_text, monkeypa
     """The model fails on more rows than are in the trial at its start."""
 
     def build_model(*arguments):
-        from rlx.text_building import build_model
+        from rlx.text_models import build_model
 
         def check(module, inputs, options):
             if len(options["input_ids"]) > 2:

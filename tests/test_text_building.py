@@ -3,8 +3,9 @@
 import pytest
 
 from rlx.nets.language_model import export_language_model
-from rlx.text_building import build_model, build_tokenizer, stop_tokens
-from rlx.text_settings import TextModelSection, TextSettings
+from rlx.text_models import build_model, build_tokenizer, stop_tokens
+from rlx.text_sections import TextModelSection
+from rlx.text_settings import TextSettings
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = {"model_type": "llama", "max_position_embeddings": 16} | SIZES

@@ -8,7 +8,7 @@ from rlx.cli import main
 from rlx.learner.memory_plan import Cost
 from rlx.nets.language_model import export_language_model, load_language_model
 from rlx.reward_models import load_reward_model
-from rlx.text_building import build_tokenizer
+from rlx.text_models import build_tokenizer
 from rlx.text_placement import model_places
 
 SIZES = {"max_position_embeddings": 32, "vocab_size": 13}

@@ -218,8 +218,8 @@ def samples(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a run's language model as transformers reads it."""
-    from rlx.text_building import EXPORT
     from rlx.text_inference import load_text_policy
+    from rlx.text_models import EXPORT
 
     folder = options.output or options.run / EXPORT
     load_text_policy(options.run).export(folder)
@@ -235,7 +235,7 @@ def _ask(sign: str) -> str | None:
 
 def _tokenizer_of(run: Path) -> Any:
     from rlx.config import load_config
-    from rlx.text_building import build_tokenizer
+    from rlx.text_models import build_tokenizer
 
     settings: Any = load_config(run / "config.yaml").settings
     return build_tokenizer(settings.model)

@@ -19,8 +19,9 @@ from rlx.rollout.token_runner import Completions
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import Scores
 from rlx.text.tokenizers import encode, encode_start
-from rlx.text_building import build_model, build_tokenizer, load_trained
-from rlx.text_settings import TextModelSection, TextSettings
+from rlx.text_models import build_model, build_tokenizer, load_trained
+from rlx.text_sections import TextModelSection
+from rlx.text_settings import TextSettings
 
 ADVICE = Advice(
     method="score",

@@ -31,19 +31,15 @@ from rlx.schedule import Schedule
 from rlx.text.order import order
 from rlx.text.prompts import Prompt, load_prompts
 from rlx.text_building import (
-    EXPORT,
     build_learners,
-    build_model,
-    build_policy,
     build_rollouts,
     build_runners,
     build_scorer,
     build_text_envs,
-    build_tokenizer,
-    fitted,
     longest_sequence,
     plan_memory,
 )
+from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, fitted
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
 from rlx.trainable import Trainable

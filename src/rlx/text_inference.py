@@ -16,8 +16,9 @@ from rlx.nets.language_model import export_language_model, load_language_model
 from rlx.text.chat import render
 from rlx.text.prompts import prompt_tokens
 from rlx.text.tokenizers import decode, load_tokenizer, stop_ids
-from rlx.text_building import build_model, build_tokenizer, load_trained, stop_tokens
-from rlx.text_settings import GenerationSection, TextSettings
+from rlx.text_models import build_model, build_tokenizer, load_trained, stop_tokens
+from rlx.text_sections import GenerationSection
+from rlx.text_settings import TextSettings
 
 
 class TextPolicy:

@@ -13,7 +13,8 @@ from rlx.learner.learner_group import choose_device
 from rlx.learner.memory_plan import Cost, in_words
 from rlx.nets.reward_model import RewardModel
 from rlx.reward_models import empty_reward_model
-from rlx.text_building import build_tokenizer, generator_process, indexed, shares
+from rlx.text_building import generator_process, indexed, shares
+from rlx.text_models import build_tokenizer
 from rlx.text_settings import TextSettings
 
 if TYPE_CHECKING:

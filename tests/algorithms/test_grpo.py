@@ -8,7 +8,7 @@ import torch
 
 from rlx.envs import addition
 from rlx.errors import ConfigError
-from rlx.text_building import stop_tokens
+from rlx.text_models import stop_tokens
 from rlx.trajectory import Batch
 
 LONG = {"max_new_tokens": 12}

@@ -1,0 +1,207 @@
+"""The model and the tokenizer of a run on text, from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlx.errors import CheckpointError, ConfigError
+from rlx.nets.language_model import find_model, language_model_config, load_language_model
+from rlx.nets.transformer import TransformerPolicy
+from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
+from rlx.text_sections import TextModelSection
+from rlx.text_settings import TextSettings
+
+EXPORT = "model"
+"""The folder of a run that holds its model in the form of transformers."""
+
+
+def model_path(path: str) -> str:
+    """Return where transformers finds a model: of an rlx run the exported one, else `path` itself."""
+    folder = Path(path).expanduser()
+    if not (folder / "checkpoints").is_dir():
+        return path
+    if not (folder / EXPORT / "config.json").is_file():
+        raise ConfigError(f"the run {path} has not exported a model yet; let it end, or run: rlx export {path}")
+    return str(folder / EXPORT)
+
+
+def build_tokenizer(m: TextModelSection) -> Any:
+    """Return the tokenizer that a model is used with."""
+    return load_tokenizer(tokenizer_source(m))
+
+
+def tokenizer_source(m: TextModelSection) -> str:
+    """Return where that tokenizer comes from: a folder, a hub id, or an import path."""
+    return find_model(model_path(m.path or "")) if m.tokenizer is None else m.tokenizer
+
+
+def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
+    """Return the settings with the lengths that the model's context allows, where they leave them open.
+
+    Raises ConfigError where the tokenizer does not fit the model, or a length its context.
+    """
+    m = s.model
+    config = _config_of(m, len(tokenizer))
+    check_vocabulary(tokenizer, config.vocab_size)
+    context = getattr(config, "max_position_embeddings", None)
+    for name in ("reference_path", "value_path"):
+        if (beside := getattr(m, name)) is not None:
+            _check_beside(name, beside, config)
+    if context is None:
+        return s
+    sections = {}
+    for section, name, most in (("data", "max_tokens", context), ("prompts", "max_prompt_tokens", context - 1)):
+        values = getattr(s, section)
+        wanted = getattr(values, name)
+        if wanted is not None and wanted > most:
+            raise ConfigError(
+                f"{section}.{name}={wanted} is more than the model's context of {context} tokens allows; set it to "
+                f"{most} or less, or to null for as many as there can be."
+            )
+        sections[section] = values.model_copy(update={name: most if wanted is None else wanted})
+    return s.model_copy(update=sections)
+
+
+def _config_of(m: TextModelSection, vocabulary: int) -> Any:
+    path = None if m.path is None else model_path(m.path)
+    return language_model_config(path=path, config={"vocab_size": vocabulary, **m.config})
+
+
+def _check_beside(name: str, path: str, config: Any) -> None:
+    """Raise ConfigError where a model that reads the same tokens as the one that learns cannot."""
+    of_it = language_model_config(path=model_path(path), config={})
+    for size, is_wrong in (("vocab_size", int.__ne__), ("max_position_embeddings", int.__lt__)):
+        here, there = getattr(config, size, None), getattr(of_it, size, None)
+        if here is not None and there is not None and is_wrong(there, here):
+            raise ConfigError(
+                f"model.{name}={path} has {size} {there}, and the model that learns {here}; it has to read the same "
+                "tokens, so give one that was made from the same model."
+            )
+
+
+def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
+    """Return the language model with its adapter, if it gets one; path: another model in place of the section's.
+
+    vocabulary: tokens of the tokenizer, the size that a model from a configuration gets where it does not say.
+    """
+    lora = None
+    if m.lora_rank and path is None:
+        lora = {"r": m.lora_rank, "lora_alpha": m.lora_alpha}
+        lora |= {"target_modules": list(m.lora_targets)} if m.lora_targets else {}
+    path = m.path if path is None else path
+    if path is not None:
+        return load_language_model(path=model_path(path), dtype=m.dtype, lora=lora, seed=seed)
+    config = {"vocab_size": vocabulary, **_special_tokens(m), **m.config}
+    return load_language_model(config=config, dtype=m.dtype, lora=lora, seed=seed)
+
+
+def _special_tokens(m: TextModelSection) -> dict[str, int | None]:
+    """Return which tokens begin and end a text, for the config of a new model, and with it for what it exports.
+
+    The defaults of an architecture are those of the vocabulary it was published with: Llama ends at token 2, which in
+    another vocabulary is a digit.
+    """
+    tokenizer = build_tokenizer(m)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+
+
+def build_policy(
+    m: TextModelSection,
+    *,
+    vocabulary: int,
+    seed: int,
+    temperature: float,
+    with_value: bool,
+    with_reference: bool,
+    layout: Any,
+    activation_checkpointing: bool,
+) -> TransformerPolicy:
+    """Return the policy that learners train: with a value net and a frozen reference where the algorithm needs them."""
+    value_model = reference = None
+    if with_value and m.value == "separate":
+        value_model = build_model(m, vocabulary, seed, m.value_path)
+    if with_reference and not m.lora_rank:
+        reference = build_model(m, vocabulary, seed, m.reference_path)
+    return TransformerPolicy(
+        build_model(m, vocabulary, seed),
+        temperature=temperature,
+        value=m.value if with_value else "none",
+        value_model=value_model,
+        reference=reference,
+        layout=layout,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def load_trained(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> None:
+    """Set the learned parameters of a model to those saved in the run or checkpoint `source`, by their names.
+
+    CheckpointError where they are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    learned = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    wrong = sorted(learned ^ saved.keys()) or [
+        name for name, tensor in saved.items() if tensor.shape != parameters[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source} holds a model of another architecture than its config describes, as {wrong[0]} shows; the model "
+            "that it was trained from has changed since."
+        )
+    model.load_state_dict(dict(saved), strict=False)
+
+
+def context_of(s: TextSettings, tokenizer: Any) -> int | None:
+    """Return how many tokens the model can read; None where its config does not say."""
+    return getattr(_config_of(s.model, len(tokenizer)), "max_position_embeddings", None)
+
+
+def stop_tokens(s: TextSettings, tokenizer: Any) -> frozenset[int]:
+    """Return all that ends a completion: what tokenizer, model and generation.stop name."""
+    return stop_ids(tokenizer, _generation_config(s.model), {_token(tokenizer, text) for text in s.generation.stop})
+
+
+def _generation_config(m: TextModelSection) -> Any:
+    """Return what a model's folder or configuration says of generation: its EOS tokens; None where there is nothing."""
+    if m.path is None:
+        return m.config
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model_path(m.path))
+    except (OSError, ValueError):  # many have none
+        return None
+
+
+def model_summary(s: TextSettings) -> str:
+    """Return the model of these settings in words: what it is, and how much of it is trained."""
+    tokenizer = build_tokenizer(s.model)
+    with torch.device("meta"):
+        model = build_model(s.model, len(tokenizer), s.runtime.seed)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = model.config
+    sizes = [
+        f"{getattr(config, name)} {words}"
+        for name, words in (("num_hidden_layers", "layers"), ("hidden_size", "wide"), ("num_attention_heads", "heads"))
+        if hasattr(config, name)
+    ]
+    rows = [
+        ("model", f"{config.model_type}, {', '.join(sizes)}", f"{total:,}"),
+        ("learned", f"LoRA of rank {s.model.lora_rank}" if s.model.lora_rank else "all of it", f"{learned:,}"),
+        ("tokenizer", f"{len(tokenizer):,} tokens, context {getattr(config, 'max_position_embeddings', '-')}", ""),
+    ]
+    lines = [f"language model {s.subject}: {total:,} parameters"]
+    return "\n".join(lines + [f"  {name:<14} {text:<80}{count:>11}".rstrip() for name, text, count in rows])
+
+
+def _token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ConfigError(f"generation.stop: {text!r} is {len(ids)} tokens long; a stop is one token.")
+    return ids[0]
