@@ -27,6 +27,7 @@ from report import DOCS, busy_cores, describe, machine, markdown_table, publish
 from turns import PEERS, span
 
 SIZES = {
+    "model_type": "llama",
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -35,6 +36,8 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 JOB = {"model": SIZES, "prompts": 32, "samples": 8, "lr": 1e-4, "seed": 0}
+JOB |= {"device": "cpu", "dtype": "float32", "microbatch": 4096}
+LIBRARIES = ("rlx", "trl")
 PARTS = ("generate_s", "score_s", "logp_s", "train_s", "sync_s")
 ANSWER_TIMEOUT_S = 300.0
 
@@ -108,13 +111,13 @@ class Trainer:
         return json.loads(line)
 
 
-def measure(case: Case, pythons: dict[str, str], rounds: int, threads: int) -> dict[str, Any]:
-    """Return every round's means of both libraries, and their packages."""
-    job = JOB | {"new_tokens": case.new_tokens, "stops": case.stops, "threads": threads}
+def measure(case: Case, job: dict[str, Any], pythons: dict[str, str], rounds: int) -> dict[str, Any]:
+    """Return every round's means of the libraries that pythons names, and their packages."""
+    job = job | {"new_tokens": case.new_tokens, "stops": case.stops}
     found: list[dict[str, dict[str, float]]] = []
     with contextlib.ExitStack() as stack:
         trainers = []
-        for name in ("rlx", "trl"):  # one after the other: threads of both at once would wait for each other's cores
+        for name in pythons:  # one after the other: threads of both at once would wait for each other's cores
             trainers.append(stack.enter_context(Trainer.opened(name, pythons[name], job)))
             trainers[-1].wait_until_ready()
         for _ in range(rounds):
@@ -127,39 +130,62 @@ def measure(case: Case, pythons: dict[str, str], rounds: int, threads: int) -> d
     return {"name": case.name, "steps": case.steps, "aim": case.aim, "rounds": found, "packages": packages}
 
 
-def page(record: dict[str, Any]) -> str:
-    """Return the tables: seconds of a step beside each other, and what rlx's went to."""
-    beside, split = [], []
-    for case in record["cases"]:
-        rlx, trl = ([one[name] for one in case["rounds"]] for name in ("rlx", "trl"))
-        ratios = [other["seconds"] / own["seconds"] for own, other in zip(rlx, trl, strict=True)]
-        aim = case["aim"]
+def beside(cases: list[dict[str, Any]]) -> str:
+    """Return the table of a step's seconds; where TRL took part, beside each other."""
+    rows = []
+    for case in cases:
         row = [case["name"]]
-        for steps in (rlx, trl):
-            row += [f"{1000 * median(one['seconds'] for one in steps):,.0f}"]
-            row += [f"{1000 * median(one['cpu_s'] for one in steps):,.0f}"]
-            row += [f"{fmean(one['tokens'] for one in steps):.1f}"]
-        cpu = [other["cpu_s"] / own["cpu_s"] for own, other in zip(rlx, trl, strict=True)]
-        row += [f"{median(ratios):.2f}", span(ratios, ".2f"), f"{median(cpu):.2f}"]
-        beside.append([*row, "" if aim is None else f"{aim:g}" + ("" if median(ratios) >= aim else ", missed")])
-        means = {name: median(one[name] for one in rlx) for name in (*PARTS, "seconds")}
-        rest = median(one["seconds"] - sum(one[name] for name in PARTS) for one in rlx)
-        split.append([case["name"], *(f"{1000 * means[name]:,.1f}" for name in PARTS), f"{1000 * rest:,.1f}"])
+        for name in LIBRARIES:
+            steps = [one[name] for one in case["rounds"] if name in one]
+            row += [f"{1000 * median(one['seconds'] for one in steps):,.0f}" if steps else ""]
+            row += [f"{1000 * median(one['cpu_s'] for one in steps):,.0f}" if steps else ""]
+            row += [f"{fmean(one['tokens'] for one in steps):.1f}" if steps else ""]
+        rows.append([*row, *_ratios(case)])
     header = ["step", "rlx, ms", "cpu, ms", "tokens each", "TRL, ms", "cpu, ms", "tokens each"]
-    header += ["rlx beside TRL", "range", "in cpu time", "aim"]
-    parts = ["rlx's step, ms", *(name.removesuffix("_s") for name in PARTS), "rest"]
+    return markdown_table([*header, "rlx beside TRL", "range", "in cpu time", "aim"], rows)
+
+
+def _ratios(case: dict[str, Any]) -> list[str]:
+    """Return how many times faster rlx is, the range of it, the same in processor time, and what is aimed at."""
+    aim, pairs = case["aim"], [[one[name] for name in LIBRARIES] for one in case["rounds"] if len(one) > 1]
+    wanted = "" if aim is None else f"{aim:g}"
+    if not pairs:
+        return ["", "", "", wanted]
+    ratios, cpu = ([other[kind] / own[kind] for own, other in pairs] for kind in ("seconds", "cpu_s"))
+    missed = ", missed" if aim is not None and median(ratios) < aim else ""
+    return [f"{median(ratios):.2f}", span(ratios, ".2f"), f"{median(cpu):.2f}", wanted + missed]
+
+
+def split(cases: list[dict[str, Any]]) -> str:
+    """Return the table of what rlx's steps went to."""
+    rows = []
+    for case in cases:
+        own = [one["rlx"] for one in case["rounds"]]
+        rest = median(one["seconds"] - sum(one[name] for name in PARTS) for one in own)
+        times = [*(median(one[name] for one in own) for name in PARTS), rest]
+        rows.append([case["name"], *(f"{1000 * seconds:,.1f}" for seconds in times)])
+    return markdown_table(["rlx's step, ms", *(name.removesuffix("_s") for name in PARTS), "rest"], rows)
+
+
+def facts(record: dict[str, Any]) -> str:
+    """Return in words how it was measured, and with which packages."""
     first = record["cases"][0]
+    turns = ", ".join(str(case["steps"]) for case in record["cases"])
     packages = [
         f"- {name}: {', '.join(f'{package} {version}' for package, version in versions.items() if version != '-')}"
         for name, versions in first["packages"].items()
     ]
-    turns = ", ".join(str(case["steps"]) for case in record["cases"])
-    facts = (
+    how = (
         f"`{record['command']}`: {len(first['rounds'])} rounds, in turns of {turns} steps; {record['threads']} torch "
         f"threads. {describe(record['machine'])} Cores busy with other work before: "
         f"{record['busy_cores_before'] or 0:.2f}."
     )
-    return "\n".join([markdown_table(header, beside), "", markdown_table(parts, split), "", facts, "", *packages])
+    return "\n".join([how, "", *packages])
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return the tables: seconds of a step beside each other, and what rlx's went to."""
+    return "\n\n".join([beside(record["cases"]), split(record["cases"]), facts(record)])
 
 
 def main() -> None:
@@ -173,14 +199,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.md and .json (default: docs)")
     options = parser.parse_args()
     given = {} if options.trl is None else {"trl": options.trl}
-    pythons = {name: python_of(name, options.envs, given) for name in ("rlx", "trl")}
+    pythons = {name: python_of(name, options.envs, given) for name in LIBRARIES}
     record: dict[str, Any] = {
         "command": f"python benchmarks/grpo.py --rounds {options.rounds} --threads {options.threads}",
         "threads": options.threads,
     }
     record |= {"machine": machine(), "busy_cores_before": busy_cores(), "cases": []}
     for case in [CASES[number] for number in options.only]:
-        record["cases"].append(measure(case, pythons, options.rounds, options.threads))
+        record["cases"].append(measure(case, JOB | {"threads": options.threads}, pythons, options.rounds))
         publish(options.out, "grpo", record, page(record))
     print(page(record))
 

@@ -13,6 +13,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 def publish(folder: Path, section: str, record: dict[str, Any], table: str) -> None:
     """Put `table` between the marks of its section in benchmarks.md, and the raw record into benchmarks.json."""
+    folder.mkdir(parents=True, exist_ok=True)
     page, raw = folder / "benchmarks.md", folder / "benchmarks.json"
     begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"
     text = page.read_text() if page.exists() else f"{begin}\n{end}\n"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,37 @@ def test_a_tiny_round_of_rlx_fills_the_page_and_the_record(tmp_path):
     first, second = json.loads((tmp_path / "benchmarks.json").read_text())["cartpole"]["rounds"]
     assert first == measured and list(second) == systems and second["rlx"]["seconds"] != first["rlx"]["seconds"]
     assert "2 iterations a run, 2 rounds." in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_the_bound_of_a_step_is_what_has_to_be_moved_or_multiplied(monkeypatch):
+    """Two layers 4 wide, one head, 8 tokens known: 8*4 weights of the embedding, 2*(4*16 + 3*4*8) + norms."""
+    end_to_end = load("end_to_end.py", monkeypatch)
+    sizes = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4}
+    config = {"model_type": "llama", "vocab_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, **sizes}
+    job = {"model": config | {"tie_word_embeddings": True}, "dtype": "bfloat16", "prompts": 2, "samples": 2}
+    weights = 8 * 4 + 2 * (4 * 16 + 3 * 4 * 8 + 2 * 4) + 4
+    slow_memory = end_to_end.bound(job, 3, {"bandwidth": 1.0, "matrix_rate": 1e30})
+    # 3 tokens of 4 rows that see 6, 7 and 8 before them; keys and values of 2 layers are 2 * 2 * 4 numbers of 2 bytes.
+    assert slow_memory == {"generate_s": 3 * weights * 2 + 4 * 21 * 32, "train_s": pytest.approx(28 * weights)}
+    slow_products = end_to_end.bound(job, 3, {"bandwidth": 1e30, "matrix_rate": 1.0})
+    learned = 3 * 4 * (2 * 9 * weights + 4 * 2 * 4 * 9 * 10 / 2)
+    assert slow_products == {
+        "generate_s": 4 * (2 * 3 * weights + 4 * 21 * 2 * 4),
+        "train_s": pytest.approx(learned),
+    }
+
+
+@pytest.mark.slow
+def test_a_step_from_end_to_end_is_measured_beside_its_bound(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "end_to_end.py"), "--systems", "rlx", "--rounds", "1"]
+    subprocess.run([*command, "--tiny", "--out", str(tmp_path)], check=True, timeout=300)
+    record = json.loads((tmp_path / "benchmarks.json").read_text())["end to end"]
+    (step,) = record["cases"][0]["rounds"]
+    assert step["rlx"]["tokens"] == 8 and 0 < record["bound"]["train_s"] < step["rlx"]["train_s"]
+    assert "| train | " in (tmp_path / "benchmarks.md").read_text()
+    no_gpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    said = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=no_gpu).stdout
+    assert said.startswith("This benchmark needs a GPU, and torch finds no CUDA device here;") and said.count("\n") == 1
 
 
 TINY = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"

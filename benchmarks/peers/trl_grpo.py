@@ -14,7 +14,7 @@ from datasets import Dataset
 from measured import read_job
 from stepping import ALPHABET, Turns, reward
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 EOS = "<eos>"
@@ -28,13 +28,17 @@ def main() -> None:
     torch.manual_seed(job.seed)
     tokenizer = tokenizer_of(ALPHABET)
     ends = {"pad_token_id": 0, "eos_token_id": 0, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **job.model, **ends))
+    sizes = {"vocab_size": len(tokenizer), **job.model}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(sizes.pop("model_type"), **sizes, **ends))
+    rows = job.prompts * job.samples
+    at_once = rows if job.device == "cpu" else divisor(rows, job.microbatch // (6 + job.new_tokens))
     sums = itertools.product(range(100), repeat=2)
-    rows = Dataset.from_list([{"prompt": f"{a:02}+{b:02}="} for a, b in sums])
+    questions = Dataset.from_list([{"prompt": f"{a:02}+{b:02}="} for a, b in sums])
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=job.prompts * job.samples,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=rows // at_once,
             num_generations=job.samples,
             max_completion_length=job.new_tokens,
             max_steps=NO_LIMIT,
@@ -42,17 +46,17 @@ def main() -> None:
             lr_scheduler_type="constant",
             temperature=1.0,
             beta=0.0,
-            # By default it would compute in bfloat16 and twice, which is slower here.
-            bf16=False,
+            # By default it would compute in bfloat16 and twice, which is slower on a CPU.
+            bf16=job.dtype == "bfloat16",
             gradient_checkpointing=False,
-            use_cpu=True,
+            use_cpu=job.device == "cpu",
             logging_steps=1,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
             seed=job.seed,
         )
-        trainer = GRPOTrainer(model, reward, settings, rows, processing_class=tokenizer)
+        trainer = GRPOTrainer(model, reward, settings, questions, processing_class=tokenizer)
         if not job.stops:
             # EOS becomes a token like any other.
             trainer.eos_token_ids = [-1]
@@ -60,6 +64,11 @@ def main() -> None:
         trainer.add_callback(Steps(turns, trainer))
         with contextlib.redirect_stdout(sys.stderr):  # where it prints every step's metrics
             trainer.train()
+
+
+def divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is not above `most`."""
+    return max(part for part in range(1, max(1, most) + 1) if number % part == 0)
 
 
 def tokenizer_of(alphabet: str) -> PreTrainedTokenizerFast:
