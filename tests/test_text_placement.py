@@ -93,12 +93,12 @@ def test_processes_have_copies_and_what_is_shared_costs_nothing(tiny_text):
     assert places(made) == [
         ("policy", "learner/0..2", "cuda", policy, ""),
         ("value model", "learner/0..2", "cuda", *head[3:]),
-        ("policy", "driver", "cpu", Cost(11_168, 44_672), "generates"),
+        ("policy", "driver", "cuda", Cost(11_168, 44_672), "generates"),
     ]
-    made.token_runners(num_token_runners=1).reward(model="nowhere", num_actors=2)
+    made.token_runners(num_token_runners=1, device="cpu").reward(model="nowhere", num_actors=2)
     assert places(made)[2:] == [
         ("policy", "token_runner/0", "cpu", Cost(11_168, 44_672), "generates"),
-        ("reward model", "reward_model/0..1", "cpu", None,
+        ("reward model", "reward_model/0..1", "cuda", None,
          "unknown: reward.model=nowhere is no folder; give a run of algorithm: reward_model."),
     ]  # fmt: skip
 

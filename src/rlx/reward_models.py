@@ -77,18 +77,26 @@ def _folder(run: str | Path) -> Path:
 class RewardModelActor:
     """Holds a reward model, that of a run or one that is loaded, and scores sequences with it."""
 
-    def __init__(self, run: str | RewardModel, *, torch_threads: int | None = None, policy_channel: Any = None) -> None:
+    def __init__(
+        self,
+        run: str | RewardModel,
+        *,
+        device: str = "cpu",
+        torch_threads: int | None = None,
+        policy_channel: Any = None,
+    ) -> None:
         if torch_threads is not None:
             limit_threads(torch_threads)
-        self._model = run if isinstance(run, RewardModel) else load_reward_model(run)[0]
+        self._model = (run if isinstance(run, RewardModel) else load_reward_model(run)[0]).to(device)
+        self._device = device
 
     def spaces(self) -> None:
         """Say that it is up."""
 
     def score(self, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Return normalised scores float32 [S] of tokens int64 [S, L], of which the first length [S] count."""
-        scores = self._model.score(torch.from_numpy(np.array(tokens)), torch.from_numpy(np.array(length)))
-        return scores.numpy().astype(np.float32)
+        arrays = (torch.from_numpy(np.array(array)).to(self._device) for array in (tokens, length))
+        return self._model.score(*arrays).cpu().numpy().astype(np.float32)
 
     def close(self) -> None:
         """Nothing to close."""
@@ -99,10 +107,19 @@ class RewardModels:
 
     Where its tokenizer is the policy's it reads the tokens as they were drawn, else the text, tokenized anew. longest:
     how many tokens of the policy's it may have to read; more than its context raise ConfigError at once, and what
-    cannot be told before, other tokenizers' numbers and prompts of evaluations, as it is scored.
+    cannot be told before, other tokenizers' numbers and prompts of evaluations, as it is scored. devices: of the
+    actors, in turns; of the one in this process the first.
     """
 
-    def __init__(self, run: str, tokenizer: Any, settings: TextSettings, runtime: GetRuntime, longest: int) -> None:
+    def __init__(
+        self,
+        run: str,
+        tokenizer: Any,
+        settings: TextSettings,
+        runtime: GetRuntime,
+        longest: int,
+        devices: Sequence[str] = ("cpu",),
+    ) -> None:
         local, self._tokenizer = load_reward_model(run)  # here in any case: a run that is none is refused at once
         self._reads_tokens = self._tokenizer.get_vocab() == tokenizer.get_vocab()
         self._run, self._context = run, getattr(local.model.config, "max_position_embeddings", None)
@@ -113,13 +130,13 @@ class RewardModels:
         r, f = settings.reward, settings.fault_tolerance
         self._on_error = r.on_error
         if not r.num_actors:
-            self._local = RewardModelActor(local)
+            self._local = RewardModelActor(local, device=devices[0])
             return
         restart = restart_rule(settings)
         self._actors = RunnerActors(runtime(), f.start_timeout_s, r.timeout_s, restart, RewardModelActor, ADVICE)
         try:
             for index in range(r.num_actors):
-                options = {"torch_threads": share_of_cores(r.num_actors)}
+                options = {"torch_threads": share_of_cores(r.num_actors), "device": devices[index % len(devices)]}
                 self._actors.spawn(f"reward_model/{index}", (run,), options)
             self._actors.start()
         except BaseException:

@@ -271,7 +271,7 @@ class TextAlgorithm(Trainable):
         if self.learners.local_policy is not None:
             self._announce_plan(self.learners.local_policy)
         if self.generates(s):
-            scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime)
+            scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime, self.learners.device)
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
             with self._generating():
                 parts = (self.learners, self._runtime, longest, self.export)

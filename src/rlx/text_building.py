@@ -15,6 +15,7 @@ from rlx.building import GetRuntime, restart_rule, share_of_cores
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup, choose_device
 from rlx.learner.memory_plan import LEARNED_BYTES, Cost, Generators, NetSize, Plan, UpdateSize, memory_plan
+from rlx.nets.device import check_device, nth
 from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_runners import TokenRunners
@@ -85,12 +86,14 @@ def build_runners(
     """
     if s.token_runners.engine == "vllm":
         return build_served_runners(s, make_model, export, longest)
+    check_device("token_runners.device", s.token_runners.device)
     count = s.token_runners.num_token_runners
     policy = learners.local_policy
     return TokenRunners(
         make_model,
         num_runners=count,
         local_model=None if count or policy is None else policy.model,
+        devices=devices_beside(s, generator_process(s, learners.device).device, count),
         runtime=runtime,
         start_timeout_s=s.fault_tolerance.start_timeout_s,
         generate_timeout_s=s.fault_tolerance.generate_timeout_s,
@@ -151,9 +154,12 @@ def build_text_envs(s: TextSettings, tokenizer: Any, runtime: GetRuntime) -> Tex
     )
 
 
-def build_scorer(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, runtime: GetRuntime) -> Scorer:
+def build_scorer(
+    s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, runtime: GetRuntime, device: str
+) -> Scorer:
     """Return what says how good a completion is: a function, a reward model, or the sum of both.
 
+    device: the learners', where a reward model goes that has no other.
     Raises ConfigError where a reward model cannot read the longest of these prompts with its completion.
     """
     r, parts = s.reward, []
@@ -162,7 +168,9 @@ def build_scorer(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any, run
     if r.model is not None:
         from rlx.reward_models import RewardModels
 
-        parts.append(RewardModels(r.model, tokenizer, s, runtime, longest_sequence(s, prompts, tokenizer)))
+        check_device("reward.device", r.device)
+        devices = devices_beside(s, device if r.device == "auto" else r.device, r.num_actors)
+        parts.append(RewardModels(r.model, tokenizer, s, runtime, longest_sequence(s, prompts, tokenizer), devices))
     if not parts:
         return NoScorer()
     return parts[0] if len(parts) == 1 else SumScorer(parts)
@@ -203,12 +211,19 @@ def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, g
 
 
 def generator_process(s: TextSettings, device: str) -> GeneratorProcess:
-    """Return where completions are drawn, by learners on this device: those who do not learn are on the CPU."""
+    """Return where completions are drawn; device: the learners'."""
     count = s.token_runners.num_token_runners
-    if count:
-        return GeneratorProcess(indexed("token_runner", count), "cpu", False)
-    reads_learner = not s.learners.num_learners
-    return GeneratorProcess("driver", device if reads_learner else "cpu", reads_learner)
+    if not count and not s.learners.num_learners:
+        return GeneratorProcess("driver", device, True)
+    own = s.token_runners.device
+    name = indexed("token_runner", count) if count else "driver"
+    return GeneratorProcess(name, device if own == "auto" else own, False)
+
+
+def devices_beside(s: TextSettings, device: str, count: int) -> list[str]:
+    """Return the devices of `count` processes, or of one, that compute beside the learners; device: cpu or cuda."""
+    first = max(1, s.learners.num_learners)
+    return [nth(device, first + index) for index in range(max(1, count))]
 
 
 def _generators(s: TextSettings, model: nn.Module, device: str, longest: int) -> Generators:

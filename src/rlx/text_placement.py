@@ -50,7 +50,7 @@ def model_places(s: TextSettings, algorithm: type[TextAlgorithm]) -> list[ModelP
     places = _learned(s, algorithm, policy, device)
     if algorithm.generates(s):
         places.append(_generating(s, policy.model, device))
-        places += [_scoring(s)] if s.reward.model is not None else []
+        places += [_scoring(s, device)] if s.reward.model is not None else []
     return places
 
 
@@ -100,13 +100,13 @@ def _generating(s: TextSettings, model: nn.Module, device: str) -> ModelPlace:
     return ModelPlace("policy", place.name, place.device, Cost.of(model.parameters()), "generates")
 
 
-def _scoring(s: TextSettings) -> ModelPlace:
+def _scoring(s: TextSettings, device: str) -> ModelPlace:
     process = indexed("reward_model", s.reward.num_actors) if s.reward.num_actors else "driver"
     try:
         cost, remark = Cost.of(empty_reward_model(s.reward.model or "").parameters()), ""
     except RlxError as error:  # as of a run that has not begun
         cost, remark = None, f"unknown: {error}"
-    return ModelPlace("reward model", process, "cpu", cost, remark)
+    return ModelPlace("reward model", process, device if s.reward.device == "auto" else s.reward.device, cost, remark)
 
 
 def _cells(place: ModelPlace) -> tuple[str, ...]:

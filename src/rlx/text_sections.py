@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, PlainSerializer, PositiveFloat, WithJsonSchema
 
 from rlx.errors import ConfigError
+from rlx.nets.device import Device
 from rlx.rollout.age import OnNewWeights, WhenOld
 from rlx.schedule import Schedule
 from rlx.section import Allowed, Section, plain, spelled
@@ -175,6 +176,8 @@ class RewardSection(Section):
     """A run of `algorithm: reward_model`, whose score is added to that of the function."""
     num_actors: int = Field(default=0, ge=0)
     """Processes that hold the reward model; 0: the driver."""
+    device: Device = "auto"
+    """Where it is computed; auto: as the learners do. Of several GPUs each process has the next one, learners first."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Longest time for a batch."""
     on_error: Literal["stop", "mask"] = "stop"
@@ -202,6 +205,9 @@ class TokenRunnersSection(Section):
     num_token_runners: int = Field(default=0, ge=0)
     """Processes that generate, which get the weights by a channel; 0: the driver, which on one device reads the
     learner's own."""
+    device: Device = "auto"
+    """Where they generate, unless with the learner's own weights; auto: as the learners do. Of several GPUs each
+    process has the next one, learners first."""
     torch_threads: int | None = Field(default=None, gt=0)
     """CPU threads that each uses; null: the cores of this machine, shared out."""
     when_old: WhenOld = "wait"
@@ -254,7 +260,7 @@ class TextLearnersSection(Section):
     sharding: Literal["none", "full"] = "none"
     """What several learners hold. none: the whole model each; full: a share of every parameter, of its gradient and of
     its optimizer (FSDP2), gathered a layer at a time while it runs: slower, for models that no device can hold."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the model lives; auto: a GPU where there is one."""
     torch_threads: int | None = Field(default=None, gt=0)
     """CPU threads of each learner; null: the cores of this machine, shared out."""

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from rlx.actors import ActorHandle, Err, Future, GroupFuture, Restart, Runtime
-from rlx.errors import ActorDied, ConfigError
+from rlx.errors import ActorDied
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
+from rlx.nets.device import check_device, nth
 from rlx.nets.threads import limit_threads
 from rlx.out_of_memory import is_out_of_memory
 from rlx.trajectory import Batch
@@ -61,7 +62,8 @@ class LearnerGroup:
         device, reason = choose_device(device, build_policy)
         log.info("learners: %s on %s (%s)", num_learners or "in the driver", device, reason)
         limit_threads(torch_threads)
-        options = {"device": device, **learner_options}
+        self.device = device
+        """"cpu" or "cuda"."""
         self.version = 0
         self.gradient_steps = 0
         self.timeout_s, self._start_timeout_s = update_timeout_s, start_timeout_s
@@ -72,11 +74,10 @@ class LearnerGroup:
         self._actors: list[ActorHandle] = []
         self._sharded = sharded
         if num_learners == 0:
-            self._local = Learner(build_policy, loss, **options)
+            self._local = Learner(build_policy, loss, device=device, **learner_options)
         else:
             assert runtime is not None
             self._rt = runtime()
-            names = [f"learner/{rank}" for rank in range(num_learners)]
             # gloo listens on the loopback interface only: learners of one machine need no other.
             environment = {"GLOO_SOCKET_IFNAME": "lo"}
             kind = Learner
@@ -85,13 +86,14 @@ class LearnerGroup:
             self._actors = [
                 self._rt.spawn(
                     *(kind, build_policy, loss),
-                    name=name,
+                    name=f"learner/{rank}",
                     env=environment,
                     threads=torch_threads,
                     stall_after_s=update_timeout_s / STALLS_PER_TIMEOUT,
-                    **options,
+                    device=nth(device, rank),
+                    **learner_options,
                 )
-                for name in names
+                for rank in range(num_learners)
             ]
             try:
                 for actor in self._actors:  # before they are supervised: what __init__ raises, no restart cures
@@ -236,12 +238,10 @@ def _out_of_memory(futures: Sequence[Future[Any]]) -> BaseException | None:
 
 def choose_device(device: str, build_policy: Callable[[], nn.Module]) -> tuple[str, str]:
     """Return the device to learn on, and the reason in words; "auto" weighs the size of the net."""
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ConfigError("learners.device is cuda and torch finds no CUDA device here; set it to auto or cpu.")
+    check_device("learners.device", device)
     if device != "auto":
         return device, "as set by learners.device"
-    if not has_cuda:
+    if not torch.cuda.is_available():
         return "cpu", "no CUDA device"
     size = sum(p.numel() for p in build_policy().parameters())
     if size < GPU_WORTH_PARAMETERS:

@@ -62,10 +62,10 @@ class Completions:
 class TokenRunner:
     """Owns a generator over a language model.
 
-    build_model: makes the model; or the model itself, whose parameters somebody else changes in place. channel: where
-    weights are published as {"weights": flat float32 of all that is trained}; a call begins with the newest.
-    on_new_weights: what `advance` does with what is under way when new ones come. max_tokens, max_new_tokens: the
-    longest prompt and completion together, and the longest completion, that it is asked to advance.
+    build_model: makes the model, which goes to `device`; or the model itself, whose parameters somebody else changes in
+    place. policy_channel: where weights are published as {"weights": flat float32 of all that is trained}; a call
+    begins with the newest. on_new_weights: what `advance` does with what is under way when new ones come. max_tokens,
+    max_new_tokens: the longest prompt and completion together, and the longest completion, that it is asked to advance.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class TokenRunner:
         *,
         max_slots: int = 256,
         exact: bool = False,
+        device: str = "cpu",
         torch_threads: int | None = None,
         policy_channel: AnyChannel | None = None,
         on_new_weights: OnNewWeights = "finish",
@@ -84,8 +85,8 @@ class TokenRunner:
             limit_threads(torch_threads)
         self._channel = policy_channel
         is_own = not isinstance(build_model, nn.Module)
-        model = build_model() if is_own else build_model
-        self._parameters = FlatParameters(model) if is_own else None
+        model = build_model().to(device) if is_own else build_model
+        self._parameters = FlatParameters(model, device) if is_own else None
         self._generator = Generator(model, max_slots=max_slots, exact=exact)
         self._published: Published | None = None  # the last one taken
         self._on_new_weights, self._lengths = on_new_weights, {"length": max_tokens, "limit": max_new_tokens}

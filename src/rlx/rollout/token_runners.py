@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class TokenRunners:
     The completions of a request depend on its seed and the weights, not on who makes them: up to rounding, or exactly
     with `exact`. So what a lost runner was asked for is asked again, and comes once. build_model: makes the model in
     the runners' processes; local_model: the learner's own, for a runner in this process, which needs no weights sent.
+    devices: of each runner that makes its model.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class TokenRunners:
         *,
         num_runners: int = 0,
         local_model: nn.Module | None = None,
+        devices: Sequence[str] = ("cpu",),
         runtime: Callable[[], Runtime] | None = None,
         start_timeout_s: float = 120.0,
         generate_timeout_s: float = 600.0,
@@ -47,14 +50,16 @@ class TokenRunners:
         self._actors: RunnerActors | None = None
         self._arrivals: GroupArrivals | None = None
         if num_runners == 0:
-            self._local = TokenRunner(build_model if local_model is None else local_model, **runner_options)
+            options = {"device": devices[0], **runner_options}
+            self._local = TokenRunner(build_model if local_model is None else local_model, **options)
             self.num_weights = self._local.spaces()
             return
         assert runtime is not None, "runners in processes of their own need a runtime"
         self._actors = RunnerActors(runtime(), start_timeout_s, generate_timeout_s, restart, TokenRunner, ADVICE)
         try:
-            for index in range(num_runners):
-                self._actors.spawn(f"token_runner/{index}", (build_model,), runner_options)
+            for index, device in zip(range(num_runners), itertools.cycle(devices), strict=False):
+                options = {"device": device, **runner_options}
+                self._actors.spawn(f"token_runner/{index}", (build_model,), options)
             self.num_weights: int | None = self._actors.start()
         except BaseException:
             self.close()
