@@ -158,7 +158,7 @@ def test_what_some_configs_learn_replaces_their_rows_alone(tmp_path, monkeypatch
 def test_the_page_has_a_section_for_every_workload(monkeypatch):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     workloads = load("workloads.py", monkeypatch)
-    alone = ["time to solved", "stays solved", "env runner", "memory", "soak training", "core", "generation"]
+    alone = ["time to solved", "stays solved", "env runner", "memory", "soak training", "core", "generation", "sync"]
     for section in [*workloads.WORK, *workloads.ASYNCHRONOUS, *alone]:
         assert f"<!-- begin {section} -->" in page and f"<!-- end {section} -->" in page
 
@@ -224,6 +224,18 @@ def test_the_bound_of_a_step_is_what_has_to_be_moved_or_multiplied(monkeypatch):
         "generate_s": 4 * (2 * 3 * weights + 4 * 21 * 2 * 4),
         "train_s": pytest.approx(learned),
     }
+
+
+@pytest.mark.slow
+def test_weights_are_brought_to_runners_and_the_copies_are_counted(tmp_path, monkeypatch):
+    command = [sys.executable, str(BENCHMARKS / "sync.py"), "--tiny", "--rounds", "2", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    record = json.loads((tmp_path / "benchmarks.json").read_text())["sync"]
+    assert [case["runners"] for case in record["cases"]] == [1, 4]
+    assert all(0 < one["publish_s"] < one["all_s"] for case in record["cases"] for one in case["rounds"])
+    sync = load("sync.py", monkeypatch)
+    case = {"runners": 3, "bytes": 100}
+    assert sync.bounds({"to_host": 50.0, "from_host": 25.0}, case) == (2.0, 14.0)
 
 
 @pytest.mark.slow

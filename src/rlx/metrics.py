@@ -77,6 +77,8 @@ TEXT_METRICS: dict[str, str] = {
     "truncated_fraction": "Share of this iteration's completions that reached generation.max_new_tokens; of "
     "conversations those that the environment did not end.",
     "flat_groups_fraction": "Share of prompts whose completions all scored alike, from which GRPO learns nothing.",
+    "sync_bytes": "Bytes of weights that an update brings to the token runners, once for all of them; 0 where they "
+    "generate with the learner's own.",
     "reward_failures": "Completions so far whose reward raised, was late or no number, and that were masked.",
     "ref_kl_k1": "Mean over tokens of log(policy / reference), in nats: k1, unbiased; where there is a reference.",
     "ref_kl_k3": "The same KL by k3, on the same tokens: never negative, less noise.",

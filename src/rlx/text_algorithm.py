@@ -199,7 +199,8 @@ class TextAlgorithm(Trainable):
         """Have all completions that begin from now on made with the learners' weights."""
         if self.runners is not None:
             with self._clock.measure("sync_s"):
-                self.runners.publish(self.learners.version, self.learners.weights)
+                weights = functools.partial(self.learners.weights, copy=False)
+                self._sync_bytes = self.runners.publish(self.learners.version, weights)
         self._weights_are_stale = False
 
     # What a user calls ------------------------------------------------------------------------------------------
@@ -252,6 +253,7 @@ class TextAlgorithm(Trainable):
         self._rollout: Rollout | None = None
         self._batch: Batch | None = None
         self._ages: Metrics = {}
+        self._sync_bytes = 0
         self._mismatch_kl: float | None = None  # of this iteration, where it is known
         self.tokenizer = build_tokenizer(s.model)
         vocabulary = len(self.tokenizer)
@@ -342,7 +344,7 @@ class TextAlgorithm(Trainable):
         return rollout.metrics()
 
     def _row(self) -> Metrics:
-        metrics: Metrics = {}
+        metrics: Metrics = {} if self.runners is None else {"sync_bytes": self._sync_bytes}
         rollout, batch = self._rollout, self._batch
         if rollout is not None:
             samples = self.settings.prompts.samples_per_prompt

@@ -311,7 +311,9 @@ def test_who_generates_makes_no_difference(tiny_text, ragged, computed):
         made.token_runners(num_token_runners=count, torch_threads=1)
         with made.build() as algorithm:
             rows = [computed(algorithm.train()) for _ in range(2)]
-            histories.append((rows, algorithm.learners.weights().tobytes()))
+            weights = algorithm.learners.weights()
+            assert [row.pop("sync_bytes") for row in rows] == [weights.nbytes if count else 0] * 2
+            histories.append((rows, weights.tobytes()))
     assert histories[0] == histories[1] == histories[2]
 
 

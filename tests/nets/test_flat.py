@@ -1,6 +1,7 @@
 """One buffer under all parameters, and views of it that stay tied."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -56,3 +57,11 @@ def test_gradients_reach_the_parameters_that_were_moved():
     FlatParameters(net)
     net(torch.ones(1, 2)).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_read_only_are_loaded():
+    flat, weights = FlatParameters(small_net()), np.arange(13, dtype=np.float32)
+    weights.flags.writeable = False
+    flat.load(weights)
+    assert np.array_equal(flat.numpy(), weights)

@@ -133,8 +133,13 @@ class LearnerGroup:
         """The learner's policy, where the driver learns; else None."""
         return None if self._local is None else self._local.policy
 
-    def weights(self) -> np.ndarray:
-        """Return all learned parameters, float32 [n]."""
+    def weights(self, copy: bool = True) -> np.ndarray:
+        """Return all learned parameters, float32 [n].
+
+        copy: False, for who copies them at once, may return a view that changes with the next update.
+        """
+        if self._local is not None and not copy:
+            return self._local.flat.numpy()
         return self._first("weights")
 
     def get_state(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import nn
@@ -38,8 +40,8 @@ class FlatParameters:
         return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def numpy(self) -> np.ndarray:
-        """Return the buffer as float32 [n]: a view on the CPU, a copy from elsewhere."""
-        return self.data.cpu().numpy()
+        """Return the buffer as float32 [n]: a view on the CPU, from elsewhere a copy that the next call overwrites."""
+        return self.data.numpy() if self.data.device.type == "cpu" else self._staging.copy_(self.data).numpy()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return every parameter by its name (copies)."""
@@ -48,4 +50,13 @@ class FlatParameters:
 
     def load(self, weights: np.ndarray) -> None:
         """Copy `weights` float32 [n] into the buffer."""
-        self.data.copy_(torch.from_numpy(np.array(weights)))  # a copy: torch warns of arrays that are read-only
+        if self.data.device.type == "cpu":
+            np.copyto(self.data.numpy(), weights)  # torch would warn of arrays that are read-only
+        else:
+            np.copyto(self._staging.numpy(), weights)
+            self.data.copy_(self._staging)
+
+    @functools.cached_property
+    def _staging(self) -> torch.Tensor:
+        """Memory of the host that the device copies to and from by itself, at the full speed of the bus."""
+        return torch.empty(self.data.shape, dtype=self.data.dtype, pin_memory=self.data.device.type == "cuda")

@@ -29,8 +29,11 @@ class ServedRunners:
         self._weights_path = None if weights_path is None else os.path.expanduser(weights_path)
         self.version = 0
 
-    def publish(self, version: int, weights: Callable[[], Any]) -> None:
-        """Have the server generate with the weights as they are now; a folder holds them for as long as it reads."""
+    def publish(self, version: int, weights: Callable[[], Any]) -> int:
+        """Have the server generate with the weights as they are now; return the bytes of their files.
+
+        A folder holds them for as long as it reads.
+        """
         try:
             if self._weights_path is not None:
                 Path(self._weights_path).mkdir(parents=True, exist_ok=True)
@@ -42,8 +45,10 @@ class ServedRunners:
         with folder as name:  # a new one each time, so that nothing of the last weights can be taken for these
             os.chmod(name, 0o755)  # the server may be another user's
             self._export(Path(name))
+            size = sum(file.stat().st_size for file in Path(name).rglob("*.safetensors"))
             self._generator.load(os.path.abspath(name))
         self.version = version
+        return size
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, in their order."""

@@ -65,11 +65,11 @@ class TokenRunners:
             self.close()
             raise
 
-    def publish(self, version: int, weights: Callable[[], np.ndarray]) -> None:
-        """Have every call that begins from now on generate with what `weights` returns (flat float32).
+    def publish(self, version: int, weights: Callable[[], np.ndarray]) -> int:
+        """Have every call that begins from now on generate with what `weights` returns (flat float32), which is copied.
 
         Of those the model's come first; what a value net has beside them is not sent. Where the learner's own model is
-        read there is nothing to send: then a version is all of it.
+        read there is nothing to send: then a version is all of it. Returns the bytes that were sent, to all together.
         """
         sent = None if self.num_weights is None else weights()[: self.num_weights]
         if self._local is not None:
@@ -77,6 +77,7 @@ class TokenRunners:
         else:
             assert self._actors is not None
             (self._arrivals or self._actors).publish(version, {"weights": sent})
+        return 0 if sent is None else sent.nbytes
 
     def arrive(self, make_request: Callable[[int], Request], sampling: Sampling, **limits: Any) -> GroupArrivals:
         """Return what keeps the runners at work, within `limits` of GroupArrivals, while others learn."""
