@@ -129,20 +129,27 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.bodies.append(body)
-            server.under_way += body["n"]
+            self.samples = body["n"]
+            server.under_way += self.samples
             server.most_under_way = max(server.most_under_way, server.under_way)
             server.answered += 1
             fault = server.fault if server.answered > server.after else None
         try:
             getattr(self, f"_{fault}", self._well)(body)
         finally:
-            with server.lock:
-                server.under_way -= body["n"]
+            self.leave()
+
+    def leave(self):
+        """Be under way no more; before the answer, as who has it may send the next request at once."""
+        with self.server.lock:
+            self.server.under_way -= self.samples
+            self.samples = 0
 
     def _well(self, body, change=lambda choices: choices):
         status, answer = self.server.complete(body)
         if status == 200:
             answer["choices"] = change(answer["choices"])
+        self.leave()
         self.answer(status, answer)
 
     def _hangs(self, body):
