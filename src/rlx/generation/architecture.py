@@ -25,6 +25,11 @@ class Architecture:
     context: int | None
     """How many tokens prompt and completion have together at most; None if the config names no limit."""
 
+    @property
+    def windows(self) -> list[int | None]:
+        """How many positions each layer sees; None: all."""
+        return [self.window if kind == SLIDING else None for kind in self.layer_types]
+
     @classmethod
     def of(cls, model: Any, max_length: int | None) -> Architecture:
         """Read a model's config; ConfigError if its layers cannot be served from slots of keys and values."""

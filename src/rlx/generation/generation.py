@@ -11,7 +11,7 @@ from rlx.errors import ConfigError, RlxError
 from rlx.generation.live import Live, Share
 from rlx.generation.request import Completion, Request, Sampling
 from rlx.generation.rows import regroup
-from rlx.generation.sampler import draw, log_law, most_probable
+from rlx.generation.sampler import sample
 from rlx.generation.slots import Slots
 from rlx.generation.uniform import uniform
 
@@ -55,17 +55,19 @@ class Generation:
 
         begin: False leaves waiting requests waiting. RlxError: the logits are not finite.
         """
-        live, logits = self._live, []
+        live, drawn = self._live, []
         fresh = _take(self._queue, live.capacity - live.count, live.count) if begin else []
         if live.count:
-            logits.append(self._slots.decode(live.token_R, live.position_R))
+            u_A = uniform(live.key_A, live.step_A)
+            drawn.append(self._slots.step(live.token_R, live.position_R, live.row_A, u_A, self._sampling))
         if fresh:
-            logits.append(self._slots.prefill([share.request.prompt for share in fresh], live.rows))
-            live.add(fresh)
-        if not logits:
+            drawn.append(self._begin(fresh))
+        if not drawn:
             return []
-        token_A, logp_A = self._draw(torch.cat(logits))
-        ended = live.record(token_A, logp_A, self.version)
+        token_A, logp_A = torch.cat(drawn, 1).cpu().numpy()  # all that a step reads from the device
+        if not np.isfinite(logp_A).all():
+            raise RlxError("the model's logits are not finite numbers; its weights hold NaN or infinity.")
+        ended = live.record(token_A.astype(np.int64), logp_A.astype(np.float32), self.version)
         row_A, source, target = regroup(live.row_A, live.last_A, self._vocabulary)
         if len(source):
             self._slots.copy(source, target, int(live.length_A.max()))
@@ -78,18 +80,14 @@ class Generation:
         if self._live.count:
             self._slots.prefill(self._live.sequences(), 0)
 
-    def _draw(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Return each live sample's next token and its log-probability."""
+    def _begin(self, fresh: Sequence[Share]) -> torch.Tensor:
+        """Give fresh samples their rows; return what they draw first, as `sample` does."""
         live = self._live
-        row_A = torch.from_numpy(live.row_A).to(logits.device)
-        if self._sampling.temperature == 0:
-            token_A, logp_A = most_probable(logits[row_A])
-        else:
-            u_A = torch.from_numpy(uniform(live.key_A, live.step_A)).to(logits.device)
-            token_A, logp_A = draw(log_law(logits, self._sampling), row_A, u_A)
-        if not torch.isfinite(logp_A).all() or (self._sampling.temperature == 0 and not torch.isfinite(logits).all()):
-            raise RlxError("the model's logits are not finite numbers; its weights hold NaN or infinity.")
-        return token_A.cpu().numpy(), logp_A.cpu().numpy()
+        count, rows = live.count, live.rows
+        logits = self._slots.prefill([share.request.prompt for share in fresh], rows)
+        live.add(fresh)
+        row_A, u_A = live.row_A[count:] - rows, uniform(live.key_A[count:], live.step_A[count:])
+        return sample(logits, self._sampling, *(torch.from_numpy(one).to(logits.device) for one in (row_A, u_A)))
 
 
 def shares_of(requests: Sequence[Request], context: int | None, capacity: int, first: int) -> list[Share]:

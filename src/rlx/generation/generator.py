@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlx.errors import ConfigError, RlxError
 from rlx.generation.architecture import Architecture
 from rlx.generation.generation import Generation, shares_of
+from rlx.generation.graphs import capture_for
 from rlx.generation.request import Completion, Request, Sampling, check_requests
 from rlx.generation.slots import Slots
 from rlx.generation.trial import try_out
@@ -30,15 +32,30 @@ class Generator:
     exact: a completion is the same to the bit whatever else is in the batch, which takes longer; not with
         mixtures of experts, whose tokens meet in the experts. Without it log-probabilities may differ by about 1e-6
         (float32), and a token where a draw falls that near to an edge.
+    static_step: decode in steps of few, fixed shapes, which a GPU repeats as CUDA graphs, with attention that reads
+        nothing but tokens that are there where torch has it. Not with exact. None: on a GPU, unless exact.
     """
 
-    def __init__(self, model: Any, *, max_slots: int = 256, max_length: int | None = None, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_slots: int = 256,
+        max_length: int | None = None,
+        exact: bool = False,
+        static_step: bool | None = None,
+    ) -> None:
         if max_slots < 1:
             raise ConfigError(f"max_slots is {max_slots}; it must be 1 or more.")
         if max_length is not None and max_length < 2:
             raise ConfigError(f"max_length is {max_length}; it must be 2 or more: a prompt and a completion.")
+        if exact and static_step:
+            raise ConfigError(
+                "static_step=True and exact=True exclude each other: its shapes depend on all of a batch."
+            )
         self.architecture = Architecture.of(model, max_length)
         self.max_slots, self._max_length, self._exact = max_slots, max_length, exact
+        self._static_step = static_step
         self._twin = Twin(model)
         self._slots: dict[str, tuple[Any, Slots]] = {}  # of `generate` and of `open`, with the model they serve
         self._is_busy = False
@@ -103,5 +120,8 @@ class Generator:
         model = self._twin.model()
         known = self._slots.get(whose)
         if known is None or known[0] is not model:
-            known = self._slots[whose] = model, Slots(self.architecture, model, self._exact)
+            device = next(model.parameters()).device
+            is_static = device.type == "cuda" and not self._exact if self._static_step is None else self._static_step
+            new_capture = functools.partial(capture_for, device) if is_static else None
+            known = self._slots[whose] = model, Slots(self.architecture, model, self._exact, new_capture)
         return known[1]

@@ -12,6 +12,20 @@ ONE_LEVEL_UP_TO = 1024
 BLOCK = 256
 
 
+def sample(logits: Tensor, sampling: Sampling, row_A: Tensor, u_A: Tensor) -> Tensor:
+    """Return each sample's token and its log-probability, float64 [2, A]; a row of the result is for the host to read.
+
+    logits: [R, V]. row_A: int64 [A], the row that each sample draws from. u_A: float64 [A], uniform in [0, 1). Where a
+    row's logits are no finite numbers, neither are the log-probabilities. Nothing in here waits for the device.
+    """
+    if sampling.temperature == 0:
+        token_R, logp_R = most_probable(logits)
+        token_A, logp_A = token_R[row_A], logp_R[row_A]
+    else:
+        token_A, logp_A = draw(log_law(logits, sampling), row_A, u_A)
+    return torch.stack([token_A.double(), logp_A.double()])
+
+
 def log_law(logits: Tensor, sampling: Sampling) -> Tensor:
     """Return the log-probabilities of the law that `sampling` makes of logits [R, V]: float32 [R, V], -inf if cut.
 
@@ -49,9 +63,11 @@ def draw(log_law_R: Tensor, row_A: Tensor, u_A: Tensor) -> tuple[Tensor, Tensor]
 
 
 def most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the greedy tokens [R] of logits [R, V], and their logp: 0, as this law allows nothing else."""
-    token = logits.argmax(-1)
-    return token, torch.zeros(token.shape, device=token.device)
+    """Return the greedy tokens [R] of logits [R, V], and their logp: 0, as this law allows nothing else.
+
+    Where logits are not finite there is no law, and logp is NaN.
+    """
+    return logits.argmax(-1), torch.where(torch.isfinite(logits).all(-1), 0.0, torch.nan)
 
 
 def _keep_top_p(logits: Tensor, top_p: float) -> Tensor:

@@ -9,8 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlx.generation.architecture import FULL, SLIDING, Architecture
+from rlx.generation.architecture import Architecture
+from rlx.generation.attention import NAME
 from rlx.generation.cache import SlotCache
+from rlx.generation.masks import masks_of
+from rlx.generation.ragged import Kernel, Ragged, kernel_for
+from rlx.generation.request import Sampling
+from rlx.generation.sampler import sample
+from rlx.generation.static_step import SHORTEST_EXTENT, NewCapture, StaticStep, doubled
 
 ROUND = 16
 """Slots, and in exact mode all lengths, are rounded up to this: kernels sum remainders in another order."""
@@ -41,16 +47,23 @@ class Slots:
 
     exact: a row meets shapes that depend on itself, never on what else is in the batch: EXACT_DECODE_ROWS rows of its
     own length in decoding, EXACT_PREFILL_ROWS rows as wide as its own prompt in prefill; lengths are rounded up.
+    new_capture: of static steps (static_step.py); None, as exact needs it: no step is static, no attention is ragged.
     """
 
-    def __init__(self, architecture: Architecture, model: Any, exact: bool) -> None:
+    def __init__(
+        self, architecture: Architecture, model: Any, exact: bool, new_capture: NewCapture | None = None
+    ) -> None:
         self.architecture = architecture
         self._model = model
         self._exact = exact
         self._cache: SlotCache | None = None
+        self._new_capture = new_capture
+        self._static_step: StaticStep | None = None
         parameter = next(model.parameters())
         self.device = parameter.device
-        self._last: Tensor | None = None
+        by_note = new_capture is not None and model.config._attn_implementation == NAME
+        self._kernel = kernel_for(self.device, model.dtype) if by_note else None
+        self._last: tuple[Tensor, Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 
     def reserve(self, slots: int, length: int) -> None:
@@ -58,25 +71,40 @@ class Slots:
         slots, length = reserved(slots, length, self._exact)
         cache = self._cache
         if cache is None or cache.slots < slots or cache.length < length:
-            self._cache = None  # before the new one is made
-            self._cache = SlotCache(len(self.architecture.layer_types), slots, length)
+            self.forget()  # before the new one is made
+            self._cache = SlotCache(self.architecture.windows, slots, length, by_token=self._kernel is not None)
 
     def forget(self) -> None:
         """Give the memory back, and with it whatever stands in it."""
-        self._cache = None
+        self._cache = self._static_step = None
+
+    def step(
+        self, token_R: np.ndarray, position_R: np.ndarray, row_A: np.ndarray, u_A: np.ndarray, sampling: Sampling
+    ) -> Tensor:
+        """Put one token at the given position of each of slots 0 to R - 1; return what is drawn after it.
+
+        row_A, u_A: see `sample`, whose result it is; it is to be read before the next step.
+        """
+        if self._new_capture is None:
+            return sample(self.decode(token_R, position_R), sampling, self._tensor(row_A), self._tensor(u_A))
+        if self._static_step is None:
+            self._static_step = self._new_static_step(self._new_capture)
+        return self._static_step(token_R, position_R, row_A, u_A, sampling)
 
     def prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         """Put prompts into slots first, first + 1, ...; return the logits of the tokens that follow, [P, V].
 
         Prompts of like lengths should stand side by side.
         """
-        chunks = _chunks([len(prompt) for prompt in prompts], self._exact)
+        lengths = [len(prompt) for prompt in prompts]
+        chunks = _packs(lengths) if self._kernel is not None else _chunks(lengths, self._exact)
         return torch.cat([self._prefill(prompts[begin:end], first + begin) for begin, end in chunks])
 
     def decode(self, token_R: np.ndarray, position_R: np.ndarray) -> Tensor:
         """Put one token at the given position of each of slots 0 to R - 1; return the logits after it, [R, V]."""
         if not self._exact:
-            return self._decode(token_R, position_R, round_up(int(position_R.max()) + 1, EXTENT_ROUND), None)
+            extent = round_up(int(position_R.max()) + 1, EXTENT_ROUND)
+            return self._decode(self._tensor(token_R), self._tensor(position_R), extent)
         extent_R = round_up(position_R + 1)
         blocks, order = [], []
         for extent in np.unique(extent_R):
@@ -92,7 +120,23 @@ class Slots:
         assert self._cache is not None
         self._cache.copy(self._tensor(source), self._tensor(target), extent)
 
+    def _new_static_step(self, new_capture: NewCapture) -> StaticStep:
+        cache = self._cache
+        assert cache is not None
+        # Ragged attention reads what is used, whatever the extent; masks are of all of it.
+        extents = [cache.length] if self._kernel is not None else doubled(SHORTEST_EXTENT, cache.length)
+        return StaticStep(
+            self._decode,
+            slots=cache.slots,
+            extents=extents,
+            device=self.device,
+            new_capture=new_capture,
+            watched=[*self._model.parameters(), *self._model.buffers()],
+        )
+
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        if self._kernel is not None and len(prompts) > 1:
+            return self._prefill_packed(self._kernel, prompts, first)
         longest = max(len(prompt) for prompt in prompts)
         rows, width = len(prompts), longest
         if self._exact:
@@ -106,48 +150,59 @@ class Slots:
         assert self._cache is not None
         plan = self._cache.plan
         plan.first, plan.rows, plan.slot, plan.position = first, len(prompts), None, None
-        return self._forward(ids, position, None, self._tensor(last))[: len(prompts)]
+        plan.packed, plan.ragged = False, None
+        last_token = torch.arange(rows, device=self.device), self._tensor(last)
+        return self._forward(self._tensor(ids), position, None, last_token)[: len(prompts)]
+
+    def _prefill_packed(self, kernel: Kernel, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
+        """Prefill prompts that stand in one row of tokens, one after another: none is padded."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ends = lengths.cumsum()
+        number_T = np.repeat(np.arange(len(prompts)), lengths)
+        number, position = self._tensor(number_T), self._tensor(np.arange(ends[-1]) - (ends - lengths)[number_T])
+        bounds, longest = self._tensor(np.concatenate([[0], ends])).int(), int(lengths.max())
+        assert self._cache is not None
+        plan = self._cache.plan
+        plan.slot, plan.position, plan.packed = number + first, position, True
+        plan.ragged = Ragged(kernel, self._model.dtype, bounds, bounds, longest, longest, None)
+        others = (number[:, None] != number)[None]
+        masks = masks_of(self.architecture, self._model.dtype, position[None, :, None], position, others)
+        ids = self._tensor(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts]))
+        last = torch.zeros(len(prompts), dtype=torch.int64, device=self.device), self._tensor(ends - 1)
+        return self._forward(ids[None], position[None], masks, last)
 
     def _decode_block(self, token_B: np.ndarray, position_B: np.ndarray, extent: int, slot_B: np.ndarray) -> Tensor:
         """Decode rows of one extent in a block of fixed size; what is missing is played by the spare slot."""
         assert self._cache is not None
         missing = (0, EXACT_DECODE_ROWS - len(slot_B))
         spare = np.pad(slot_B, missing, constant_values=self._cache.slots - 1)
-        return self._decode(np.pad(token_B, missing), np.pad(position_B, missing), extent, spare)[: len(slot_B)]
+        token, position = (self._tensor(np.pad(one, missing)) for one in (token_B, position_B))
+        return self._decode(token, position, extent, self._tensor(spare))[: len(slot_B)]
 
-    def _decode(self, token_B: np.ndarray, position_B: np.ndarray, extent: int, slot_B: np.ndarray | None) -> Tensor:
+    def _decode(self, token_B: Tensor, position_B: Tensor, extent: int, slot_B: Tensor | None = None) -> Tensor:
         assert self._cache is not None
-        plan = self._cache.plan
-        plan.first, plan.rows, plan.position = 0, len(token_B), self._tensor(position_B)
-        plan.slot = None if slot_B is None else self._tensor(slot_B)
-        plan.extent = extent
-        masks = self._masks(plan.position, extent)
-        return self._forward(token_B[:, None], plan.position[:, None], masks, None)
+        plan, rows = self._cache.plan, len(token_B)
+        plan.first, plan.rows, plan.slot, plan.position, plan.extent = 0, rows, slot_B, position_B, extent
+        plan.packed, plan.ragged = False, self._used_part(position_B, extent)
+        column = torch.arange(extent, device=self.device)
+        masks = masks_of(self.architecture, self._model.dtype, position_B[:, None, None], column)
+        return self._forward(token_B[:, None], position_B[:, None], masks, None)
 
-    def _masks(self, position: Tensor, extent: int) -> Tensor | dict[str, Tensor]:
-        """Return the additive masks [R, 1, 1, extent] of all kinds of layers.
+    def _used_part(self, position_B: Tensor, extent: int) -> Ragged | None:
+        """Return where each row's keys are, which is in its slot up to its position; None without ragged attention."""
+        if self._kernel is None:
+            return None
+        assert self._cache is not None
+        bounds = torch.arange(len(position_B) + 1, dtype=torch.int32, device=self.device)
+        used = (position_B + 1).int()
+        return Ragged(self._kernel, self._model.dtype, bounds, bounds * self._cache.length, 1, extent, used)
 
-        Floating point, as eager attention adds what it gets, a boolean one too. A dict where there are two kinds:
-        such models would take a single mask for both.
-        """
-        column, position = torch.arange(extent, device=self.device), position[:, None]
-        hidden = {FULL: column > position}
-        if self.architecture.window is not None:
-            hidden[SLIDING] = hidden[FULL] | (column <= position - self.architecture.window)
-        dtype = self._model.dtype
-        masks = {
-            kind: torch.zeros(hidden[kind].shape, dtype=dtype, device=self.device).masked_fill_(
-                hidden[kind], torch.finfo(dtype).min
-            )[:, None, None]
-            for kind in set(self.architecture.layer_types)
-        }
-        return masks if len(masks) > 1 else masks.popitem()[1]
-
-    def _forward(self, ids: np.ndarray, position: Tensor, masks: Any, last: Tensor | None) -> Tensor:
+    def _forward(self, ids: Tensor, position: Tensor, masks: Any, last: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the logits [N, V] of the first token of each row, or of the tokens at (rows [N], positions [N])."""
         self._last = last
         try:
             output = self._model(
-                input_ids=self._tensor(ids),
+                input_ids=ids,
                 position_ids=position,
                 attention_mask=masks,
                 past_key_values=self._cache,
@@ -158,14 +213,24 @@ class Slots:
         return output.logits[:, 0]
 
     def _keep_last(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Before the head: keep each row's last position only; logits of all others would be made for nothing."""
+        """Before the head: keep each prompt's last token only; logits of all others would be made for nothing."""
         if self._last is None:
             return inputs
-        hidden = inputs[0]
-        return (hidden[torch.arange(len(hidden), device=hidden.device), self._last][:, None], *inputs[1:])
+        return (inputs[0][self._last][:, None], *inputs[1:])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _packs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (begin, end) of runs of prompts that are prefilled in one row: PREFILL_TOKENS, or one that is longer."""
+    packs, begin, total = [], 0, 0
+    for index, length in enumerate(lengths):
+        if index > begin and total + length > PREFILL_TOKENS:
+            packs.append((begin, index))
+            begin, total = index, 0
+        total += length
+    return [*packs, (begin, len(lengths))]
 
 
 def _chunks(lengths: Sequence[int], exact: bool) -> list[tuple[int, int]]:
