@@ -269,3 +269,15 @@ def test_addition_ends_where_a_held_out_pair_is_trained_in_the_other_order(monke
     monkeypatch.setattr(addition, "rows", lambda split: [{"prompt": prompts[split]}])
     with pytest.raises(SystemExit, match=r"1 held-out pairs are in the training data, \['12', '34'\] for one"):
         addition.check_held_out()
+
+
+def test_bounds_count_the_bytes_read_and_written_and_both_halves_of_a_product(monkeypatch):
+    """By hand: 32 float32 are copied, 128 bytes each way; a product of 4 x 4 matrices is 64 products and 64 sums."""
+    bounds = load("bounds.py", monkeypatch)
+    monkeypatch.setattr(bounds, "COPIED_BYTES", {"cpu": 128})
+    monkeypatch.setattr(bounds, "MATRIX_SIZE", {"cpu": 4})
+    for measured, expected in ((bounds.bandwidth, 2 * 128), (bounds.matrix_rate, 2 * 64)):
+        # The first run, which does not count, takes 0 s; those after it 4, 3, 2, then 6 s each.
+        ticks = iter([tick for took in (0, 4, 3, 2, *[6] * bounds.REPEATS) for tick in (0.0, float(took))])
+        monkeypatch.setattr(bounds.time, "perf_counter", lambda ticks=ticks: next(ticks))
+        assert measured("cpu", bounds.torch.float32) == expected / 2
