@@ -15,7 +15,7 @@ from rlx.errors import ConfigError, RlxError
 from rlx.nets.chunked_head import logp_and_entropy
 from rlx.nets.ragged import parts_by_length, positions_within
 from rlx.nets.shared_prefix import SharedRows, groups_of, parts_by_group, share, sharing_pays, widths
-from rlx.nets.trunk import Layout, Trunk, unwrapped
+from rlx.nets.trunk import Layout, Trunk, tolerance, unwrapped
 from rlx.trajectory import Batch
 
 
@@ -212,7 +212,7 @@ def check_trunk(trunk: Trunk) -> None:
     tokens = _few_tokens(trunk)
     changed = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
     states = [trunk.decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1] for ids in (tokens, changed)]
-    if not torch.allclose(*states, rtol=_tolerance(states[0]), atol=_tolerance(states[0])):
+    if not torch.allclose(*states, rtol=tolerance(states[0].dtype), atol=tolerance(states[0].dtype)):
         raise ConfigError(
             f"this {trunk.config.model_type} model is not causal: a token changes what the model makes of those before "
             "it. Choose a decoder-only model, or set is_decoder in its config."
@@ -231,7 +231,7 @@ def check_head(trunk: Trunk, head: nn.Linear) -> None:
     logp, _ = logp_and_entropy(hidden, head.weight, tokens[0], bias=head.bias, transform=trunk.transform)
     expected = logits.log_softmax(-1).gather(1, tokens[0][:, None]).squeeze(1)
     difference = (logp - expected).abs().max().item()
-    if not difference <= _tolerance(hidden) * (1 + expected.abs().max().item()):
+    if not difference <= tolerance(hidden.dtype) * (1 + expected.abs().max().item()):
         raise ConfigError(
             f"a {trunk.config.model_type} model does something of its own with its logits, so that log-probabilities "
             f"made here would be wrong by {difference:.3g}. Choose another model."
@@ -245,10 +245,6 @@ def _has_weights(trunk: Trunk) -> bool:
 def _few_tokens(trunk: Trunk) -> Tensor:
     rows = trunk.causal_lm.get_input_embeddings().weight
     return torch.arange(4, device=rows.device)[None] % len(rows)
-
-
-def _tolerance(states: Tensor) -> float:
-    return 1e-3 if states.dtype in (torch.float32, torch.float64) else 0.1
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -30,7 +31,8 @@ class Trunk:
         inner = getattr(self.config, "intermediate_size", None) or getattr(self.config, "n_inner", None)
         self.inner = int(inner or 4 * self.hidden_size)
         """Width inside a layer's feed-forward part."""
-        self._windows = _attention_windows(self.config)
+        self._windows, self._layer_windows = _attention_windows(self.config)
+        self._by_segments = self._takes_segments()
         self.always_runs = False
         """Whether the layers run for no position, too: those that several processes share out have to run in all."""
 
@@ -54,15 +56,51 @@ class Trunk:
             counted = positions_within(obs, length)
             places = counted.flatten().nonzero().squeeze(1)
             position = torch.arange(obs.shape[1], device=obs.device).expand_as(obs).flatten()[places][None]
-            # No row has the number 0, which stands for what all have in common.
-            row = torch.arange(1, len(obs) + 1, device=obs.device).repeat_interleave(length.clamp(max=obs.shape[1]))
-            states = self._run(obs.flatten()[places][None], position, self._block_masks(row[None], position))
+            tokens, lengths = obs.flatten()[places][None], length.clamp(max=obs.shape[1])
+            states = self._packed(tokens, position, lengths, self._by_segments)
             index = (counted.flatten().cumsum(0) - 1)[index]  # of every position that counts, where it went
         return states.flatten(0, 1).index_select(0, index)
 
-    def _run(self, tokens: Tensor, position: Tensor | None, mask: Any) -> Tensor:
-        extra = {} if position is None else {"position_ids": position}
+    def _run(self, tokens: Tensor, position: Tensor | None, mask: Any, **extra: Any) -> Tensor:
+        extra |= {} if position is None else {"position_ids": position}
         return self.decoder(input_ids=tokens, attention_mask=mask, use_cache=False, **extra).last_hidden_state
+
+    def _packed(self, tokens: Tensor, position: Tensor, length: Tensor, by_segments: bool) -> Tensor:
+        """Return the hidden states [1, T, H] of rows of these lengths [S], one after the other in tokens [1, T]."""
+        if by_segments:
+            return self._segmented(tokens, position, length)
+        # No row has the number 0, which stands for what all have in common.
+        row = torch.arange(1, len(length) + 1, device=length.device).repeat_interleave(length)
+        return self._run(tokens, position, self._block_masks(row[None], position))
+
+    def _segmented(self, tokens: Tensor, position: Tensor, length: Tensor) -> Tensor:
+        from rlx.nets.segments import NAME, Segments
+
+        segments = Segments(length.tolist(), self._layer_windows, tokens.device)
+        # With a mask of four axes transformers makes none of its own; an attention that reads it must not go unseen.
+        unread = torch.full((1, 1, 1, 1), torch.nan, dtype=next(self.decoder.parameters()).dtype, device=tokens.device)
+        masks = dict.fromkeys(self._windows, unread) if len(self._windows) > 1 else unread
+        return self._run(tokens, position, masks, **{NAME: segments})
+
+    @torch.no_grad()
+    def _takes_segments(self) -> bool:
+        """Return whether the layers attend by segments, as a few tokens show: not every model hands them on."""
+        from rlx.nets.segments import attend_by_segments
+
+        parameters = inspect.signature(self.decoder.forward).parameters.values()
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        if not attend_by_segments(self.decoder, takes_more):
+            return False
+        table = self.causal_lm.get_input_embeddings().weight
+        if table.device.type == "meta":
+            return True
+        self.causal_lm.eval()
+        position, length = (torch.tensor(v, device=table.device) for v in ([0, 1, 2, 0, 0, 1, 2, 3], [3, 1, 4]))
+        tokens = torch.arange(8, device=table.device)[None] % len(table)
+        one, other = (self._packed(tokens, position[None], length, by_segments) for by_segments in (True, False))
+        bound = tolerance(table.dtype)
+        agree = torch.allclose(one, other, rtol=bound, atol=bound)
+        return attend_by_segments(self.decoder, agree)
 
     def _block_masks(self, segment: Tensor, position: Tensor) -> Any:
         """Return additive masks [R, 1, T, T]: a token of [R, T] sees itself and what stands before it in its own row.
@@ -94,8 +132,8 @@ def _logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(float(scale) / float(divisor), getattr(config, "final_logit_softcapping", None))
 
 
-def _attention_windows(config: Any) -> dict[str, int | None]:
-    """Return the kinds of attention that a decoder's layers have, each with its window or None."""
+def _attention_windows(config: Any) -> tuple[dict[str, int | None], list[int | None]]:
+    """Return the kinds of attention that a decoder's layers have, each with its window or None; and that of each."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     kinds, options = get_layer_types_and_kwargs(config)
@@ -107,4 +145,9 @@ def _attention_windows(config: Any) -> dict[str, int | None]:
                 "and sliding_attention. Choose another model."
             )
         windows[kind] = option.get("sliding_window")
-    return windows
+    return windows, [windows[kind] for kind in kinds]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far two ways to one result may be apart, relatively and absolutely."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
