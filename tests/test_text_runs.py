@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from rlx.checkpoint import list_checkpoints, load_checkpoint
+from rlx.checkpoint import list_checkpoints, load_checkpoint, load_state
 from rlx.cli import main
 from rlx.envs import addition
 from rlx.generation.generator import Generator
@@ -49,6 +51,7 @@ KILLED = {
         {"token_runners": PROCESSES, "training": KL},
         [(WAITING, 5), (STEPPING, 7)],
     ),
+    "grpo in bfloat16": ("grpo", {"model": {"dtype": "bfloat16"}, "training": KL}, [(STEPPING, 5), (SAVING, 3)]),
 }
 
 
@@ -280,3 +283,19 @@ def test_samples_are_written_to_files_as_they_were_drawn(tiny_text, says):
     assert says("samples", "run", "-o", "all.parquet") == "all.parquet\n"
     assert parquet.read_table("all.parquet").to_pylist() == [{"kl": None, "ref_logp": None, **row} for row in lines]
     assert all(("kl" in row) == (row["score"] is not None) for row in lines)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_who_learns_and_who_generates_compute_with_the_same_numbers(tiny_text, tmp_path):
+    """In the driver, which reads the learner's parameters, and in a process, which is sent them in float32."""
+    for name, runners in (("driver", {}), ("process", PROCESSES | {"num_token_runners": 1})):
+        made = tiny_text("grpo", model={"dtype": "bfloat16"}, token_runners=runners, stop={"iterations": 2})
+        made.generation(exact=True)
+        with made.build(run_dir=tmp_path / name) as algorithm:
+            algorithm.fit()
+    assert rows(tmp_path / "driver" / "samples.jsonl") == rows(tmp_path / "process" / "samples.jsonl")
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("driver", "process"))
+    assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    saved = load_state(tmp_path / "driver")["learners"]["learner"]["policy"]["model.lm_head.weight"]
+    assert torch.equal(torch.from_numpy(saved).to(torch.bfloat16), first["lm_head.weight"])

@@ -377,7 +377,7 @@ class TextAlgorithm(Trainable):
         if policy is not None:
             return policy.model
         model = self._make_model()
-        flat = FlatParameters(model)
+        flat = FlatParameters(model, learns=False)
         flat.load(self.learners.weights()[: flat.data.numel()])
         return model
 

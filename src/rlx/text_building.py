@@ -14,7 +14,8 @@ from rlx.actors.machine import memory_bytes
 from rlx.building import GetRuntime, restart_rule, share_of_cores
 from rlx.generation.request import Sampling
 from rlx.learner.learner_group import LearnerGroup, choose_device
-from rlx.learner.memory_plan import LEARNED_BYTES, Cost, Generators, NetSize, Plan, UpdateSize, memory_plan
+from rlx.learner.memory_plan import Plan, memory_plan
+from rlx.learner.sizes import Cost, Generators, NetSize, UpdateSize, number_bytes
 from rlx.nets.device import check_device, nth
 from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.text_envs import TextEnvs
@@ -229,11 +230,10 @@ def devices_beside(s: TextSettings, device: str, count: int) -> list[str]:
 def _generators(s: TextSettings, model: nn.Module, device: str, longest: int) -> Generators:
     """Return what those who generate keep; model: the policy's; device: that of the learners."""
     place = generator_process(s, device)
-    frozen = [parameter.element_size() for parameter in model.parameters() if not parameter.requires_grad]
     return Generators(
         slots=min(s.generation.max_slots, _samples_at_once(s)),
         longest=longest,
-        number_bytes=max(frozen, default=LEARNED_BYTES),  # what is learned is computed in float32
+        number_bytes=number_bytes(model),
         exact=s.generation.exact,
         count=max(1, s.token_runners.num_token_runners),
         weights=0 if place.reads_learner else Cost.of(model.parameters()).weights,

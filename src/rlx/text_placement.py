@@ -10,7 +10,8 @@ from torch import nn
 from rlx.errors import RlxError
 from rlx.learner.learner import VALUE_FUNCTION
 from rlx.learner.learner_group import choose_device
-from rlx.learner.memory_plan import Cost, in_words
+from rlx.learner.memory_plan import in_words
+from rlx.learner.sizes import Cost
 from rlx.nets.reward_model import RewardModel
 from rlx.reward_models import empty_reward_model
 from rlx.text_building import generator_process, indexed, shares
@@ -74,7 +75,7 @@ def _learned(s: TextSettings, algorithm: type[TextAlgorithm], policy: nn.Module,
     shares_trunk = "a head on the policy's trunk" if s.model.value == "shared" else ""
     places = [
         ModelPlace(
-            *(model, process, device, Cost.of(parameters, learns=True).shared_by(shares(s))),
+            *(model, process, device, Cost.of(parameters, learns=True, shares=shares(s))),
             shares_trunk * (model == "value model"),
         )
         for model, parameters in owned.items()

@@ -46,7 +46,8 @@ class TextModelSection(Section):
     tokenizer: str | None = None
     """A folder, a hub id, or an import path pkg.module:function that returns one; null: the one in `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model is computed in; bfloat16 is for GPUs."""
+    """What the model is computed in, by learners and by who generates; bfloat16 is for GPUs. What is learned is kept in
+    float32 beside it, with its optimizer and the sum of its gradients; heads of values and adapters are float32."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of the LoRA adapters, which then are all that is trained; needs rlx[lora]. 0: the whole model is trained."""
     lora_alpha: float = Field(default=16.0, gt=0)

@@ -8,7 +8,8 @@ from torch import nn
 
 from rlx.errors import ConfigError
 from rlx.generation.request import Request, Sampling
-from rlx.learner.memory_plan import Cost, Generators, NetSize, TrunkSize, UpdateSize, memory_plan
+from rlx.learner.memory_plan import memory_plan
+from rlx.learner.sizes import Cost, Generators, NetSize, TrunkSize, UpdateSize
 from rlx.nets.language_model import load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.rollout.token_runner import TokenRunner
@@ -95,11 +96,12 @@ def test_a_value_net_of_another_architecture_keeps_activations_of_its_own():
     assert plan.bytes["activations"] == pytest.approx(14.56 * MB + 430 * 400 * 4)
 
 
-def test_what_is_learned_costs_float32_whatever_it_was_made_in_and_the_rest_what_it_is():
+def test_what_is_learned_costs_float32_and_its_copy_and_the_rest_what_it_is():
     learned, frozen = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)), nn.Parameter(torch.zeros(5).bfloat16())
     frozen.requires_grad_(False)
-    assert Cost.of([learned, frozen], learns=True) == (8, 3 * 4 + 5 * 2, 3 * 4, 3 * 8)
-    assert Cost.of([learned, frozen]) == (8, 22, 0, 0)
+    assert Cost.of([learned, frozen], learns=True) == (8, 3 * (4 + 2) + 5 * 2, 3 * 4, 3 * 8)
+    assert Cost.of([learned, frozen], learns=True, shares=2) == (8, (3 * 4 + 5 * 2) / 2, 3 * 4 / 2, 3 * 8 / 2)
+    assert Cost.of([learned, frozen]) == (8, 8 * 2, 0, 0)
 
 
 def test_a_model_that_is_shared_out_costs_its_share_and_what_is_gathered():
@@ -137,7 +139,7 @@ def test_keys_and_values_by_hand():
 
 @pytest.mark.parametrize(("exact", "lora"), [(False, None), (True, None), (False, {"r": 2})])
 def test_the_figure_is_that_of_the_generator_s_own_tensors(exact, lora):
-    """A Llama whose 6 heads share 2 keys, of a head size of its own; learned, or in bfloat16 beneath an adapter."""
+    """A Llama in bfloat16 whose 6 heads share 2 keys, of a head size of its own; learned, or beneath an adapter."""
     config = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 16, "vocab_size": 13, "head_dim": 6}
     config |= {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     model = load_language_model(config=config, dtype="bfloat16", lora=lora)
@@ -150,7 +152,7 @@ def test_the_figure_is_that_of_the_generator_s_own_tensors(exact, lora):
     slots: Any = runner._generator._ready_slots("generate")
     held = [tensor for layer in slots._cache.slot_layers for tensor in (layer.keys, layer.values)]
     assert plan.generator_bytes["keys and values"] == sum(tensor.nbytes for tensor in held)
-    assert {tensor.dtype for tensor in held} == {torch.float32 if lora is None else torch.bfloat16}
+    assert {tensor.dtype for tensor in held} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def eager_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradi
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
         total, stats = loss(policy, minibatch, coefficients)
         parts = torch.autograd.grad(total, flat.parameters, materialize_grads=True)
-        return torch.cat([part.reshape(-1) for part in parts]), stats | {"loss": total.detach()}
+        flattened = [part.reshape(-1).to(flat.data.dtype) for part in parts]
+        return torch.cat(flattened), stats | {"loss": total.detach()}
 
     return gradient
 

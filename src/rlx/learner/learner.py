@@ -106,6 +106,7 @@ class Learner:
     def _agree(self) -> None:
         """Take over the weights of rank 0."""
         dist.broadcast(self.flat.data, src=0)
+        self.flat.refresh()
 
     @np.errstate(over="ignore", invalid="ignore")  # stats that are not finite tell, and whoever reads them raises
     def update(
@@ -270,6 +271,7 @@ class Learner:
         if self.max_grad_norm is not None:
             gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0))
         self.adam.step(gradient, lr, value_lr)
+        self.flat.refresh()
         return norm
 
     def _means(self, history: list[Stats]) -> dict[str, float]:

@@ -2,164 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-from torch import nn
 
 from rlx.errors import ConfigError
-from rlx.generation.slots import reserved
+from rlx.learner.sizes import ADAM_BYTES, LEARNED_BYTES, Generators, NetSize, TrunkSize, UpdateSize
 from rlx.nets.chunked_head import CHUNK_NUMBERS, KEPT_NUMBERS
-from rlx.nets.transformer import decoder_layers
-from rlx.nets.trunk import Trunk, unwrapped
-
-LEARNED_BYTES = 4
-"""Of each learned parameter, as FlatParameters keeps it, and of its gradient."""
-ADAM_BYTES = 8
-"""Of the two moments of each."""
-
-
-class Cost(NamedTuple):
-    """What a model takes in a process: a count of numbers, and bytes."""
-
-    parameters: int
-    weights: int
-    gradient: int = 0
-    optimizer: int = 0
-
-    @staticmethod
-    def of(parameters: Iterable[nn.Parameter], *, learns: bool = False) -> Cost:
-        """Return the cost of these; learns: where they are trained, and not only read."""
-        parameters = list(parameters)
-        learned = sum(p.numel() for p in parameters if p.requires_grad)
-        return Cost(
-            parameters=sum(p.numel() for p in parameters),
-            weights=sum(p.numel() * (LEARNED_BYTES if p.requires_grad else p.element_size()) for p in parameters),
-            gradient=LEARNED_BYTES * learned * learns,
-            optimizer=ADAM_BYTES * learned * learns,
-        )
-
-    def shared_by(self, count: int) -> Cost:
-        """Return the cost in each of `count` processes that hold a share of every parameter."""
-        parameters, *sizes = self
-        return Cost(parameters, *(-(-size // count) for size in sizes))
-
-
-class TrunkSize(NamedTuple):
-    """The sizes of a language model's layers."""
-
-    layers: int
-    hidden: int
-    keys: int
-    """Width of a layer's keys, and of its values: heads times head size; few heads may serve all queries."""
-    inner: int
-    """Width inside a layer's feed-forward part."""
-
-    @staticmethod
-    def of(trunk: Trunk) -> TrunkSize:
-        """Return the sizes that a trunk's configuration names."""
-        config = trunk.config
-        heads = config.num_attention_heads
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        key_heads = getattr(config, "num_key_value_heads", None) or heads
-        return TrunkSize(config.num_hidden_layers, config.hidden_size, key_heads * head_size, trunk.inner)
-
-    def kept(self, activation_checkpointing: bool) -> int:
-        """Return how many numbers are kept of every token for the backward pass.
-
-        Of a layer: inputs and outputs of two norms, queries before and after their rotation, attention's result (8
-        hidden sizes, with the sums), keys and values (4 key widths), and gate, its activation, the other branch and
-        their product (4 inner widths).
-        """
-        layer = 8 * self.hidden + 4 * self.keys + 4 * self.inner
-        ends = 3 * self.hidden
-        return ends + (self.layers * self.hidden + layer if activation_checkpointing else self.layers * layer)
-
-
-class NetSize(NamedTuple):
-    """What of a network decides how much memory it takes; all but `frozen_bytes` are counts of numbers."""
-
-    learned: int
-    """Parameters that are learned."""
-    frozen: int
-    """Those that are not: what an adapter stands on, a reference."""
-    largest: int
-    """Of the largest learned parameter."""
-    vocabulary: int
-    trunks: tuple[TrunkSize, ...]
-    """That of the policy, and that of a value net which has its own."""
-    frozen_bytes: int = 4
-    """Bytes of each frozen parameter."""
-    shares: int = 1
-    """Learners that share out every parameter, its gradient and its moments; 1: each has them whole."""
-    gathered: int = 0
-    """Bytes of what is whole for a while where they do: parameters, and their gradient before it is shared out."""
-
-    @staticmethod
-    def of(policy: nn.Module, shares: int = 1) -> NetSize:
-        """Return the size of a TransformerPolicy or a RewardModel."""
-        trunk: Any = policy.trunk
-        trunks = [one for one in (trunk, getattr(policy, "value_trunk", None)) if one is not None]
-        learned = [p for p in policy.parameters() if p.requires_grad]
-        frozen = [p for p in policy.parameters() if not p.requires_grad]
-        return NetSize(
-            learned=sum(p.numel() for p in learned),
-            frozen=sum(p.numel() for p in frozen),
-            largest=max((p.numel() for p in learned), default=0),
-            vocabulary=unwrapped(trunk.causal_lm).get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
-            trunks=tuple(map(TrunkSize.of, trunks)),
-            frozen_bytes=max((p.element_size() for p in frozen), default=4),
-            shares=shares,
-            gathered=_gathered(policy) if shares > 1 else 0,
-        )
-
-
-class UpdateSize(NamedTuple):
-    """The batch of an update and how it is cut."""
-
-    sequences: int
-    longest: int
-    """Tokens of the longest sequence there can be: prompt and completion."""
-    minibatch_sequences: int
-    max_tokens_per_microbatch: int
-    activation_checkpointing: bool = False
-
-
-class Generators(NamedTuple):
-    """Those who generate at one time, and what each of them keeps."""
-
-    slots: int
-    """Sequences that one works at together."""
-    longest: int
-    """Tokens of the longest: prompt and completion."""
-    number_bytes: int = 4
-    """Bytes of a number of keys and values."""
-    exact: bool = False
-    count: int = 1
-    weights: int = 0
-    """Bytes of each one's own copy of the model; 0 where it reads the learner's."""
-    available: float | None = None
-    """Bytes that are free on a device of their own; None: they are on that of the learners."""
-
-    def parts(self, trunk: TrunkSize) -> dict[str, float]:
-        """Return the bytes of one by purpose, for a model with this trunk."""
-        slots, length = reserved(self.slots, self.longest, self.exact)
-        cache = slots * length * 2 * trunk.layers * trunk.keys * self.number_bytes
-        return {"weights": float(self.weights), "keys and values": float(cache)}
-
-    def total(self, trunk: TrunkSize) -> float:
-        """Return the bytes of all of them."""
-        return self.count * sum(self.parts(trunk).values())
-
-    def most_slots(self, trunk: TrunkSize, available: float) -> int:
-        """Return the most slots for which all of them fit, less than there are; 0 where even one is too much."""
-        low, high = 0, self.slots
-        while low + 1 < high:
-            middle = (low + high) // 2
-            fits = self._replace(slots=middle).total(trunk) <= available
-            low, high = (middle, high) if fits else (low, middle)
-        return low
 
 
 @dataclass(frozen=True)
@@ -320,35 +167,19 @@ def in_words(size: float) -> str:
     return f"{size / 1e3:.0f} kB" if size >= 1e3 else f"{size:.0f} B"
 
 
-def _gathered(policy: nn.Module) -> int:
-    """Return the bytes of what is whole at once: all outside of the layers, a layer, and the one that comes next."""
-    layers = {layer: list(layer.parameters()) for layer in decoder_layers(policy)}
-    reference = getattr(policy, "reference", None)
-    apart = {id(p) for parameters in layers.values() for p in parameters}
-    apart |= set() if reference is None else {id(p) for p in reference.parameters()}
-    outside = [p for p in policy.parameters() if id(p) not in apart]
-    layer = max(layers.values(), key=lambda parameters: sum(p.numel() for p in parameters), default=[])
-
-    def weights(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(p.numel() * p.element_size() for p in parameters)
-
-    learned_outside, learned_layer = ([p for p in parameters if p.requires_grad] for parameters in (outside, layer))
-    gradients = weights(learned_outside) + weights(learned_layer)
-    summed = LEARNED_BYTES * max(sum(p.numel() for p in learned) for learned in (learned_outside, learned_layer))
-    return weights(outside) + 2 * weights(layer) + gradients + summed
-
-
 def _parts(net: NetSize, update: UpdateSize, tokens: int) -> dict[str, float]:
     """Return bytes by purpose, for microbatches of `tokens` tokens."""
-    kept = sum(trunk.kept(update.activation_checkpointing) for trunk in net.trunks)
+    kept = sum(trunk.kept_bytes(update.activation_checkpointing, net.number_bytes) for trunk in net.trunks)
     logits = tokens * net.vocabulary
+    # The head sums its gradient up in float32, and hands it on in the dtype of the weights.
+    largest = net.largest * (LEARNED_BYTES + (2 if net.copied else 0)) if net.shares == 1 else 0
     return {
-        "weights": LEARNED_BYTES * net.learned / net.shares,
+        "weights": LEARNED_BYTES * net.learned / net.shares + net.copied,
         "frozen weights": net.frozen_bytes * net.frozen / net.shares,
-        "gradient": LEARNED_BYTES * (net.learned / net.shares + (net.largest if net.shares == 1 else 0)),
+        "gradient": LEARNED_BYTES * net.learned / net.shares + largest,
         "Adam": ADAM_BYTES * net.learned / net.shares,
         **({"gathered layers": float(net.gathered)} if net.gathered else {}),
-        "activations": 4.0 * tokens * kept,
+        "activations": float(tokens * kept),
         "head": 4.0 * (2 * min(logits, CHUNK_NUMBERS) + (logits if logits <= KEPT_NUMBERS else 0)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,19 +22,31 @@ def accumulated_gradient(policy: Any, flat: FlatParameters, loss: Loss, max_toke
     """Return the gradient function that goes through a minibatch in microbatches of at most `max_tokens` tokens.
 
     The weights of a minibatch were made before it is cut, so the parts of the loss, of its gradient and of its stats
-    add up to the whole.
+    add up to the whole. They do so in float32: the sum of many microbatches outgrows each, and 8 bits would lose it.
     """
-    flat_gradient = torch.zeros_like(flat.data)
-    views = flat.views(flat_gradient)
+    flat_gradient = flat.new_gradient()
+    in_place = []
+    for parameter, view in zip(flat.parameters, flat.views(flat_gradient), strict=True):
+        if parameter.dtype == view.dtype:
+            in_place.append((parameter, view))
+        else:
+            parameter.register_post_accumulate_grad_hook(functools.partial(_add_to, view))
 
     def gradient(minibatch: Batch, coefficients: Mapping[str, float]) -> tuple[Tensor, Stats]:
         flat_gradient.zero_()
-        for parameter, view in zip(flat.parameters, views, strict=True):
+        for parameter, view in in_place:
             parameter.grad = view  # backward() adds to it in place
         parts = microbatches(policy, not_empty(minibatch), max_tokens)
         return flat_gradient, accumulate(policy, loss, parts, coefficients)
 
     return gradient
+
+
+def _add_to(total: Tensor, parameter: Tensor) -> None:
+    """Take the gradient of one microbatch from a parameter, which is done with it, and add it to the sum."""
+    assert parameter.grad is not None
+    total.add_(parameter.grad)
+    parameter.grad = None
 
 
 def accumulate(policy: Any, loss: Loss, parts: Parts, coefficients: Mapping[str, float]) -> Stats:

@@ -24,6 +24,7 @@ class Target:
         """Return the target of the policy with these parameters, copied from it where that is due."""
         if self._updates % self._interval == 0:
             self._flat.data.copy_(flat.data)
+            self._flat.refresh()
         return self._policy
 
     def count_update(self) -> None:

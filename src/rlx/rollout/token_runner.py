@@ -86,7 +86,7 @@ class TokenRunner:
         self._channel = policy_channel
         is_own = not isinstance(build_model, nn.Module)
         model = build_model().to(device) if is_own else build_model
-        self._parameters = FlatParameters(model, device) if is_own else None
+        self._parameters = FlatParameters(model, device, learns=False) if is_own else None
         self._generator = Generator(model, max_slots=max_slots, exact=exact)
         self._published: Published | None = None  # the last one taken
         self._on_new_weights, self._lengths = on_new_weights, {"length": max_tokens, "limit": max_new_tokens}
