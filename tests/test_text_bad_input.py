@@ -170,6 +170,10 @@ SETTINGS = {
     "no such judge": ("grpo", "reward.model=runs/judge is no folder", "reward={model: runs/judge}"),
     "no model": ("grpo", "give one of them", "model={}"),
     "nobody to share with": ("sft", "num_learners is 1; set it to 2", "learners={num_learners: 1, sharding: full}"),
+    "two places for an optimizer": (
+        *("sft", "learners.sharding=full shares it out; set one"),
+        "learners={num_learners: 2, sharding: full, optimizer_offload: true}",
+    ),
     "no such setting": ("grpo", "Did you mean training.clip_range", "training.clip_rnge=0.1"),
     "a law that is cut": ("grpo", "completions drawn from the policy itself", "generation.top_k=3"),
     "a stop of two tokens": ("grpo", "generation.stop: '12' is 2 tokens long", "generation.stop=['12']"),

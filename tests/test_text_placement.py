@@ -50,6 +50,18 @@ def test_of_a_model_that_is_shared_out_each_learner_has_its_share(tiny_text):
         assert share == (cost.parameters, *(-(-size // 3) for size in cost[1:]))
 
 
+def test_an_optimizer_in_host_memory_has_a_row_of_its_own(tiny_text):
+    """11,168 numbers, 2 bytes each to compute with, and a gradient of 4; on the CPU there is but one memory."""
+    made = tiny_text("sft", model={"dtype": "bfloat16"}, learners={"device": "cuda", "optimizer_offload": True})
+    on_gpu, on_host = Cost(11_168, 22_336, 44_672), Cost(11_168, 67_008, 44_672, 89_344)
+    assert places(made) == [
+        ("policy", "driver", "cuda", on_gpu, ""),
+        ("policy", "driver", "cpu", on_host, "its optimizer, in host memory"),
+    ]
+    made.learners(device="cpu")
+    assert places(made) == [("policy", "driver", "cpu", Cost(11_168, 67_008, 44_672, 89_344), "")]
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_models_of_four_architectures_cost_what_the_run_s_own_tensors_take(lora_rank, tiny_text, tmp_path):
     """A Llama that learns, GPT-2 as its value model, Qwen3 as its reference, and a reward model of another GPT-2."""

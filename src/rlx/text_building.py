@@ -70,6 +70,7 @@ def build_learners(
         weigh=weigh,
         max_tokens_per_microbatch=s.learners.max_tokens_per_microbatch,
         sharded=shares(s) > 1,
+        optimizer_offload=s.learners.optimizer_offload,
     )
 
 
@@ -202,7 +203,7 @@ def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, g
         activation_checkpointing=s.learners.activation_checkpointing,
     )
     return memory_plan(
-        NetSize.of(policy, shares(s)),
+        NetSize.of(policy, shares(s), offloads=s.learners.optimizer_offload, has_host=device == "cuda"),
         update,
         available=_free_bytes(s, device),
         num_learners=max(1, s.learners.num_learners),

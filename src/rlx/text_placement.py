@@ -73,13 +73,17 @@ def _learned(s: TextSettings, algorithm: type[TextAlgorithm], policy: nn.Module,
     if isinstance(policy, RewardModel):
         owned = {"reward model": list(policy.parameters())}
     shares_trunk = "a head on the policy's trunk" if s.model.value == "shared" else ""
-    places = [
-        ModelPlace(
-            *(model, process, device, Cost.of(parameters, learns=True, shares=shares(s))),
-            shares_trunk * (model == "value model"),
-        )
-        for model, parameters in owned.items()
-    ]
+    places = []
+    for model, parameters in owned.items():
+        remark = shares_trunk * (model == "value model")
+        if not s.learners.optimizer_offload or device == "cpu":
+            cost = Cost.of(parameters, learns=True, shares=shares(s), offloads=s.learners.optimizer_offload)
+            places.append(ModelPlace(model, process, device, cost, remark))
+            continue
+        on_device, on_host = Cost.offloaded(parameters)
+        places.append(ModelPlace(model, process, device, on_device, remark))
+        if on_host.parameters:
+            places.append(ModelPlace(model, process, "cpu", on_host, "its optimizer, in host memory"))
     if algorithm.needs_reference(s.training) and "reference" not in owned:
         places.append(ModelPlace("reference", process, device, None, "the policy without its adapter"))
     return places

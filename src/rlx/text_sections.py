@@ -273,6 +273,9 @@ class TextLearnersSection(Section):
     arithmetic than padded, packed on a GPU."""
     activation_checkpointing: bool = False
     """Compute activations twice in place of keeping them."""
+    optimizer_offload: bool = False
+    """Keep the optimizer's moments and the float32 weights in host memory, and make the steps there: a GPU is left with
+    the weights that it computes with and their gradient. Slower by a copy of both for every step."""
     max_memory_gb: float | None = Field(default=None, gt=0)
     """Memory that a device may need by the plan that is printed before the start; null: what it has."""
 
@@ -282,6 +285,11 @@ class TextLearnersSection(Section):
             raise ConfigError(
                 f"learners.sharding=full shares the model out among learners, and learners.num_learners is "
                 f"{self.num_learners}; set it to 2 or more, or sharding to none."
+            )
+        if self.sharding == "full" and self.optimizer_offload:
+            raise ConfigError(
+                "learners.optimizer_offload=true keeps the whole optimizer in one memory, and learners.sharding=full "
+                "shares it out; set one of them."
             )
 
 

@@ -183,6 +183,7 @@ def test_the_kernel_is_for_half_precision_on_a_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 @pytest.mark.parametrize(("window", "key_heads"), list(itertools.product([None, 1, 4, 64], [1, 2, 4])))
 def test_torch_s_kernel_sees_what_sdpa_sees(window, key_heads, monkeypatch):
     """In bfloat16, gradients too: the window's edge and the groups are as the documentation says."""

@@ -18,8 +18,9 @@ class FlatAdam:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) in torch's formulation, on one float32 buffer.
 
     torch.optim.Adam spends more time on bookkeeping than on a small net's arithmetic; on one flat buffer the
-    update is a few operations, on the CPU in numpy, which shares the memory and costs less a call. A large buffer on
-    the CPU is torch's own to step, on these same moments.
+    update is a few operations, on the CPU in numpy, which shares the memory and costs less a call. A large buffer is
+    torch's own to step in one pass, on these same moments. The step is made where the buffer is: a gradient that is
+    elsewhere, as of parameters on a GPU whose buffer is in host memory, is brought there.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class FlatAdam:
         """Steps so far, and those of them in which the numbers before `split` stood still."""
         self._arrays = [_fastest(tensor) for tensor in (data, self.mean, self.square)]
         self._fused: torch.optim.Adam | None = None
-        if data.numel() >= LARGE and data.device.type == "cpu":
+        self._brought: Tensor | None = None
+        if data.numel() >= LARGE and data.device.type in ("cpu", "cuda"):
             groups = [{"params": [data[part]]} for part in self._parts()]
             self._fused = torch.optim.Adam(groups, eps=epsilon, betas=(beta1, beta2), fused=True)
 
@@ -55,6 +57,8 @@ class FlatAdam:
         Where that is given and `lr` is 0, the first part stands still, moments and their bias correction included:
         zeros that are averaged in would make its first steps several times too large.
         """
+        if gradient.device != self.data.device:
+            gradient = self._bring(gradient)
         self.steps += 1
         lrs = (lr, lr if lr_from_split is None else lr_from_split)
         stands_still = lr_from_split is not None and lr == 0.0
@@ -71,6 +75,15 @@ class FlatAdam:
             return
         for part, lr_of_part, steps in parts[stands_still:]:
             self._step_part(part, gradient, lr_of_part, steps)
+
+    def _bring(self, gradient: Tensor) -> Tensor:
+        """Return the gradient where the buffer is, by way of memory that a GPU writes to by itself."""
+        if self._brought is None:
+            pinned = gradient.device.type == "cuda" and self.data.device.type == "cpu"
+            self._brought = torch.empty(
+                gradient.shape, dtype=gradient.dtype, device=self.data.device, pin_memory=pinned
+            )
+        return self._brought.copy_(gradient)
 
     def _step_part(self, part: slice, gradient: Tensor, lr: float, steps: int) -> None:
         g = _fastest(gradient)[part]
@@ -93,7 +106,7 @@ class FlatAdam:
         """Step the parts from number `first` on; torch leaves out what has no gradient."""
         for (part, lr, steps), group in list(zip(parts, fused.param_groups, strict=True))[first:]:
             (view,) = group["params"]
-            before = torch.tensor(float(steps - 1))
+            before = torch.tensor(float(steps - 1), device=view.device)
             fused.state[view] = {"step": before, "exp_avg": self.mean[part], "exp_avg_sq": self.square[part]}
             group["lr"], view.grad = lr, gradient[part]
         fused.step()

@@ -109,7 +109,7 @@ def numpy_gradient(policy: nn.Module, flat: FlatParameters, loss: Loss) -> Gradi
     """
     bound = loss if isinstance(loss, functools.partial) else functools.partial(loss)
     derivatives = getattr(bound.func, "derivatives", None)
-    if derivatives is None or flat.data.device.type != "cpu":
+    if derivatives is None or flat.device.type != "cpu":
         return None
     flat_gradient = torch.zeros_like(flat.data)
     views = [view.numpy() for view in flat.views(flat_gradient)]

@@ -54,6 +54,7 @@ class Learner:
         target_update_interval: int | None = None,
         weigh: Callable[[Tensor], Tensor] = sample_weight,
         max_tokens_per_microbatch: int | None = None,
+        optimizer_offload: bool = False,
     ) -> None:
         """`prepare` (policy, batch) completes every batch before its first epoch, without gradients.
 
@@ -62,6 +63,7 @@ class Learner:
         max_tokens_per_microbatch: rows of tokens (a batch with `length`) are sorted by length and cut into microbatches
         of at most so many tokens, padding included, whose gradients are added up; a longer row is alone in one.
         weight_decay: as in AdamW, of every parameter with two axes or more.
+        optimizer_offload: keep the float32 buffer and the moments in host memory, and make the step there.
         """
         self.device = torch.device(device)
         self.policy = build_policy()
@@ -70,6 +72,7 @@ class Learner:
         self.prepare = prepare
         self._loss = loss
         self._adam_options = (adam_eps, *adam_betas, weight_decay)
+        self._offloads = optimizer_offload
         self._own_parameters(compile)
         self.target = (
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
@@ -79,7 +82,7 @@ class Learner:
     def _own_parameters(self, compile: bool) -> None:
         """Make what holds the parameters, steps them and finds their gradient."""
         self.policy.to(self.device)
-        self.flat = FlatParameters(self.policy, self.device)
+        self.flat = FlatParameters(self.policy, self.device, on_host=self._offloads)
         matrices = [view for view in self.flat.views(self.flat.data) if view.ndim > 1]
         self.adam = FlatAdam(self.flat.data, *self._adam_options, matrices, self.flat.first_of(VALUE_FUNCTION))
         if self.max_tokens is None:
@@ -105,7 +108,9 @@ class Learner:
 
     def _agree(self) -> None:
         """Take over the weights of rank 0."""
-        dist.broadcast(self.flat.data, src=0)
+        whole = self.flat.data.to(self.device)  # nccl reaches no host memory
+        dist.broadcast(whole, src=0)
+        self.flat.data.copy_(whole)
         self.flat.refresh()
 
     @np.errstate(over="ignore", invalid="ignore")  # stats that are not finite tell, and whoever reads them raises

@@ -89,6 +89,10 @@ class _Run:
 
     def memory(self) -> str:
         lines = [f"memory a learner: {_sum(self.parts)} of {in_words(self.each)} ({_figures(self.parts)})"]
+        if self.net.host is not None:
+            _, weights, gradient, moments = map(float, self.net.host)
+            parts = {"weights": weights, "gradient": gradient, "Adam": moments}
+            lines.append(f"host memory a learner: {_sum(parts)} ({_figures(parts)})")
         if (g := self.generators) is not None:
             parts = g.parts(self.trunk)
             of = "" if g.available is None else f" of {in_words(g.available / g.count)}"
@@ -138,6 +142,7 @@ class _Run:
             microbatch: bool(microbatch),
             "set learners.activation_checkpointing=true": not self.update.activation_checkpointing,
             slots: bool(slots) and self.beside > 0,
+            "set learners.optimizer_offload=true": net.has_host and net.host is None and net.shares == 1,
             "set learners.sharding=full": self.num_learners > 1 and net.shares == 1,
             "take fewer learners on a device": self.on_device > 1,
             "learn an adapter (model.lora_rank) in place of all weights": net.learned > net.frozen,
@@ -172,12 +177,12 @@ def _parts(net: NetSize, update: UpdateSize, tokens: int) -> dict[str, float]:
     kept = sum(trunk.kept_bytes(update.activation_checkpointing, net.number_bytes) for trunk in net.trunks)
     logits = tokens * net.vocabulary
     # The head sums its gradient up in float32, and hands it on in the dtype of the weights.
-    largest = net.largest * (LEARNED_BYTES + (2 if net.copied else 0)) if net.shares == 1 else 0
+    largest = net.largest * (LEARNED_BYTES + net.number_bytes % LEARNED_BYTES) if net.shares == 1 else 0
     return {
-        "weights": LEARNED_BYTES * net.learned / net.shares + net.copied,
+        "weights": (0 if net.host else LEARNED_BYTES * net.learned / net.shares) + net.copied,
         "frozen weights": net.frozen_bytes * net.frozen / net.shares,
         "gradient": LEARNED_BYTES * net.learned / net.shares + largest,
-        "Adam": ADAM_BYTES * net.learned / net.shares,
+        "Adam": 0 if net.host else ADAM_BYTES * net.learned / net.shares,
         **({"gathered layers": float(net.gathered)} if net.gathered else {}),
         "activations": float(tokens * kept),
         "head": 4.0 * (2 * min(logits, CHUNK_NUMBERS) + (logits if logits <= KEPT_NUMBERS else 0)),

@@ -27,21 +27,38 @@ class Cost(NamedTuple):
     optimizer: int = 0
 
     @staticmethod
-    def of(parameters: Iterable[nn.Parameter], *, learns: bool = False, shares: int = 1) -> Cost:
+    def of(
+        parameters: Iterable[nn.Parameter], *, learns: bool = False, shares: int = 1, offloads: bool = False
+    ) -> Cost:
         """Return the cost of these; learns: where they are trained, and not only read.
 
-        shares: processes that hold a share of every parameter, of which this is the cost in each.
+        shares: processes that hold a share of every parameter, of which this is the cost in each. offloads: the
+        optimizer keeps a buffer of its own, on the same device: see `offloaded`.
         """
         parameters = list(parameters)
         learned = [p for p in parameters if p.requires_grad]
         count = sum(p.numel() for p in learned)
         if learns:
-            weights = LEARNED_BYTES * count + (copied_bytes(learned) if shares == 1 else 0)
+            weights = LEARNED_BYTES * count + (copied_bytes(learned, offloads) if shares == 1 else 0)
             weights += sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad)
         else:
             weights = sum(p.numel() * p.element_size() for p in parameters)
         sizes = (weights, LEARNED_BYTES * count * learns, ADAM_BYTES * count * learns)
         return Cost(sum(p.numel() for p in parameters), *(-(-size // shares) for size in sizes))
+
+    @staticmethod
+    def offloaded(parameters: Iterable[nn.Parameter]) -> tuple[Cost, Cost]:
+        """Return the cost on a device, and in host memory, of parameters that are stepped there.
+
+        The host has the float32 buffer, what it is rounded in for the device, the gradient that comes, and the moments.
+        """
+        parameters = list(parameters)
+        learned = [p for p in parameters if p.requires_grad]
+        count = sum(p.numel() for p in learned)
+        read = sum(p.numel() * p.element_size() for p in parameters)
+        on_device = Cost(sum(p.numel() for p in parameters), read, LEARNED_BYTES * count)
+        weights = LEARNED_BYTES * count + copied_bytes(learned)
+        return on_device, Cost(count, weights, LEARNED_BYTES * count, ADAM_BYTES * count)
 
 
 class TrunkSize(NamedTuple):
@@ -109,10 +126,17 @@ class NetSize(NamedTuple):
     """Bytes of what is computed with where that is not the float32 buffer itself: in bfloat16, say."""
     number_bytes: int = 4
     """Bytes of a number that is kept for the backward pass."""
+    has_host: bool = False
+    """Whether the host's memory is another than the device's."""
+    host: Cost | None = None
+    """What is there in the device's place: the float32 buffer and the moments."""
 
     @staticmethod
-    def of(policy: nn.Module, shares: int = 1) -> NetSize:
-        """Return the size of a TransformerPolicy or a RewardModel."""
+    def of(policy: nn.Module, shares: int = 1, *, offloads: bool = False, has_host: bool = False) -> NetSize:
+        """Return the size of a TransformerPolicy or a RewardModel.
+
+        offloads: its optimizer works in host memory; has_host: that is another memory than the device's.
+        """
         trunk: Any = policy.trunk
         trunks = [one for one in (trunk, getattr(policy, "value_trunk", None)) if one is not None]
         learned = [p for p in policy.parameters() if p.requires_grad]
@@ -126,8 +150,10 @@ class NetSize(NamedTuple):
             frozen_bytes=max((p.element_size() for p in frozen), default=4),
             shares=shares,
             gathered=_gathered(policy) if shares > 1 else 0,
-            copied=copied_bytes(learned) if shares == 1 else 0,
+            copied=copied_bytes(learned, offloads) if shares == 1 else 0,
             number_bytes=number_bytes(policy.model),  # type: ignore[arg-type]
+            has_host=has_host,
+            host=Cost.offloaded(learned)[1] if offloads and has_host else None,
         )
 
 
@@ -196,9 +222,9 @@ def _gathered(policy: nn.Module) -> int:
     return weights(outside) + 2 * weights(layer) + gradients + summed
 
 
-def copied_bytes(learned: Iterable[nn.Parameter]) -> int:
-    """Return the bytes of the copy that FlatParameters makes of these, of those in bfloat16."""
-    return sum(p.numel() * p.element_size() for p in learned if p.dtype == torch.bfloat16)
+def copied_bytes(learned: Iterable[nn.Parameter], offloads: bool = False) -> int:
+    """Return the bytes of the copy that FlatParameters makes of these: of those in bfloat16, or of all."""
+    return sum(p.numel() * p.element_size() for p in learned if offloads or p.dtype == torch.bfloat16)
 
 
 def number_bytes(model: nn.Module) -> int:
