@@ -10,6 +10,8 @@ import psutil
 import pytest
 import torch
 
+from rlx.actors.supervision import RestartBudget
+from rlx.building import restart_rule
 from rlx.errors import ActorDied, RewardError
 from rlx.fitting import iterate
 from rlx.metrics import read_metrics
@@ -126,6 +128,36 @@ def test_when_a_learner_dies_the_run_goes_back_to_its_checkpoint(algorithm, tiny
     assert "goes back to iteration 2" in (tmp_path / "struck/logs/driver.log").read_text()
     one, other = (tmp_path / name / "model/model.safetensors" for name in ("whole", "struck"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["save", "finish"])
+def test_a_learner_that_dies_after_the_last_iteration_is_made_up_for(moment, tiny_text, tmp_path, monkeypatch):
+    made = tiny_text("sft", learners={"num_learners": 1}, stop={"iterations": 5}, checkpointing={"interval": 2})
+    with made.copy().build(run_dir=tmp_path / "whole") as whole:
+        whole.fit()
+    with made.build(run_dir=tmp_path / "struck") as struck:
+        owner = struck if moment == "finish" else struck.saves
+        original = getattr(owner, moment)
+
+        def strike():
+            state = struck._runtime().state()["learner/0"]
+            if struck.iteration == 5 and not state.restarts:
+                os.kill(state.pid, signal.SIGKILL)
+            original()
+
+        monkeypatch.setattr(owner, moment, strike)
+        struck.fit()
+        assert struck.learner_restarts == 1
+    assert logged(tmp_path / "struck") == logged(tmp_path / "whole")
+    one, other = (tmp_path / name / "model/model.safetensors" for name in ("whole", "struck"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_no_death_is_waited_for_much_longer_than_the_first(tiny_text):
+    budget = RestartBudget(restart_rule(tiny_text("sft", fault_tolerance={"max_restarts": 100}).settings))
+    pauses = [budget.spend() for _ in range(100)]
+    assert max(pauses) <= 2.0 and budget.spend() is None
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,20 @@ from rlx.rollout.runner_group import RunnerGroup
 from rlx.settings import Settings
 
 GetRuntime = Callable[[], actors.Runtime]
+MAX_BACKOFF_S = 2.0
 
 
 class LazyRuntime:
-    """The actor runtime, started by the first call: a run without actors starts none."""
+    """The actor runtime, started by the first call: a run without actors starts none.
 
-    def __init__(self, engine: str, run_dir: Path | None) -> None:
+    preload: modules that all actors need; where actors are processes they are imported once for all.
+    """
+
+    def __init__(self, engine: str, run_dir: Path | None, preload: Sequence[str]) -> None:
         self._engine = engine
-        self._options: dict[str, Any] = {"log_folder": run_dir / "logs"} if run_dir and engine == "local" else {}
+        self._options: dict[str, Any] = {"preload": preload} if engine == "local" else {}
+        if run_dir and engine == "local":
+            self._options["log_folder"] = run_dir / "logs"
         self._runtime: actors.Runtime | None = None
 
     def __call__(self) -> actors.Runtime:
@@ -81,7 +87,10 @@ def build_learners(s: Settings, build_policy: Callable, algorithm: Any, runtime:
 def restart_rule(s: Any) -> actors.Restart | None:
     """Return how often what dies is started again, by the fault_tolerance of these settings."""
     f = s.fault_tolerance
-    return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s) if f.max_restarts else None
+    if not f.max_restarts:
+        return None
+    # A pause doubles with every restart within the window, here an hour in which deaths need have nothing in common.
+    return actors.Restart(max=f.max_restarts, per_s=f.restart_window_s, max_backoff_s=MAX_BACKOFF_S)
 
 
 def share_of_cores(processes: int) -> int:

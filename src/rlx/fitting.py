@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rlx")
 
+INTERRUPTED = "interrupted"
+
 
 def fit(algo: Trainable) -> Metrics:
     """Do what `Trainable.fit` says."""
@@ -26,8 +28,26 @@ def fit(algo: Trainable) -> Metrics:
     _check_films(algo)
     algo.saves.open()
     metrics: Metrics = {}
+    while True:
+        metrics = _train(algo) or metrics
+        try:
+            algo.saves.save()
+            algo.finish()
+        except LearnersLost as lost:
+            algo.saves.go_back(lost)
+            if algo.stop_reason == INTERRUPTED:  # it is not asked for twice
+                algo.request_stop(INTERRUPTED)
+        else:
+            break
+    algo.callbacks("on_stop", algo, algo.stop_reason)
+    return metrics
+
+
+def _train(algo: Trainable) -> Metrics:
+    """Make iterations until there is a reason to stop; return the last one's metrics, none where none was made."""
+    metrics: Metrics = {}
     with deferred_interrupt() as interrupted, progress_display(algo.settings) as progress:
-        while not (reason := "interrupted" if interrupted() else reason_to_stop(algo)):
+        while not (reason := INTERRUPTED if interrupted() else reason_to_stop(algo)):
             try:
                 metrics = iterate(algo)
             except LearnersLost as lost:  # in an evaluation or a checkpoint
@@ -35,9 +55,6 @@ def fit(algo: Trainable) -> Metrics:
                 continue
             progress.update(metrics)
     algo.stop_reason = reason
-    algo.saves.save()
-    algo.finish()
-    algo.callbacks("on_stop", algo, reason)
     return metrics
 
 

@@ -58,6 +58,7 @@ class TextAlgorithm(Trainable):
 
     settings: TextSettings
     clock_parts: ClassVar[tuple[str, ...]] = ("generate_s", "score_s", "logp_s", "train_s", "sync_s")
+    preload: ClassVar[tuple[str, ...]] = ("numpy", "torch", "rlx.text_algorithm", "rlx.reward_models")
     with_value: ClassVar[bool] = False
     """Whether the policy has a value function."""
 

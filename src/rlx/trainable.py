@@ -37,6 +37,8 @@ class Trainable(ABC):
     config_class: ClassVar[type[AlgorithmConfig]]
     clock_parts: ClassVar[tuple[str, ...]] = Clock.PARTS
     """What the seconds of an iteration are shared out to: time/<part> in the metrics."""
+    preload: ClassVar[tuple[str, ...]] = ("numpy", "torch")
+    """Modules that actors find imported when they start."""
     learners: LearnerGroup
 
     def __init_subclass__(cls, config: type[AlgorithmConfig] | None = None, **kwargs: Any) -> None:
@@ -65,7 +67,7 @@ class Trainable(ABC):
         self.stop_reason = self.stop_request = ""
         self.callbacks = Callbacks(s.callbacks.classes)
         self.saves = Saves(self, None if run_dir is None else Path(run_dir))
-        self._runtime = LazyRuntime(s.runtime.engine, self.run_dir)
+        self._runtime = LazyRuntime(s.runtime.engine, self.run_dir, self.preload)
         self._weights_are_stale = True
         self._clock = Clock(self.clock_parts)
         self._schedules: dict[str, Any] = {}  # those that were changed, as written

@@ -371,6 +371,20 @@ class Keeper:
         self.thing = thing
 
 
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_restart_that_nobody_is_told_of_is_logged(rt, caplog, is_told):
+    actor, back = rt.spawn(Clerk, restart=QUICK), threading.Event()
+    if is_told:
+        rt.monitor(actor, on_restart=lambda *_: back.set())
+    actor.die.send()
+    while actor.incarnation == 0:
+        time.sleep(0.001)
+    actor.ready(T)
+    assert (f"actor {actor.name} is started again (restart 1)" in caplog.text) != is_told
+    assert not is_told or back.wait(T)
+    rt.kill(actor)
+
+
 def test_a_stopped_actor_is_a_stall_in_the_monitor_and_the_log_and_no_death(rt, caplog):
     heard, told = [], threading.Event()
     actor = rt.spawn(Clerk, stall_after_s=0.2)

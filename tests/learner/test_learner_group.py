@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -124,6 +125,42 @@ def test_learners_started_again_do_nothing_until_they_are_given_a_state(problem,
     again = group.update(problem.batch(seed=2), **problem.update, seed=2)
     assert again | {"busy_s": 0} == expected | {"busy_s": 0}
     assert np.array_equal(group.weights(), weights)
+    group.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_who_is_lost_is_named(number, problem, runtime):
+    """Also where it was between two calls, and where the other one waits for the one that does not run."""
+    restart = actors.Restart(max=2, per_s=60.0, backoff_s=0.01)
+    options = {"device": "cpu", "num_learners": 2, "runtime": lambda: runtime, "restart": restart}
+    group = LearnerGroup(problem.build, problem.loss, update_timeout_s=6.0, **options)
+    state = group.get_state()
+    os.kill(runtime.state()["learner/1"].pid, number)
+    if number == signal.SIGKILL:
+        while group._incarnations() == [0, 0] or group._are_starting():
+            time.sleep(0.005)
+        said = r"learner/1 \(pid \d+\) was killed by SIGKILL"
+    else:
+        said = r"^learner/1\.update\(\) has not answered within 6 s: it is stopped by a signal \(SIGSTOP\)\.$"
+    with pytest.raises(LearnersLost, match=said):
+        group.update(problem.batch(), **problem.update, seed=0)
+    group.set_state(state)
+    assert group.update(problem.batch(), **problem.update, seed=0)["gradient_steps"] == 9
+    group.close()
+
+
+def test_learners_that_are_being_started_again_are_asked_for_nothing(problem, runtime):
+    """A call that waited for them would be answered by learners without a state, or be late."""
+    restart = actors.Restart(max=2, per_s=60.0, backoff_s=60.0, max_backoff_s=60.0)
+    options = {"device": "cpu", "num_learners": 1, "runtime": lambda: runtime, "restart": restart}
+    group = LearnerGroup(problem.build, problem.loss, update_timeout_s=60.0, **options)
+    os.kill(runtime.state()["learner/0"].pid, signal.SIGKILL)
+    while not group._are_starting():
+        time.sleep(0.001)
+    started = time.monotonic()
+    with pytest.raises(LearnersLost, match="was killed by SIGKILL"):
+        group.weights()
+    assert time.monotonic() < started + 30
     group.close()
 
 

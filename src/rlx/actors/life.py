@@ -234,7 +234,8 @@ class ActorLife:
             if self._end is not None:
                 return
             self.incarnation += 1
-        logger.warning("actor %s is started again (restart %d)", self.name, self.incarnation)
+        if not self._watchers.hear_of_restarts:  # who does knows better what to say of it
+            logger.warning("actor %s is started again (restart %d)", self.name, self.incarnation)
         try:
             self.start()
         except Exception as error:  # there is no process to be had

@@ -107,6 +107,11 @@ class Watchers(Generic[Who]):
         if on_exit is not None and exit is not None:
             self._events.post(self._tell_error, [on_exit], exit)
 
+    @property
+    def hear_of_restarts(self) -> bool:
+        """Whether anybody is told of these."""
+        return bool(self._on_restart)
+
     def dismiss(self) -> None:
         """Nobody wants to hear of an exit any more: the runtime closes."""
         with self._lock:

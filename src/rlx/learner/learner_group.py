@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlx.actors import ActorHandle, Err, Future, GroupFuture, Restart, Runtime
+from rlx.actors import ActorHandle, Err, Future, GroupFuture, Restart, Runtime, Stall
 from rlx.errors import ActorDied
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
@@ -72,6 +72,8 @@ class LearnerGroup:
         self._current: list[int] = []  # those that have the state of this run
         self._local: Learner | None = None
         self._actors: list[ActorHandle] = []
+        self._ends: dict[str, str] = {}  # by actor, in words: how its last incarnation ended
+        self._stalls: dict[str, str] = {}  # and why it does not answer, where the system knows
         self._sharded = sharded
         if num_learners == 0:
             self._local = Learner(build_policy, loss, device=device, **learner_options)
@@ -99,6 +101,8 @@ class LearnerGroup:
                 for actor in self._actors:  # before they are supervised: what __init__ raises, no restart cures
                     actor.ready(start_timeout_s)
                 if restart is not None:
+                    for actor in self._actors:
+                        self._rt.monitor(actor, on_restart=self._on_restart, on_stall=self._on_stall)
                     self._rt.group(self._actors, restart, strategy="one_for_all")
                 self._meet()
                 self._current = self._joined
@@ -155,7 +159,7 @@ class LearnerGroup:
         if self._joined != self._incarnations_up():
             self._meet()
         self._answers(self._rt.group(self._actors).set_state.call(state["learner"]).futures, self.timeout_s)
-        self._current = self._joined
+        self._current, self._ends, self._stalls = self._joined, {}, {}
         self._check_state()
 
     def close(self) -> None:
@@ -205,18 +209,39 @@ class LearnerGroup:
         if self._restart is None:
             return group.values(timeout_s)
         outcomes = group.result(timeout_s)
-        for actor, future in zip(self._actors, futures, strict=False):
-            if not future.done():
-                self._rt.restart(actor)
-                raise LearnersLost(f"{actor.name}.{future.method}() has not answered within {timeout_s:g} s.")
+        late = {actor.name: actor for actor, one in zip(self._actors, futures, strict=False) if not one.done()}
+        if late and self._are_starting():
+            raise LearnersLost(self._last_end())
+        if late:
+            name = next((name for name in late if name in self._stalls), next(iter(late)))  # others wait for that one
+            self._rt.restart(late[name])
+            why = f": it is {self._stalls[name]}" if name in self._stalls else ""
+            raise LearnersLost(f"{name}.{futures[0].method}() has not answered within {timeout_s:g} s{why}.")
         for outcome in outcomes:
             if isinstance(outcome, Err) and isinstance(outcome.error, ActorDied):
                 raise LearnersLost(str(outcome.error)) from outcome.error
         return group.values()
 
     def _check_state(self) -> None:
-        if self._incarnations() != self._current:
-            raise LearnersLost("The learners ended between two calls.")
+        if self._incarnations() != self._current or self._are_starting():
+            raise LearnersLost(self._last_end())
+
+    def _are_starting(self) -> bool:
+        states = self._rt.state()
+        return any(states[actor.name].status == "restarting" for actor in self._actors)
+
+    def _last_end(self) -> str:
+        """Return how the learners ended that are not there any more, in words."""
+        states = self._rt.state()
+        ends = [states[actor.name].error for actor in self._actors] + list(self._ends.values())
+        return next((end for end in ends if end), "The learners ended between two calls.")
+
+    def _on_restart(self, actor: ActorHandle, error: BaseException) -> None:
+        self._ends[actor.name] = str(error)  # `Saves` tells it, with what the run goes back to
+
+    def _on_stall(self, actor: ActorHandle, stall: Stall) -> None:
+        if stall.stopped:
+            self._stalls[actor.name] = stall.reason.partition(";")[0]
 
     def _incarnations_up(self) -> list[int]:
         """Return the incarnations once every learner is up; ActorDied, with advice, where one stays dead."""

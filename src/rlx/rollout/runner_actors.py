@@ -20,6 +20,8 @@ CLOSE_TIMEOUT_S = 5.0
 BUSY_CLOSE_TIMEOUT_S = 0.5
 IDLE_S = 60.0  # waiting for nothing but a bell
 STRAGGLER_S = 1.0
+STARTING = ("starting", "restarting")
+"""What an actor's status is until it takes calls."""
 STALLS_PER_TIMEOUT = 4
 """A call is looked at as a possible stall after the timeout divided by this."""
 
@@ -36,8 +38,8 @@ class Call:
     arguments: tuple[Any, ...] = ()
     future: Future[Any] = field(init=False)
     deadline: float = field(init=False)
-    patience_s: float = field(init=False)
-    """The time that it was given."""
+    start_by: float = field(init=False)
+    """Until when the actor may be starting, which is not counted."""
     outcome: Ok[Any] | Err | None = None
 
     @property
@@ -162,7 +164,7 @@ class RunnerActors:
     ) -> Call:
         """Ask one runner for something, after what it was asked for already; its time begins when that is done."""
         call = Call(runner, method, make_arguments, self._timeout_s if timeout_s is None else timeout_s)
-        self._send(call, call.timeout_s)
+        self._send(call)
         return call
 
     def gather(self, calls: Sequence[Call]) -> list[Any]:
@@ -229,10 +231,10 @@ class RunnerActors:
         self.calls[runner] += 1
         return self.calls[runner] - 1
 
-    def _send(self, call: Call, timeout_s: float) -> None:
-        before = self._asked[call.runner]
-        call.patience_s = timeout_s
-        call.deadline = max([monotonic(), *(one.deadline for one in before)]) + timeout_s
+    def _send(self, call: Call) -> None:
+        before, now = self._asked[call.runner], monotonic()
+        call.deadline = max([now, *(one.deadline for one in before)]) + call.timeout_s
+        call.start_by = now + self._start_timeout_s
         call.arguments = call.make_arguments()
         call.future = getattr(self._handles[call.runner], call.method).call(*call.arguments)
         self._newest[call.runner] = call.future
@@ -245,26 +247,43 @@ class RunnerActors:
         for call in calls:
             if call.future.done():
                 outcome = call.future.outcome()
-            elif monotonic() >= call.deadline:
+            elif monotonic() >= call.deadline and not self._is_starting(call):
                 outcome = Err(self._timeout_of(call))
             else:
                 continue
             asked = self._asked[call.runner]
             asked.remove(call)
             if asked and call.future.done():  # its time begins now
-                asked[0].deadline = monotonic() + asked[0].patience_s
+                asked[0].deadline = monotonic() + asked[0].timeout_s
             if isinstance(outcome, Ok) or not self._is_lost(call, outcome.error):
                 call.outcome = outcome
                 continue
             if not call.future.done():
                 self._late[self._handles[call.runner].name] = str(outcome.error)
                 self._runtime.restart(self._handles[call.runner])
-            self._send(call, self._start_timeout_s + call.timeout_s)
+            self._send(call)
+
+    def _is_starting(self, call: Call) -> bool:
+        """Return whether the actor is being started again, within its time; then what it is asked for has longer."""
+        if self._status(call.runner) not in STARTING or monotonic() >= call.start_by:
+            return False
+        ends = monotonic()
+        for one in self._asked[call.runner]:
+            ends += one.timeout_s
+            one.deadline = max(one.deadline, ends)
+        return True
+
+    def _status(self, runner: int) -> str:
+        return self._runtime.state()[self._handles[runner].name].status
 
     def _timeout_of(self, call: Call) -> CallTimeout:
         name = self._handles[call.runner].name
+        if call.method != "spaces" and self._status(call.runner) in STARTING:
+            return CallTimeout(
+                f"{name} has not started within {self._start_timeout_s:g} s. Raise fault_tolerance.start_timeout_s."
+            )
         cure = f" {self._advice.when_late}" if call.method == self._advice.method else ""
-        return CallTimeout(f"{name}.{call.method}() has not answered within {call.patience_s:g} s.{cure}")
+        return CallTimeout(f"{name}.{call.method}() has not answered within {call.timeout_s:g} s.{cure}")
 
     def _is_lost(self, call: Call, error: BaseException) -> bool:
         """Return whether the call is lost with an incarnation that another one follows; ActorDied if none does."""
@@ -273,7 +292,7 @@ class RunnerActors:
             return self._restart is not None and call.method != "spaces"  # a start has one deadline
         if not isinstance(error, ActorDied):
             return False
-        if self._runtime.state()[handle.name].status not in ("dead", "failed"):
+        if self._status(call.runner) not in ("dead", "failed"):
             return True
         last = self._late.get(handle.name) or str(error.__cause__ or error)
         times = f"It was started again {handle.incarnation} times already; l" if handle.incarnation else "L"
