@@ -37,7 +37,11 @@ bench: .venv/installed-dev  ## Measure rlx beside its peers, into docs/benchmark
 	$(BIN)/python benchmarks/runner.py
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sync.py
 	$(BIN)/python benchmarks/grpo.py
+	$(BIN)/python benchmarks/end_to_end.py
 	$(BIN)/python benchmarks/time_to_solved.py
 	$(BIN)/python benchmarks/memory.py
 

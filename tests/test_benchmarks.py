@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,7 @@ def load(file: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"benchmark_{Path(file).stem}", BENCHMARKS / file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -158,7 +160,8 @@ def test_what_some_configs_learn_replaces_their_rows_alone(tmp_path, monkeypatch
 def test_the_page_has_a_section_for_every_workload(monkeypatch):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     workloads = load("workloads.py", monkeypatch)
-    alone = ["time to solved", "stays solved", "env runner", "memory", "soak training", "core", "generation", "sync"]
+    alone = ["time to solved", "stays solved", "env runner", "memory", "soak training", "core", "generation", "decode"]
+    alone += ["sync", "end to end", "training", "soak post-training", "speculation"]
     for section in [*workloads.WORK, *workloads.ASYNCHRONOUS, *alone]:
         assert f"<!-- begin {section} -->" in page and f"<!-- end {section} -->" in page
 
@@ -224,6 +227,26 @@ def test_the_bound_of_a_step_is_what_has_to_be_moved_or_multiplied(monkeypatch):
         "generate_s": 4 * (2 * 3 * weights + 4 * 21 * 2 * 4),
         "train_s": pytest.approx(learned),
     }
+
+
+def test_the_flops_of_a_step_are_counted_by_hand(monkeypatch):
+    """100 weights, 2 layers of 3 heads 5 wide; rows of 1 and 3 tokens attend to 1 and 6 places."""
+    training = load("training.py", monkeypatch)
+    config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=3, head_dim=5)
+    sizes = [SimpleNamespace(numel=lambda: 60), SimpleNamespace(numel=lambda: 40)]
+    model = SimpleNamespace(config=config, parameters=lambda: sizes)
+    assert training.flops(model, [1, 3]) == 3 * (2 * 100 * 4 + 4 * 2 * 3 * 5 * 7)
+    case, record = {"flops": 60.0, "weights": 10}, {"matrix_rate": 30.0, "bandwidth": 28.0}
+    assert training.bound_s(case, record) == 2 + 10
+
+
+@pytest.mark.slow
+def test_a_packed_step_is_measured(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "training.py"), "--tiny", "--rounds", "1", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    cases = json.loads((tmp_path / "benchmarks.json").read_text())["training"]["cases"]
+    assert [case["tokens"] for case in cases] == [64, 64]
+    assert all(case["seconds"][0] > 0 and case["planned"] > 12 * case["weights"] for case in cases)
 
 
 @pytest.mark.slow
@@ -325,3 +348,108 @@ def test_bounds_count_the_bytes_read_and_written_and_both_halves_of_a_product(mo
         ticks = iter([tick for took in (0, 4, 3, 2, *[6] * bounds.REPEATS) for tick in (0.0, float(took))])
         monkeypatch.setattr(bounds.time, "perf_counter", lambda ticks=ticks: next(ticks))
         assert measured("cpu", bounds.torch.float32) == expected / 2
+
+
+def test_the_bound_of_decoding_by_hand(monkeypatch):
+    """Two prompts of 2 and 3 tokens, completions of 2 and 3; a pass takes what is longer, reading or multiplying.
+
+    Prefill multiplies 5 tokens, 2 heads, 3 + 6 pairs: 5 * 10 + 2 * 5 + 9 * 2 = 78, and reads 100. Step 1 reads the
+    weights and 3 + 4 tokens, 100 + 7 * 4 = 128, and multiplies 2 * 15 + 7 * 2 = 44; step 2 has one row of 5 tokens: 120
+    and 25.
+    """
+    decode_bound = load("decode_bound.py", monkeypatch)
+    costs = decode_bound.Costs(weight_bytes=100, token_bytes=4, token_flops=10, head_flops=5, pair_flops=2)
+    reading = decode_bound.bound_of(costs, [2, 3], [2, 3], bandwidth=4.0, rate=100.0)
+    assert (reading.prefill_s, reading.decode_s) == (25.0, (128 + 120) / 4)
+    assert (reading.steps, reading.step_bytes, reading.seconds) == (2, 124.0, 87.0)
+    multiplying = decode_bound.bound_of(costs, [2, 3], [2, 3], bandwidth=100.0, rate=2.0)
+    assert (multiplying.prefill_s, multiplying.decode_s) == (39.0, (44 + 25) / 2)
+    mixed = decode_bound.bound_of(costs, [2, 3], [2, 3], bandwidth=4.0, rate=1.0)
+    assert (mixed.prefill_s, mixed.decode_s) == (78.0, 44.0 + 30.0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_models_costs_are_counted_from_its_shape(monkeypatch, tied):
+    """The embedding is read by rows; where it is the head as well, it is read as a whole."""
+    decode = load("decode.py", monkeypatch)
+    model = decode.Qwen3ForCausalLM(decode.Qwen3Config(**decode.TINY_SHAPE | {"tie_word_embeddings": tied}))
+    costs = decode.Costs.of(model)
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # query, key and value, output, and three of the MLP
+    norms = 2 * (2 * 64 + 2 * 16) + 64
+    assert costs.weight_bytes == 4 * (2 * layer + norms + 2000 * 64)
+    assert costs.token_bytes == 4 * 2 * 2 * 2 * 16  # keys and values, layers, heads, size
+    assert (costs.token_flops, costs.head_flops) == (2 * 2 * layer, 2 * 2000 * 64)
+    assert costs.pair_flops == 2 * 2 * 2 * 4 * 16  # two products of two operations, layers, heads, size
+
+
+def test_decoding_is_compared_within_rounds_and_with_the_bound_of_its_minute(monkeypatch):
+    """Ratios 2, 6 and 4 to the better one of the others; 1/2, 1/4 and 1/3 of the bound."""
+    decode = load("decode.py", monkeypatch)
+    times = [(2.0, 4.0, 9.0), (4.0, 30.0, 24.0), (3.0, 12.0, 50.0)]
+    rates = {"bandwidth": 3e12, "matrix_rate": 7e14}
+    bound = {"prefill_s": 0.25, "decode_s": 0.75, "steps": 1023, "step_bytes": 2e9}
+    record = {"rounds": [dict(zip(decode.SIDES, one, strict=True)) | rates for one in times], "bounds": [bound] * 3}
+    record |= {"command": "x", "device": "a GPU", "dtype": "bfloat16", "requests": 256, "tokens": 6000}
+    page = decode.page(record | {"machine": load("report.py", monkeypatch).machine()})
+    assert "| rlx | 3.00 | 2.00 to 4.00 | 2,000 | 33.3 % |" in page
+    assert "rlx reaches 4.00 of the better one's speed (2.00 to 6.00; aimed at: 3) and 0.33 of the bound" in page
+    assert "(0.25 to 0.50; aimed at: 0.5, missed)" in page
+    assert "3,000 GB/s, 700.00 TFLOP/s. A step reads 2.000 GB" in page
+
+
+def test_decoding_runs_small_on_a_cpu_and_leaves_the_page_alone(monkeypatch, capsys, tmp_path):
+    decode = load("decode.py", monkeypatch)
+    for name, value in {"REPEATS": 1, "COPIED_BYTES": {"cpu": 2**20}, "MATRIX_SIZE": {"cpu": 64}}.items():
+        monkeypatch.setattr(sys.modules["bounds"], name, value)
+    monkeypatch.setattr(
+        sys, "argv", ["decode.py", "--tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
+    )
+    decode.main()
+    printed = capsys.readouterr().out
+    rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]
+    assert rows[2:] == [f"| {name}" for name in decode.SIDES]
+    assert "of the bound" in printed and not any(tmp_path.iterdir())
+
+
+def test_decoding_says_where_there_is_no_gpu(monkeypatch, capsys):
+    decode = load("decode.py", monkeypatch)
+    monkeypatch.setattr(decode.torch.cuda, "is_available", lambda: False)
+    for device in ("auto", "cuda", "cpu"):
+        monkeypatch.setattr(sys, "argv", ["decode.py", "--device", device])
+        decode.main()
+        assert "measures a GPU, and there is none here" in capsys.readouterr().out
+
+
+def test_a_verifying_step_keeps_proposals_up_to_the_first_wrong_one(monkeypatch):
+    """Right, right, wrong, right, right: with 2 proposed steps of 3 and 2 tokens, with 1 steps of 2, 2 and 1."""
+    speculation = load("speculation.py", monkeypatch)
+    kept = [np.array([True, True, False, True, True])]
+    assert [speculation.tokens_a_step(kept, proposed) for proposed in (1, 2)] == [5 / 3, 5 / 2]
+    assert speculation.tokens_a_step([*kept, np.array([False, False])], 2) == 7 / 4
+
+
+def test_proposals_are_drawn_with_the_number_that_the_token_was_drawn_by(monkeypatch):
+    """Of shares 1/4 and 3/4 the numbers 0.2 and 0.3 draw tokens 0 and 1; the likeliest is token 1 in both."""
+    speculation = load("speculation.py", monkeypatch)
+    sample = speculation.Sample([0], [0, 1], np.array([0.2, 0.3]))
+    law = np.array([[0.25, 0.75]] * 2)
+    assert speculation.kept_of([sample], [law], greedy=False)[0].tolist() == [True, True]
+    assert speculation.kept_of([sample], [law], greedy=True)[0].tolist() == [False, True]
+
+
+def test_ngrams_mix_what_followed_contexts_of_all_lengths(monkeypatch):
+    """In "aba" a is 2 of 3 with weight 3/5, and 1/2 with what is left; after a comes b with weight 1/2."""
+    ngrams = load("speculation.py", monkeypatch).Ngrams(2)
+    ngrams.add([0, 1, 0])
+    everywhere = 2 / 5 * 1 / 2 + 3 / 5 * 2 / 3
+    assert ngrams.law([]) == pytest.approx([everywhere, 1 - everywhere])
+    assert ngrams.law([0]) == pytest.approx([everywhere / 2, 1 - everywhere / 2])
+
+
+def test_a_draft_models_steps_are_paid_for(monkeypatch):
+    """1.5 tokens in 1.2 times a plain step are 1.25; with a draft that takes half a step 1.5 / 1.7."""
+    speculation = load("speculation.py", monkeypatch)
+    monkeypatch.setattr(speculation, "PROPOSED", (1, 2))
+    cost, tokens = {0: 10.0, 1: 12.0, 2: 20.0}, [1.5, 1.9]
+    assert speculation.bound(tokens, cost, None) == (pytest.approx(1.25), 1)
+    assert speculation.bound(tokens, cost, {0: 5.0}) == (pytest.approx(1.5 / 1.7), 1)

@@ -102,6 +102,7 @@ def build_runners(
         restart=restart_rule(s),
         max_slots=s.generation.max_slots,
         exact=s.generation.exact,
+        static_step=s.generation.static_step,
         torch_threads=(s.token_runners.torch_threads or share_of_cores(count)) if count else None,
         on_new_weights=s.token_runners.on_new_weights,
         max_tokens=longest + s.generation.max_new_tokens,

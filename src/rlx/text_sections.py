@@ -156,6 +156,9 @@ class GenerationSection(Section):
     """Tokens that end a completion beside those of the tokenizer and the model, each one token long."""
     max_slots: int = Field(default=256, gt=0)
     """Sequences that a token runner works at together."""
+    static_step: bool | None = None
+    """Decode in a few fixed shapes, which a GPU repeats as CUDA graphs, with attention that reads only what is there;
+    null: on a GPU, unless `exact`. rlx's own engine only."""
     exact: bool = False
     """Make every completion independent to the bit of what else is generated; slower. Else to about 1e-6 in logp."""
 

@@ -302,6 +302,15 @@ def test_how_it_is_learned_makes_no_difference(learners, algorithm, tiny_text, r
     assert_alike(whole, after_two_iterations(made.learners(**learners)), 2e-6)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_static_steps_make_no_difference(count, tiny_text, ragged):
+    made = tiny_text("grpo", training={"adam_eps": 1e-3, "lr": 1e-3}, generation=LONG)
+    made.prompts(ragged, kwargs={})
+    whole = after_two_iterations(made.copy())
+    made.generation(static_step=True).token_runners(num_token_runners=count, torch_threads=1)
+    assert_alike(whole, after_two_iterations(made), 2e-6)
+
+
 @pytest.mark.slow
 def test_who_generates_makes_no_difference(tiny_text, ragged, computed):
     """To the bit where completions are exact: one runner in the driver is one or two in processes."""

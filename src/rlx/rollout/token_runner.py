@@ -74,6 +74,7 @@ class TokenRunner:
         *,
         max_slots: int = 256,
         exact: bool = False,
+        static_step: bool | None = None,
         device: str = "cpu",
         torch_threads: int | None = None,
         policy_channel: AnyChannel | None = None,
@@ -87,7 +88,7 @@ class TokenRunner:
         is_own = not isinstance(build_model, nn.Module)
         model = build_model().to(device) if is_own else build_model
         self._parameters = FlatParameters(model, device, learns=False) if is_own else None
-        self._generator = Generator(model, max_slots=max_slots, exact=exact)
+        self._generator = Generator(model, max_slots=max_slots, exact=exact, static_step=static_step)
         self._published: Published | None = None  # the last one taken
         self._on_new_weights, self._lengths = on_new_weights, {"length": max_tokens, "limit": max_new_tokens}
         self._generation: Generation | None = None
