@@ -110,7 +110,11 @@ class FlatParameters:
         return {name: view.cpu().numpy().copy() for name, view in views}
 
     def load(self, weights: np.ndarray) -> None:
-        """Copy `weights` float32 [n] into the buffer."""
+        """Copy `weights` float32 [n] into the buffer; ValueError where they are of another size."""
+        if weights.shape != self.data.shape:
+            raise ValueError(
+                f"weights of size {weights.size} are not those of this network, whose size is {len(self.data)}."
+            )
         if self.data.device.type == "cpu" and self.data.dtype != torch.bfloat16:
             np.copyto(self.data.numpy(), weights)  # torch would warn of arrays that are read-only
         else:
