@@ -28,10 +28,11 @@ RUNS = {
 
 
 def computed(row):
+    """What is computed: all but times, and the bytes of weights that move only where learners are processes."""
     return {
         name: value
         for name, value in row.items()
-        if value is not None and not name.startswith(("time/", "env_steps_per_s", "learner_restarts"))
+        if value is not None and not name.startswith(("time/", "env_steps_per_s", "learner_restarts", "sync_bytes"))
     }
 
 

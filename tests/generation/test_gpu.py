@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from rlx.generation.generator import Generator
-from rlx.generation.ragged import kernel_for
+from rlx.generation.ragged import NEEDED
 from rlx.generation.request import Request, Sampling
-from tests.generation.varlen import Varlen
+from rlx.nets.varlen import kernel_for
+from tests.nets.varlen import Varlen
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +21,7 @@ WIDE = {"hidden_size": 64, "head_dim": 16}
 @pytest.mark.parametrize("decoding", [True, False])
 def test_the_kernel_is_what_its_stand_in_says(window, decoding):
     """Slots of 32 of which 1 to 31 are used, or prompts one after another; 4 heads on 2 of keys."""
-    kernel = kernel_for(torch.device("cuda"), torch.bfloat16)
+    kernel = kernel_for(torch.device("cuda"), torch.bfloat16, NEEDED)
     if kernel is None:
         pytest.skip("this torch has no varlen_attn with what is needed of it, or this GPU is too old for it")
     torch.manual_seed(0)

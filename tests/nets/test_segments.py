@@ -10,51 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlx.nets import segments
+from rlx.nets import varlen
 from rlx.nets.language_model import load_language_model
-from rlx.nets.segments import NAME, Segments, attend, kernel_for
+from rlx.nets.segments import NAME, Segments, attend
 from rlx.nets.transformer import TransformerPolicy
 from rlx.trajectory import Batch
+from tests.nets.varlen import Varlen
 
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3"]
 EAGER = "gemma2"
 """Its scores are capped, which sdpa cannot do."""
-
-
-def kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Do as torch.nn.attention.varlen.varlen_attn is documented: [T, heads, size], int32 edges, (left, right) windows.
-
-    Flash attention's window (Dao 2023): query i sees keys i - left to i + right of its own sequence, both included.
-    """
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
-    lengths = cu_seq_q.diff()
-    assert int(lengths.max()) == max_q == max_k and int(lengths.min()) > 0 and int(cu_seq_q[-1]) == len(query)
-    group = query.shape[1] // key.shape[1]
-    assert group == 1 or enable_gqa
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    own = torch.arange(len(lengths)).repeat_interleave(lengths)
-    back = torch.arange(len(query))[:, None] - torch.arange(len(query))
-    left, right = (float("inf") if side == -1 else side for side in window_size)
-    seen = (own[:, None] == own) & (back <= left) & (-back <= right)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
-
-
-def older_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-    """Return the same of a torch whose kernel has no scale and no groups."""
-    return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
 
 
 def ragged(lengths: tuple[int, ...] = (9, 2, 2, 1, 11, 5, 5, 5), width: int = 11) -> Batch:
@@ -80,30 +45,27 @@ def make_policy(config: dict[str, Any], layout: Any, **options: Any) -> Transfor
     return TransformerPolicy(model.double(), layout=layout, **options)
 
 
-@pytest.mark.parametrize("way", [None, kernel, older_kernel])
+@pytest.mark.parametrize("way", [None, Varlen()])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(language_model_configs, family, way, monkeypatch):
     """In float64, but for the norms and the rotary tables; in some families layers see four tokens back at most."""
-    asked = []
-
-    def choose(query, value, dropout):
-        asked.append(query.shape)
-        return way
-
-    monkeypatch.setattr(segments, "kernel_for", choose)
+    monkeypatch.setattr(varlen, "kernel_for", lambda *_: way)
+    monkeypatch.setattr(varlen, "takes_heads", lambda *_: True)
     padded, packed = (make_policy(language_model_configs[family], layout) for layout in ("padded", "packed"))
-    asked.clear()
+    of_trial = 0 if way is None else way.calls
     results = [outputs_and_gradient(policy, ragged()) for policy in (padded, packed)]
     for expected, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
-    layers = packed.trunk.config.num_hidden_layers
-    assert [shape[2] for shape in asked] == ([] if family == EAGER else [40] * layers), "packed rows, and only those"
+    if way is not None:
+        layers = packed.trunk.config.num_hidden_layers
+        assert way.calls - of_trial == (0 if family == EAGER else layers), "packed rows, and only those"
 
 
-@pytest.mark.parametrize("way", [None, kernel])
+@pytest.mark.parametrize("way", [None, Varlen()])
 def test_a_window_of_two_is_a_position_and_the_one_before_it(way, monkeypatch):
     """With queries of zeros a position's result is the mean of what it sees."""
-    monkeypatch.setattr(segments, "kernel_for", lambda *_: way)
+    monkeypatch.setattr(varlen, "kernel_for", lambda *_: way)
+    monkeypatch.setattr(varlen, "takes_heads", lambda *_: True)
     value = torch.tensor([1.0, 10.0, 100.0, 1000.0, 5.0]).view(1, 1, 5, 1)
     zeros, plan = torch.zeros(1, 1, 5, 1), Segments([4, 1], [2, None], torch.device("cpu"))
     expected = [[1, 5.5, 55, 550, 5], [1, 5.5, 37, 277.75, 5]]
@@ -179,7 +141,9 @@ def test_nobody_else_s_attention_is_chosen_and_no_folder_names_it(language_model
 
 
 def test_the_kernel_is_for_half_precision_on_a_gpu():
-    assert kernel_for(torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16), torch.zeros(1, 1, 2, 8), 0.0) is None
+    assert varlen.kernel_for(torch.device("cpu"), torch.bfloat16) is None
+    assert varlen.takes_heads(8, 8) and varlen.takes_heads(256, 256)
+    assert not any(varlen.takes_heads(*sizes) for sizes in [(12, 12), (264, 264), (64, 128)])
 
 
 @pytest.mark.gpu
@@ -196,10 +160,11 @@ def test_torch_s_kernel_sees_what_sdpa_sees(window, key_heads, monkeypatch):
         return drawn.to(torch.bfloat16).requires_grad_()
 
     tensors = [draw(4), draw(key_heads), draw(key_heads)]
-    assert kernel_for(tensors[0], tensors[2], 0.0) is not None
+    kernel = varlen.kernel_for(torch.device("cuda"), torch.bfloat16)
+    assert kernel is not None
     results = []
-    for way in (kernel_for, lambda *_: None):
-        monkeypatch.setattr(segments, "kernel_for", way)
+    for way in (kernel, None):
+        monkeypatch.setattr(varlen, "kernel_for", lambda *_, way=way: way)
         mixed, _ = attend(module, *tensors, None, rlx_segments=plan)
         results.append([mixed, *torch.autograd.grad(mixed.float().square().sum(), tensors)])
     for ours, expected in zip(*results, strict=True):

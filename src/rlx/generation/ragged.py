@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Kernel = Callable[..., Any]
-"""What is called as torch.nn.attention.varlen.varlen_attn is."""
-NEEDED = {"scale", "window_size", "enable_gqa", "seqused_k"}
-"""Arguments of varlen_attn that it did not have from the start."""
-LARGEST_HEAD, HEAD_MULTIPLE = 256, 8
-"""Sizes of a head that flash attention takes."""
+from rlx.nets import varlen
+from rlx.nets.varlen import Kernel
 
-
-def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """Return varlen_attn where this torch has it as it is needed, and for this device and dtype; else None."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if inspect.signature(varlen_attn).parameters.keys() >= NEEDED else None
+NEEDED = varlen.NEEDED | {"seqused_k"}
+"""What varlen_attn has to take for a cache of which only a part is used."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +53,11 @@ class Note:
         """Return the output [B, Q, heads, size] for a query [B, heads, Q, size]; None where the kernel cannot."""
         where, size = self.ragged, query.shape[-1]
         of_its_kind = query.dtype == self.keys.dtype == self.values.dtype == where.dtype
-        if not of_its_kind or size > LARGEST_HEAD or size % HEAD_MULTIPLE or self.values.shape[-1] != size:
+        if not of_its_kind or not varlen.takes_heads(size, self.values.shape[-1]):
             return None
         rows, heads, queries, _ = query.shape
         # One query alone is the last of its sequence: nothing is after it, and without a window the kernel is faster.
-        right = -1 if where.longest_query == 1 and self.window is None else 0
+        causal = where.longest_query > 1 or self.window is not None
         mixed = where.kernel(
             query.transpose(1, 2).reshape(rows * queries, heads, size),
             self.keys,
@@ -84,8 +67,7 @@ class Note:
             where.longest_query,
             where.longest_key,
             scale=scaling,
-            # Flash attention counts the positions to the left of a query, without its own one.
-            window_size=(-1 if self.window is None else self.window - 1, right),
+            window_size=varlen.window(self.window, causal),
             enable_gqa=heads != self.keys.shape[1],
             seqused_k=where.used,
         )

@@ -13,10 +13,11 @@ from rlx.generation.architecture import Architecture
 from rlx.generation.attention import NAME
 from rlx.generation.cache import SlotCache
 from rlx.generation.masks import masks_of
-from rlx.generation.ragged import Kernel, Ragged, kernel_for
+from rlx.generation.ragged import NEEDED, Ragged
 from rlx.generation.request import Sampling
 from rlx.generation.sampler import sample
 from rlx.generation.static_step import SHORTEST_EXTENT, NewCapture, StaticStep, doubled
+from rlx.nets.varlen import Kernel, kernel_for
 
 ROUND = 16
 """Slots, and in exact mode all lengths, are rounded up to this: kernels sum remainders in another order."""
@@ -62,7 +63,7 @@ class Slots:
         parameter = next(model.parameters())
         self.device = parameter.device
         by_note = new_capture is not None and model.config._attn_implementation == NAME
-        self._kernel = kernel_for(self.device, model.dtype) if by_note else None
+        self._kernel = kernel_for(self.device, model.dtype, NEEDED) if by_note else None
         self._last: tuple[Tensor, Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 

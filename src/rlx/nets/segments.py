@@ -6,8 +6,7 @@ does not know, sdpa runs over one segment after the other. Either way there is n
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,12 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlx.nets import varlen
+from rlx.nets.varlen import Kernel
+
 NAME = "rlx_segments"
 """How a config asks for it, and the keyword by which its layers get the segments. Registering adds a name to a table
 of the process and changes nobody else's choice."""
-
-LARGEST_HEAD = 256
-"""The widest head that the kernel serves, a multiple of 8."""
 
 
 class Segments:
@@ -72,7 +71,8 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    kernel = kernel_for(query, value, dropout)
+    fits = not dropout and varlen.takes_heads(query.shape[-1], value.shape[-1])
+    kernel = varlen.kernel_for(query.device, query.dtype) if fits else None
     if kernel is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _by_kernel(kernel, rlx_segments, rlx_segments.window_of(module), query, key, value, scale), None
@@ -99,56 +99,13 @@ def _one_by_one(
 
 
 def _by_kernel(
-    kernel: Callable[..., Any],
-    segments: Segments,
-    window: int | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
+    kernel: Kernel, segments: Segments, window: int | None, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """Have the kernel run over all segments; its window counts the positions before a position, ours that one too."""
-    known = inspect.signature(kernel).parameters
-    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
-    if "scale" in known:
-        options["scale"] = scale
-    else:
-        query = query * (scale * query.shape[-1] ** 0.5)
-    if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    """Have the kernel run over all segments at once."""
     rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # [T, heads, size]
     edges = (segments.starts, segments.starts, segments.longest, segments.longest)
-    return kernel(*rows, *edges, **options)[None]
-
-
-def kernel_for(query: Tensor, value: Tensor, dropout: float) -> Callable[..., Any] | None:
-    """Return torch's kernel for segments where it serves this attention; None where sdpa has to."""
-    size = query.shape[-1]
-    serves = (
-        query.device.type == "cuda"
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and size == value.shape[-1]
-        and size % 8 == 0
-        and size <= LARGEST_HEAD
-        and not dropout
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-    return _KERNEL if serves else None
-
-
-def _installed_kernel() -> Callable[..., Any] | None:
-    """Return the kernel of a torch that has it, with windows."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
-
-
-_KERNEL = _installed_kernel()
+    shares = query.shape[1] != key.shape[1]
+    return kernel(*rows, *edges, scale=scale, window_size=varlen.window(window), enable_gqa=shares)[None]
 
 
 def attend_by_segments(model: PreTrainedModel, wanted: bool = True) -> bool:

@@ -10,7 +10,7 @@ class Varlen:
         self.calls = 0
 
     def __call__(
-        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k
+        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None
     ):
         self.calls += 1
         (tokens_q, heads, size), (tokens_k, key_heads, _) = query.shape, key.shape
