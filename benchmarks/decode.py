@@ -10,24 +10,24 @@ would not fit beside each other. What can be made before requests come (graphs, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+import on_gpu
 import torch
 import transformers
 from bounds import bandwidth, matrix_rate, synchronize
 from decode_bound import Bound, Costs, bound_of
-from report import DOCS, describe, machine, markdown_table, publish
-from transformers import ContinuousBatchingConfig, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from on_gpu import FEW_LAYERS, QWEN3
+from report import describe, machine, markdown_table
+from transformers import AutoConfig, ContinuousBatchingConfig, GenerationConfig, Qwen3ForCausalLM
 
 from rlx.generation.generator import Generator
 from rlx.generation.request import Request, Sampling
@@ -35,26 +35,7 @@ from rlx.generation.request import Request, Sampling
 SIDES = ("rlx", "generate", "generate_batch")
 AIM, AIM_OF_BOUND = 3.0, 0.5
 """How many times faster than the better one of the others rlx is to be, and which part of the bound it is to reach."""
-SHAPE = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
-TINY_SHAPE = SHAPE | {
-    "vocab_size": 2000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
+TINY = FEW_LAYERS | {"vocab_size": 2000, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 PAD = 0
 RESULT_TIMEOUT_S = 600.0
 
@@ -256,32 +237,24 @@ def _give_back(device: torch.device) -> None:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: a GPU where there is one"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a small model and few requests; the page stays as it is")
+    parser = on_gpu.parser(__doc__, 3)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="who takes part (default: all)")
-    parser.add_argument("--out", type=Path, default=DOCS, help="folder of benchmarks.md and .json (default: docs)")
     options = parser.parse_args()
-    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if not options.tiny and (name == "cpu" or not torch.cuda.is_available()):
-        print("decode.py measures a GPU, and there is none here; --tiny runs the same program on the CPU.")
+    if not on_gpu.runs_here(options.tiny):
         return
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    device, dtype = torch.device(name), torch.bfloat16 if name == "cuda" else torch.float32
-    shape, load = (TINY_SHAPE, (8, 4, 24)) if options.tiny else (SHAPE, (256, 100, 1024))
-    config = Qwen3Config(**shape, attn_implementation="sdpa")
+    device, dtype = ("cpu", torch.float32) if options.tiny else ("cuda", torch.bfloat16)
+    config = AutoConfig.for_model(**QWEN3 | (TINY if options.tiny else {}), attn_implementation="sdpa")
     model = Qwen3ForCausalLM(config).eval().to(device, dtype)
+    load = (8, 4, 24) if options.tiny else (256, 100, 1024)
     drawn = Load.drawn(*load, vocabulary=config.vocab_size)
     rounds = measure(model, drawn, options.rounds, options.sides)
     lengths = [len(prompt) for prompt in drawn.prompts]
     costs = Costs.of(model)
     record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if name == "cuda" else "the CPU",
+        "device": "the CPU" if options.tiny else torch.cuda.get_device_name(),
         "dtype": str(dtype).removeprefix("torch."),
         "requests": len(drawn.prompts),
         "tokens": drawn.tokens,
@@ -291,9 +264,7 @@ def main() -> None:
             vars(bound_of(costs, lengths, drawn.limits, one["bandwidth"], one["matrix_rate"])) for one in rounds
         ],
     }
-    if not options.tiny:
-        publish(options.out, "decode", record, page(record))
-    print(page(record))
+    on_gpu.finish(options, "decode", record, page(record))
 
 
 if __name__ == "__main__":

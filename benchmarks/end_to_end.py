@@ -10,33 +10,21 @@ which the device can do what no program can leave out, at the bandwidth and the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import on_gpu
 import torch
 from bounds import bandwidth, matrix_rate
 from environments import python_of
 from grpo import Case, beside, facts, measure, split
-from report import DOCS, busy_cores, machine, markdown_table, publish
+from on_gpu import FEW_LAYERS, QWEN3
+from report import busy_cores, machine, markdown_table
 
 from rlx.nets.language_model import load_language_model
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-}
-FEW_LAYERS = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 8}
 JOB = {"lr": 1e-6, "seed": 0, "stops": False}
 ON_GPU = Case("64 prompts x 8, 256 new tokens", 256, False, 1, 3.0)
 TINY = Case("4 prompts x 2, 8 new tokens", 8, False, 1, None)
@@ -98,16 +86,12 @@ def page(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, into no page but that of --out")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = on_gpu.parser(__doc__, 5)
     parser.add_argument("--envs", type=Path, default=Path(".benchmark-envs"), help="folder of TRL's environment")
     parser.add_argument("--trl", help="use an interpreter that has TRL instead of an environment in --envs")
     parser.add_argument("--systems", nargs="+", default=["rlx", "trl"], choices=["rlx", "trl"])
-    parser.add_argument("--out", type=Path, help="folder of benchmarks.md and .json (default: docs)")
     options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        print("This benchmark needs a GPU, and torch finds no CUDA device here; --tiny runs it small on the CPU.")
+    if not on_gpu.runs_here(options.tiny):
         return
     job, case = job_of(options.tiny), TINY if options.tiny else ON_GPU
     given = {} if options.trl is None else {"trl": options.trl}
@@ -126,10 +110,7 @@ def main() -> None:
         "bound": bound(job, case.new_tokens, rates),
     }
     record["cases"] = [measure(case, job, pythons, options.rounds)]
-    out = options.out or (None if options.tiny else DOCS)
-    if out is not None:
-        publish(out, "end to end", record, page(record))
-    print(page(record))
+    on_gpu.finish(options, "end to end", record, page(record))
 
 
 if __name__ == "__main__":

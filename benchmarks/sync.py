@@ -10,19 +10,18 @@ and each runner copies them into its model. The bounds are what these copies tak
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+import on_gpu
 import torch
 from bounds import bandwidth, synchronize
-from end_to_end import FEW_LAYERS, QWEN3
-from report import DOCS, busy_cores, describe, machine, markdown_table, publish
+from on_gpu import FEW_LAYERS, QWEN3
+from report import busy_cores, describe, machine, markdown_table
 
 from rlx import actors
 from rlx.generation.request import Sampling
@@ -107,11 +106,7 @@ def _rate(copy: Callable[[], Any], tensor: torch.Tensor) -> float:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, into no page but that of --out")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="folder of benchmarks.md and .json (default: docs)")
-    options = parser.parse_args()
+    options = on_gpu.parser(__doc__, 7).parse_args()
     device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
     config = QWEN3 | FEW_LAYERS if options.tiny else QWEN3 if device == "cuda" else GPT2
     record: dict[str, Any] = {
@@ -123,10 +118,7 @@ def main() -> None:
     }
     build = partial(load_language_model, config=config)
     record["cases"] = [measure(build, device, count, options.rounds) for count in RUNNERS]
-    out = options.out or (None if options.tiny else DOCS)
-    if out is not None:
-        publish(out, "sync", record, page(record))
-    print(page(record))
+    on_gpu.finish(options, "sync", record, page(record))
 
 
 if __name__ == "__main__":

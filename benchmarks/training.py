@@ -10,18 +10,18 @@ six for each weight and token, and attention to what stands before; what is comp
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import on_gpu
 import torch
 from bounds import bandwidth, matrix_rate, synchronize
-from end_to_end import ADAM_BYTES, FEW_LAYERS, QWEN3
-from report import DOCS, describe, machine, markdown_table, publish
+from end_to_end import ADAM_BYTES
+from on_gpu import FEW_LAYERS, QWEN3
+from report import describe, machine, markdown_table
 
 from rlx.algorithms.grpo import GRPOConfig
 from rlx.trajectory import Batch
@@ -124,13 +124,8 @@ def page(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a small model on the CPU, into no page but that of --out")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="folder of benchmarks.md and .json (default: docs)")
-    options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        print("This benchmark needs a GPU, and torch finds no CUDA device here; --tiny runs it small on the CPU.")
+    options = on_gpu.parser(__doc__, 7).parse_args()
+    if not on_gpu.runs_here(options.tiny):
         return
     device, dtype = ("cpu", torch.float32) if options.tiny else ("cuda", torch.bfloat16)
     record: dict[str, Any] = {
@@ -142,10 +137,7 @@ def main() -> None:
     }
     config = QWEN3 | FEW_LAYERS if options.tiny else QWEN3
     record["cases"] = [measure(case, config, device, options.rounds) for case in cases(options.tiny)]
-    out = options.out or (None if options.tiny else DOCS)
-    if out is not None:
-        publish(out, "training", record, page(record))
-    print(page(record))
+    on_gpu.finish(options, "training", record, page(record))
 
 
 if __name__ == "__main__":

@@ -372,7 +372,9 @@ def test_the_bound_of_decoding_by_hand(monkeypatch):
 def test_a_models_costs_are_counted_from_its_shape(monkeypatch, tied):
     """The embedding is read by rows; where it is the head as well, it is read as a whole."""
     decode = load("decode.py", monkeypatch)
-    model = decode.Qwen3ForCausalLM(decode.Qwen3Config(**decode.TINY_SHAPE | {"tie_word_embeddings": tied}))
+    model = decode.Qwen3ForCausalLM(
+        decode.AutoConfig.for_model(**decode.QWEN3 | decode.TINY | {"tie_word_embeddings": tied})
+    )
     costs = decode.Costs.of(model)
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # query, key and value, output, and three of the MLP
     norms = 2 * (2 * 64 + 2 * 16) + 64
@@ -401,9 +403,8 @@ def test_decoding_runs_small_on_a_cpu_and_leaves_the_page_alone(monkeypatch, cap
     decode = load("decode.py", monkeypatch)
     for name, value in {"REPEATS": 1, "COPIED_BYTES": {"cpu": 2**20}, "MATRIX_SIZE": {"cpu": 64}}.items():
         monkeypatch.setattr(sys.modules["bounds"], name, value)
-    monkeypatch.setattr(
-        sys, "argv", ["decode.py", "--tiny", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]
-    )
+    monkeypatch.setattr(sys.modules["on_gpu"], "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--tiny", "--rounds", "1"])
     decode.main()
     printed = capsys.readouterr().out
     rows = [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")]
@@ -414,10 +415,9 @@ def test_decoding_runs_small_on_a_cpu_and_leaves_the_page_alone(monkeypatch, cap
 def test_decoding_says_where_there_is_no_gpu(monkeypatch, capsys):
     decode = load("decode.py", monkeypatch)
     monkeypatch.setattr(decode.torch.cuda, "is_available", lambda: False)
-    for device in ("auto", "cuda", "cpu"):
-        monkeypatch.setattr(sys, "argv", ["decode.py", "--device", device])
-        decode.main()
-        assert "measures a GPU, and there is none here" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["decode.py"])
+    decode.main()
+    assert "needs a GPU, and torch finds no CUDA device here" in capsys.readouterr().out
 
 
 def test_a_verifying_step_keeps_proposals_up_to_the_first_wrong_one(monkeypatch):
