@@ -124,7 +124,12 @@ def test_a_run_whose_runners_are_killed_at_random_still_learns():
     with made.build() as algorithm:
 
         def kill_now_and_then():
-            while not ended.wait(moments.uniform(0.1, 0.5)):
+            # By steps and not by time: on a slow machine no episode would live for 300 steps.
+            strike = 2_000
+            while not ended.wait(0.01):
+                if algorithm.env_steps < strike:
+                    continue
+                strike += moments.randrange(1_000, 6_000)
                 state = algorithm._runtime().state()[f"env_runner/{moments.randrange(2)}"]
                 if state.status == "alive":
                     with contextlib.suppress(ProcessLookupError):  # the last kill is not noticed yet
