@@ -52,6 +52,7 @@ class RewardModelTrainer(PreferenceAlgorithm, config=RewardModelConfig):
             seed=s.runtime.seed,
             layout=s.learners.layout,
             activation_checkpointing=s.learners.activation_checkpointing,
+            compile=s.learners.compile,
         )
 
     @staticmethod

@@ -174,6 +174,10 @@ SETTINGS = {
         *("sft", "learners.sharding=full shares it out; set one"),
         "learners={num_learners: 2, sharding: full, optimizer_offload: true}",
     ),
+    "layers in shares": (
+        *("sft", "compiles whole layers, and learners.sharding=full"),
+        "learners={num_learners: 2, sharding: full, compile: true}",
+    ),
     "no such setting": ("grpo", "Did you mean training.clip_range", "training.clip_rnge=0.1"),
     "a law that is cut": ("grpo", "completions drawn from the policy itself", "generation.top_k=3"),
     "a stop of two tokens": ("grpo", "generation.stop: '12' is 2 tokens long", "generation.stop=['12']"),

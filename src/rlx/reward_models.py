@@ -31,11 +31,11 @@ ADVICE = Advice(
 
 
 def build_reward_model(
-    m: TextModelSection, *, vocabulary: int, seed: int, layout: Any = "auto", activation_checkpointing: bool = False
+    m: TextModelSection, *, vocabulary: int, seed: int, layout: Any = "auto", **options: bool
 ) -> RewardModel:
-    """Return a reward model around the language model of these settings, untrained."""
+    """Return a reward model around the language model of these settings, untrained; options: as RewardModel has."""
     model = build_model(m, vocabulary, seed)
-    return RewardModel(model, layout=layout, activation_checkpointing=activation_checkpointing)
+    return RewardModel(model, layout=layout, **options)
 
 
 def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:

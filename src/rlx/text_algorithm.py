@@ -98,6 +98,7 @@ class TextAlgorithm(Trainable):
             with_reference=cls.needs_reference(s.training),
             layout=s.learners.layout,
             activation_checkpointing=s.learners.activation_checkpointing,
+            compile=s.learners.compile,
         )
 
     @classmethod

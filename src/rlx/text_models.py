@@ -118,10 +118,12 @@ def build_policy(
     temperature: float,
     with_value: bool,
     with_reference: bool,
-    layout: Any,
-    activation_checkpointing: bool,
+    **options: Any,
 ) -> TransformerPolicy:
-    """Return the policy that learners train: with a value net and a frozen reference where the algorithm needs them."""
+    """Return the policy that learners train: with a value net and a frozen reference where the algorithm needs them.
+
+    options: as TransformerPolicy has.
+    """
     value_model = reference = None
     if with_value and m.value == "separate":
         value_model = build_model(m, vocabulary, seed, m.value_path)
@@ -133,8 +135,7 @@ def build_policy(
         value=m.value if with_value else "none",
         value_model=value_model,
         reference=reference,
-        layout=layout,
-        activation_checkpointing=activation_checkpointing,
+        **options,
     )
 
 

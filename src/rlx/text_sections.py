@@ -276,6 +276,9 @@ class TextLearnersSection(Section):
     arithmetic than padded, packed on a GPU."""
     activation_checkpointing: bool = False
     """Compute activations twice in place of keeping them."""
+    compile: bool = False
+    """Run layers through torch.compile while there are gradients: once for all layers and shapes, which takes a minute
+    before the first step; for long runs. Not with sharding."""
     optimizer_offload: bool = False
     """Keep the optimizer's moments and the float32 weights in host memory, and make the steps there: a GPU is left with
     the weights that it computes with and their gradient. Slower by a copy of both for every step."""
@@ -288,6 +291,11 @@ class TextLearnersSection(Section):
             raise ConfigError(
                 f"learners.sharding=full shares the model out among learners, and learners.num_learners is "
                 f"{self.num_learners}; set it to 2 or more, or sharding to none."
+            )
+        if self.sharding == "full" and self.compile:
+            raise ConfigError(
+                "learners.compile=true compiles whole layers, and learners.sharding=full gathers each while it runs; "
+                "set compile to false, or sharding to none."
             )
         if self.sharding == "full" and self.optimizer_offload:
             raise ConfigError(

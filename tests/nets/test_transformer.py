@@ -9,7 +9,7 @@ from torch import nn
 from rlx.errors import ConfigError, RlxError
 from rlx.nets.flat import FlatParameters
 from rlx.nets.language_model import load_language_model
-from rlx.nets.transformer import TransformerPolicy
+from rlx.nets.transformer import TransformerPolicy, decoder_layers
 from rlx.trajectory import Batch
 
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3"]
@@ -181,6 +181,27 @@ def test_dropout_is_off_unless_it_is_asked_for_and_then_on_with_gradients_only(l
     assert not torch.equal(noisy.evaluate(rows)[0], noisy.evaluate(rows)[0])
     with torch.no_grad():
         assert torch.equal(noisy.evaluate(rows)[0], quiet.evaluate(rows)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "again"), [("padded", False), ("packed", True)])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo, which looks at inputs
+def test_compiled_layers_give_the_same_gradient_from_one_graph_for_all(language_model_configs, layout, again):
+    """Three layers, two batches of unlike shapes: nothing is compiled for a second layer or batch."""
+    results, compiled = [], []
+    for compile in (False, True):
+        model = load_language_model(config=language_model_configs["llama"] | {"num_hidden_layers": 3}, seed=1)
+        policy = TransformerPolicy(model, layout=layout, activation_checkpointing=again, compile=compile)
+        torch._dynamo.utils.counters.clear()
+        for count in (5, 7):
+            rows = make_rows(count)
+            total = policy.evaluate(rows)[0].square().sum()
+            results.append(torch.autograd.grad(total, list(model.parameters())))
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert not any("forward" in vars(layer) for layer in decoder_layers(policy.trunk.decoder))
+    for plain, ours in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert compiled[:2] == [0, 0] and compiled[2] == compiled[3] > 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -29,11 +29,12 @@ class RewardModel(nn.Module):
         layout: Layout | Literal["auto"] = "auto",
         dropout: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         """`model`: a causal language model, or a peft model around one; its head is not used. Else as the policy."""
         super().__init__()
         self.model, self.layout = model, layout
-        self.dropout, self.activation_checkpointing = dropout, activation_checkpointing
+        self.dropout, self.activation_checkpointing, self.compile_layers = dropout, activation_checkpointing, compile
         self.trunk = Trunk(model)
         check_trunk(self.trunk)
         freeze_head(model)
@@ -91,6 +92,6 @@ class RewardModel(nn.Module):
     def _raw(self, tokens: Tensor, length: Tensor) -> Tensor:
         tokens = torch.where(positions_within(tokens, length), tokens, 0)
         last = torch.arange(len(tokens), device=tokens.device) * tokens.shape[1] + (length - 1).clamp(min=0)
-        with gradient_modes([self.trunk], self.dropout, self.activation_checkpointing):
+        with gradient_modes([self.trunk], self.dropout, self.activation_checkpointing, self.compile_layers):
             hidden = self.trunk.hidden(tokens, length, last, self._layout(tokens), None)
         return self.score_head(hidden.to(self.score_head.weight.dtype)).squeeze(1)

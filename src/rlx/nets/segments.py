@@ -52,6 +52,7 @@ class Segments:
         return self._masks[length, window]
 
 
+@torch.compiler.disable  # a compiled layer breaks here: the segments of every batch have lengths of their own
 def attend(
     module: nn.Module,
     query: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ class TransformerPolicy(nn.Module):
         layout: Layout | Literal["auto"] = "auto",
         dropout: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         """`model`, `value_model`, `reference`: Hugging Face causal language models, or peft models around them.
 
@@ -48,6 +49,7 @@ class TransformerPolicy(nn.Module):
         layout: "auto" packs rows on CUDA; elsewhere it pads them, or runs common prompts once where that costs less.
         dropout: leave the model's own on while there are gradients; off it is always otherwise.
         activation_checkpointing: compute a layer twice rather than keep it.
+        compile: run the layers through torch.compile while there are gradients; others than learners see none of it.
         """
         super().__init__()
         if (value == "separate") != (value_model is not None):
@@ -72,7 +74,7 @@ class TransformerPolicy(nn.Module):
         if reference is not None:
             reference.requires_grad_(False)
             self.reference_trunk = Trunk(reference)
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile
         self.eval()
 
     def evaluate(self, minibatch: Batch, *, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +83,7 @@ class TransformerPolicy(nn.Module):
         The log-probability is that of the law with the temperature. `entropy=False` leaves zeros in its place.
         """
         trunks = [trunk for trunk in (self.trunk, self.value_trunk) if trunk is not None]
-        with gradient_modes(trunks, self.dropout, self.activation_checkpointing):
+        with gradient_modes(trunks, self.dropout, self.activation_checkpointing, self.compile_layers):
             rows = self._rows(minibatch)
             hidden = rows.hidden(self.trunk)
             new_logp, entropy_M = self._head(self.trunk, hidden, rows.action)
@@ -248,15 +250,15 @@ def _few_tokens(trunk: Trunk) -> Tensor:
 
 
 @contextlib.contextmanager
-def gradient_modes(trunks: list[Trunk], dropout: bool, activation_checkpointing: bool) -> Iterator[None]:
-    """While there are gradients: dropout, and activations computed again, where they are asked for."""
+def gradient_modes(trunks: list[Trunk], dropout: bool, activation_checkpointing: bool, compile: bool) -> Iterator[None]:
+    """While there are gradients: dropout, and layers compiled or computed again, where they are asked for."""
     with contextlib.ExitStack() as modes:
         for trunk in trunks if torch.is_grad_enabled() else ():
             if dropout:
                 trunk.causal_lm.train()
                 modes.callback(trunk.causal_lm.eval)
-            if activation_checkpointing:
-                modes.enter_context(checkpointed_layers(trunk.decoder))
+            if activation_checkpointing or compile:
+                modes.enter_context(_layers_changed(trunk.decoder, activation_checkpointing, compile))
         yield
 
 
@@ -268,16 +270,27 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def checkpointed_layers(decoder: nn.Module) -> Iterator[None]:
-    """Have each of a decoder's layers keep its input only, and compute the rest again in the backward pass.
+def _layers_changed(decoder: nn.Module, activation_checkpointing: bool, compile: bool) -> Iterator[None]:
+    """Have a decoder's layers run compiled, or keep their input only and compute the rest again going backward.
 
-    The models' own switch for it would turn on dropout as well, and stay on for whoever else uses the model.
+    The models' own switches would stay on for whoever else uses the model, and that for checkpointing turns on dropout.
     """
     layers: list[Any] = decoder_layers(decoder)
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        forward = layer.forward
+        if compile:
+            forward = functools.partial(_compiled(type(layer).forward), layer)
+        layer.forward = (
+            functools.partial(checkpoint, forward, use_reentrant=False) if activation_checkpointing else forward
+        )
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # of this object; that of the class shows again
+
+
+@functools.cache
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward method of a class of layers, compiled once for all layers and all shapes."""
+    return torch.compile(forward, dynamic=True)
