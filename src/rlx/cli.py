@@ -214,7 +214,7 @@ def _add_text(group: Any) -> None:
         "rlx export runs/grpo-addition -o model",
     )
     export.add_argument("run", metavar="RUN", type=Path, help="run folder, or checkpoint folder")
-    export.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder to write (default: RUN/model)")
+    export.add_argument("-o", "--output", metavar="DIR", type=Path, help="new or empty folder (default: RUN/model)")
 
 
 def _add_config(group: Any) -> None:

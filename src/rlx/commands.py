@@ -172,7 +172,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Talk to a trained language model until the input ends."""
+    """Talk to a trained language model until the input ends; a line that it cannot answer is left out of the talk."""
     from rlx.text_inference import load_text_policy
 
     policy = load_text_policy(options.run)
@@ -180,12 +180,17 @@ def chat(options: argparse.Namespace) -> None:
     messages: list[dict[str, str]] = []
     limits = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
     while (line := _ask("> ")) is not None:
-        seed = options.seed + len(messages)
-        messages.append({"role": "user", "content": line})
-        answer = (
-            policy.chat(messages, seed, **limits) if has_template else policy.generate(line, 1, seed, **limits)[0][0]
-        )
-        messages.append({"role": "assistant", "content": answer})
+        if not line:
+            continue
+        seed, asked = options.seed + len(messages), [*messages, {"role": "user", "content": line}]
+        try:
+            answer = (
+                policy.chat(asked, seed, **limits) if has_template else policy.generate(line, 1, seed, **limits)[0][0]
+            )
+        except RlxError as error:
+            report(error)
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer}]
         print(answer, flush=True)
 
 
@@ -219,17 +224,25 @@ def samples(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write a run's language model as transformers reads it."""
     from rlx.text_inference import load_text_policy
-    from rlx.text_models import EXPORT
+    from rlx.text_models import EXPORT, check_export_folder
 
-    folder = options.output or options.run / EXPORT
-    load_text_policy(options.run).export(folder)
-    print(folder)
+    if options.output is not None:
+        check_export_folder(options.output)  # before the model is loaded, which may take minutes
+    policy = load_text_policy(options.run)
+    if options.output is None and not (options.run / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{options.run} is no run folder, where a model has its place: say with -o where this one goes."
+        )
+    print(policy.export(options.output or options.run / EXPORT, replace=options.output is None))
 
 
 def _ask(sign: str) -> str | None:
+    is_person = sys.stdin.isatty()
     try:
-        return input(sign if sys.stdin.isatty() else "")
+        return input(sign if is_person else "")
     except EOFError:
+        if is_person:
+            print()  # the shell's prompt shall not stand behind the sign
         return None
 
 

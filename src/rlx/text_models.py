@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rlx.checkpoint import replace_folder
 from rlx.errors import CheckpointError, ConfigError
-from rlx.nets.language_model import find_model, language_model_config, load_language_model
+from rlx.nets.language_model import export_language_model, find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
 from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_sections import TextModelSection
@@ -154,6 +158,44 @@ def load_trained(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> 
             "that it was trained from has changed since."
         )
     model.load_state_dict(dict(saved), strict=False)
+
+
+def export_model(model: nn.Module, tokenizer: Any, folder: str | Path, *, replace: bool = False) -> Path:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, and return it; it holds all files or none.
+
+    folder: a new or an empty one; replace: an older export, as of a run's own folder, makes room. ConfigError where it
+    is neither or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if not replace:
+        check_export_folder(folder)
+    into = folder if folder.is_dir() and not replace else folder.parent  # an empty one stays: it may be a mount
+    temporary = into / f".{folder.resolve().name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        export_language_model(model, tokenizer, temporary)
+        if into is folder:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # it makes a model
+                file.rename(folder / file.name)
+            temporary.rmdir()
+        else:
+            replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"no model can be written to {folder}: {why}; give another folder, or make room.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_export_folder(folder: Path) -> None:
+    """Raise ConfigError where a model would be written over files, or among those of others."""
+    try:
+        found = "is a file" if folder.is_file() else "is not empty" if folder.exists() and any(folder.iterdir()) else ""
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+    if found:
+        raise ConfigError(f"{folder} {found}; a model is exported to a new or an empty folder: give another one.")
 
 
 def context_of(s: TextSettings, tokenizer: Any) -> int | None:
