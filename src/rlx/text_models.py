@@ -16,7 +16,7 @@ from rlx.checkpoint import replace_folder
 from rlx.errors import CheckpointError, ConfigError
 from rlx.nets.language_model import export_language_model, find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
-from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_same_ids, check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_sections import TextModelSection
 from rlx.text_settings import TextSettings
 
@@ -52,10 +52,13 @@ def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
     m = s.model
     config = _config_of(m, len(tokenizer))
     check_vocabulary(tokenizer, config.vocab_size)
+    if m.path is not None and m.tokenizer is not None:
+        _check_ids(tokenizer, m.path)
     context = getattr(config, "max_position_embeddings", None)
     for name in ("reference_path", "value_path"):
         if (beside := getattr(m, name)) is not None:
             _check_beside(name, beside, config)
+            _check_ids(tokenizer, beside)
     if context is None:
         return s
     sections = {}
@@ -86,6 +89,15 @@ def _check_beside(name: str, path: str, config: Any) -> None:
                 f"model.{name}={path} has {size} {there}, and the model that learns {here}; it has to read the same "
                 "tokens, so give one that was made from the same model."
             )
+
+
+def _check_ids(tokenizer: Any, path: str) -> None:
+    """Raise ConfigError where the tokenizer has other ids than the one in the folder of a model, if there is one."""
+    try:
+        of_model = load_tokenizer(find_model(model_path(path)))
+    except ConfigError:
+        return
+    check_same_ids(tokenizer, of_model, path)
 
 
 def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
