@@ -108,3 +108,22 @@ def test_a_chat_goes_on_after_an_empty_line_and_one_that_cannot_be_read(rlx, mon
     assert code == 0
     assert len(out.splitlines()) == 2  # one for each line that it could read
     assert err == "rlx: error: the prompt has characters that the tokenizer has no token for: 'e', 'h', 'l', 'o'.\n"
+
+
+# What is shown ---------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_supervised_training_says_what_was_learned(rlx, tiny_text):
+    rows = {"source": "rlx.envs.addition:rows", "kwargs": {"split": "sft", "seed": 5}, "num_rows": 8}
+    Path("config.yaml").write_text(tiny_text("sft", evaluation=rows | {"interval": 1}).to_yaml())
+    code, out, _ = rlx("train", "config.yaml", "--run-dir", "run", "--set", "stop.iterations=2")
+    lines = out.splitlines()
+    assert code == 0 and re.fullmatch(r"learned  loss \d\.\d\d, eval loss \d\.\d\d", lines[1])
+    assert lines[4:6] == ["next     rlx eval run", "         rlx plot run"]
+    assert rlx("plot", "run") == (0, "run/curve.png\n", "")
+
+
+def test_only_what_can_be_done_is_suggested(rlx):
+    _, out, _ = rlx("train", "--resume", "sft", "--set", "stop.iterations=3")
+    assert "next     rlx plot sft" in out and "rlx eval" not in out  # there are no rows to evaluate it on
+    assert rlx("plot", "sft") == (0, "sft/curve.png\n", "")

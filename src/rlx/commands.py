@@ -150,9 +150,9 @@ def config_schema(options: argparse.Namespace) -> None:
 
 def plot(options: argparse.Namespace) -> None:
     """Draw learning curves."""
-    from rlx.plotting import DEFAULT_METRIC, plot_runs
+    from rlx.plotting import plot_runs
 
-    print(plot_runs(options.runs, options.output or options.runs[0] / "curve.png", options.metric or DEFAULT_METRIC))
+    print(plot_runs(options.runs, options.output or options.runs[0] / "curve.png", options.metric))
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -297,14 +297,19 @@ def _fit(config: AlgorithmConfig, folder: Path, *, resume: bool) -> int:
 
 
 def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reason: str) -> None:
+    from rlx.metrics import significant, supervised_figures
+
     print(f"stopped  {reason}" + ("" if metrics else " before this session began"))
-    if metrics.get("episode_return_mean") is not None:
-        print(
-            f"return   {metrics['episode_return_mean']:,.1f}, mean of the last "
-            f"{config.settings.reporting.window_episodes} episodes "
-            f"(min {metrics['episode_return_min']:,.1f}, max {metrics['episode_return_max']:,.1f}); "
-            f"length {metrics['episode_length_mean']:,.1f}"
+    if getattr(config.settings, "is_supervised", False):
+        if figures := supervised_figures(metrics):
+            print(f"learned  {', '.join(f'{word} {number}' for word, number in figures.items())}")
+    elif metrics.get("episode_return_mean") is not None:
+        mean, low, high, length = (
+            significant(metrics[f"episode_{name}"] or 0.0)
+            for name in ("return_mean", "return_min", "return_max", "length_mean")
         )
+        count = config.settings.reporting.window_episodes
+        print(f"return   {mean}, mean of the last {count} episodes (min {low}, max {high}); length {length}")
     elif metrics:
         print("return   none: no episode has finished yet")
     if metrics:
@@ -314,7 +319,8 @@ def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reas
         )
     print(f"run      {folder}")
     further = [word for change in _further_limits(config, metrics, reason) for word in ("--set", change)]
-    commands = [["rlx", "eval", str(folder)], ["rlx", "plot", str(folder)]]
+    can_be_evaluated = getattr(config.settings.evaluation, "source", "episodes") is not None
+    commands = [["rlx", "eval", str(folder)]] * can_be_evaluated + [["rlx", "plot", str(folder)]]
     for number, command in enumerate([*commands, ["rlx", "train", "--resume", str(folder), *further]]):
         print(f"{'' if number else 'next':<8} {shlex.join(command)}")
 
