@@ -145,7 +145,7 @@ TEXT_CONFIGS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_text():
     """Make the config of the smallest run of an algorithm on additions: tiny_text("grpo", training={"lr": 0.1}).
 

@@ -212,6 +212,19 @@ def test_a_setting_that_cannot_be(assignment, sentence, capsys):
     assert not Path("made").exists()
 
 
+def test_learners_that_would_wait_for_each_other_in_one_process_are_refused(capsys):
+    changes = ["--set", "runtime.engine=inline", "--set", "learners.num_learners=2"]
+    sentence = (
+        "runtime.engine=inline has one process, in which learners.num_learners=2 cannot learn side by side; set "
+        "runtime.engine=local, or num_learners to 0 or 1."
+    )
+    fails_with(capsys, ["train", "tiny.yaml", "--run-dir", "made", *changes], 2, sentence)
+    assert not Path("made").exists()
+    for config in ("impala", "grpo", "sft"):
+        fails_with(capsys, ["train", config, "--dry-run", *changes], 2, sentence)
+    assert main(["train", "tiny.yaml", "--set", "runtime.engine=inline", "--set", "learners.num_learners=1"]) == 0
+
+
 def test_every_wrong_setting_is_named_at_once(capsys):
     arguments = ["train", "tiny.yaml", "--set", "training.clp_range=1", "--set", "training.epochs=0"]
     said = fails_with(capsys, arguments, 2, "training.clp_range is not a setting")

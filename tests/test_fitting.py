@@ -1,10 +1,13 @@
-"""The limits that end a run after an evaluation."""
+"""The limits that end a run after an evaluation, and the signals that do."""
+
+import signal
 
 import pytest
 
 from rlx.algorithms.ppo import PPOConfig
 from rlx.algorithms.sft import SFTConfig
 from rlx.errors import ConfigError
+from rlx.interrupts import deferred_interrupt
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "max_position_embeddings": 16}
@@ -38,3 +41,13 @@ def test_evaluations_that_measure_a_loss_have_no_return_to_reach():
         pytest.raises(ConfigError, match=r"evaluation_return_mean=0\.4 needs evaluations with a return"),
     ):
         algo.fit()
+
+
+@pytest.mark.parametrize("number, said", [(signal.SIGINT, "press Ctrl-C again"), (signal.SIGTERM, "SIGTERM: stopping")])
+def test_a_signal_is_answered_in_its_own_words(number, said, caplog):
+    with deferred_interrupt() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(number)
+        assert interrupted() and [said in message for message in caplog.messages] == [True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from rlx.algorithms.grpo import GRPOConfig
+from rlx.algorithms.sft import SFTConfig
 from rlx.errors import CheckpointError, ConfigError
-from rlx.plotting import Curve, group_by_config, load_curve, mean_and_range, plot_runs
+from rlx.plotting import SUPERVISED_METRICS, Curve, group_by_config, load_curve, mean_and_range, plot_runs
 
 
 def make_run(folder: Path, returns, *, lr=1e-3, seed=0, gamma=0.99, goal: float | None = None) -> Path:
@@ -91,6 +92,26 @@ def test_a_run_on_text_is_named_by_its_model_and_steps_in_tokens(tmp_path):
     assert "<!-- env_steps (tokens) -->" in text
 
 
+def test_runs_that_learn_from_rows_are_drawn_by_what_they_have_a_curve_of(tmp_path):
+    runs = [make_run(tmp_path / name, []) for name in ("a", "b")]
+    config = SFTConfig().model("runs/base").data([{"text": "1"}]).to_yaml()
+
+    def drawn(*columns):
+        for run, column in zip(runs, columns, strict=True):
+            rows = [{"env_steps": 100, **dict.fromkeys(("learner/loss", *column), 1.0)}] * 2
+            rows += [{"env_steps": 200, "learner/loss": 0.5, "evaluation/loss": 0.5}]
+            (run / "config.yaml").write_text(config)
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        picture = plot_runs(runs, tmp_path / "curve.svg").read_text()
+        return [name for name in SUPERVISED_METRICS if f"<!-- {name} -->" in picture]
+
+    assert drawn((), ()) == ["learner/loss"]  # one point is no curve
+    assert drawn(("evaluation/loss",), ("evaluation/loss",)) == ["evaluation/loss"]
+    both = ("evaluation/loss", "evaluation/accuracy")
+    assert drawn(both, ("evaluation/loss",)) == ["evaluation/loss"]
+    assert drawn(both, both) == ["evaluation/accuracy"]
+
+
 def test_runs_that_share_no_stretch_are_drawn_without_a_mean(tmp_path):
     runs = [make_run(tmp_path / "short", [1.0, 2.0]), make_run(tmp_path / "late", [None] * 5 + [3.0, 4.0], seed=1)]
     assert plot_runs(runs, tmp_path / "curves.png").stat().st_size > 0
@@ -121,6 +142,21 @@ def test_a_metric_that_is_not_there_gets_a_sentence(tmp_path, metric, sentence):
 def test_a_misspelt_metric_names_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"Did you mean learner/entropy\?"):
         load_curve(make_run(tmp_path / "run", [1.0]), "entropy")
+
+
+def test_metrics_of_the_run_alone_are_drawn_and_listed(tmp_path):
+    run = make_run(tmp_path / "run", [None, 1.0])
+    (run / "metrics.jsonl").write_text('{"env_steps": 100, "my/own": 3.0, "learner/kl": null}\n')
+    assert load_curve(run, "my/own").values.tolist() == [3.0]
+    assert plot_runs([run], tmp_path / "own.svg", "my/own").exists()
+    with pytest.raises(ConfigError, match=r"^zzz is no metric of \S+run. It has env_steps, my/own\.$"):
+        load_curve(run, "zzz")
+
+
+@pytest.mark.parametrize("file", ["/proc/nowhere/curve.png", "/dev/full/curve.png"])
+def test_a_picture_that_cannot_be_written_costs_one_sentence(file, tmp_path):
+    with pytest.raises(ConfigError, match=f"{file} cannot be written: .*; give another name with -o"):
+        plot_runs([make_run(tmp_path / "run", [1.0])], Path(file))
 
 
 def test_a_run_that_has_just_begun_gets_a_sentence(tmp_path):

@@ -9,11 +9,15 @@ import time
 
 import pytest
 
+from rlx.algorithms.sft import SFTConfig
+from rlx.metrics import significant
 from rlx.progress import PlainProgress, Progress, RichProgress, Sparkline, duration, panel_lines, progress_display
 from rlx.settings import Settings
 
 SHOW_IN_A_CHILD = """
 import logging, sys
+from rlx.algorithms.sft import SFTConfig
+from rlx.metrics import significant
 from rlx.progress import progress_display
 from rlx.settings import Settings
 settings = Settings(algorithm="ppo", environment={"id": "CartPole-v1"}, stop={"iterations": 4})
@@ -120,7 +124,7 @@ def test_plain_prints_the_first_and_the_last_iteration_and_nothing_in_between(ca
             progress.update(iteration(number, episode_return_mean=9.5))
     first, last = capsys.readouterr().err.splitlines()
     assert "iter     1" in first and "iter    50" in last
-    assert last.startswith("100%") and "env_steps       5,000" in last and "return      9.5" in last
+    assert last.startswith("100%") and "env_steps       5,000" in last and "return     9.50" in last
     assert "kl      -" in last  # not every algorithm has one
     assert first.index("return") == last.index("return")
 
@@ -159,6 +163,29 @@ def test_the_panel_shows_what_is_known_and_keeps_the_last_evaluation():
     text = "\n".join(line.plain for line in panel_lines(progress))
     for shown in ("50% of 10 iterations", "21.5", "→ 475", "0.0123", "0.690", "487.2 ± 12.0", "env 60%", "learn 30%"):
         assert shown in text
+
+
+def test_supervised_training_shows_its_loss_and_what_was_measured(capsys):
+    made = SFTConfig().data([{"text": "1"}]).stop(iterations=10).reporting(progress="plain").settings
+    parts = ("generate_s", "train_s")
+    row = iteration(1, **{"learner/loss": 1.2345, "learner/accuracy": 0.0625, "time/train_s": 0.06})
+    with progress_display(made, parts) as progress:
+        progress.update(row | {"evaluation/loss": 12.5})
+        progress.update(row | {"iteration": 2})
+    shown = capsys.readouterr().err
+    for figure in ("loss     1.23", "accuracy   0.0625", "eval loss     12.5"):
+        assert shown.count(figure) == 2  # the evaluation stays
+    assert "return" not in shown and "entropy" not in shown
+    text = "\n".join(line.plain for line in panel_lines(progress))
+    for figure in ("loss       1.23 ", "accuracy   0.0625 ", "eval loss       12.5", "▁▁", "train 86%", "other 14%"):
+        assert figure in text
+
+
+@pytest.mark.parametrize(
+    "number, shown", [(0, "0.00"), (0.00625, "0.00625"), (0.5, "0.500"), (-9.5, "-9.50"), (1234.56, "1,234.6")]
+)
+def test_numbers_keep_three_digits(number, shown):
+    assert significant(number) == shown
 
 
 def test_drawing_and_updating_cost_a_fast_iteration_next_to_nothing():

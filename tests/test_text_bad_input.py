@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -92,6 +93,15 @@ MODELS = {
 def test_models_that_cannot_be_used(folder, message, algorithm, folders, fails):
     path = folder if "/" in folder else folders / folder
     fails(algorithm, message, f"model={{path: {path}}}")
+
+
+def test_a_tokenizer_of_other_ids_than_a_model_has_learned_is_refused(folders, fails):
+    character_tokenizer("+=9876543210").save_pretrained("other")
+    message = r"has the id 1 for '\+', and in the tokenizer of \S*whole it is 11, so that model would read another text"
+    fails("sft", message, f"model={{path: {folders / 'whole'}, tokenizer: other}}")
+    shutil.copytree(folders / "whole", "reference")
+    character_tokenizer("abcdefghijkl").save_pretrained("reference")
+    fails("dpo", "the id 1 for '0', and in the tokenizer of reference that is 'a'", "model.reference_path=reference")
 
 
 CONFIGS = {
@@ -280,8 +290,6 @@ def refused(arguments, message, capsys):
 
 
 def test_a_run_whose_model_has_changed_since_is_refused(trained, folders, capsys):
-    import shutil
-
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shutil.copytree(folders / "whole", "base")
@@ -307,8 +315,6 @@ def test_a_run_of_another_kind_is_refused(trained, capsys):
 
 
 def test_a_run_that_has_not_exported_yet_is_no_model_to_go_on_with(trained, fails):
-    import shutil
-
     run = trained("sft").rename("base")
     shutil.rmtree(run / "model")
     fails("grpo", "the run base has not exported a model yet; .* rlx export base", "model={path: base}")

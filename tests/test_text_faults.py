@@ -302,3 +302,23 @@ def test_where_every_reward_fails_nothing_is_learned_and_nothing_breaks(tiny_tex
         assert (row["reward_failures"], row["score_mean"], row["episode_return_mean"]) == (24, None, None)
         assert row["learner/loss"] == row["learner/kl"] == 0
         assert algorithm.evaluate()["evaluation/episode_return_mean"] is None
+
+
+def test_a_run_whose_reward_always_fails_ends_and_one_that_is_back_in_time_goes_on(tiny_text):
+    calls = []
+
+    def seldom(prompts, completions):
+        calls.append(len(completions))
+        if calls.count(24) != 3:  # each batch that fails is tried sample by sample, too
+            raise ValueError("out of order")
+        return [1.0] * len(completions)
+
+    said = (
+        r"^all 24 samples of each of 3 iterations in a row were lost, so nothing is learned; the last one: the reward "
+        r"function \S+seldom raised ValueError: out of order for prompt \d+ '..\+..=' with the completion '\S*'\.$"
+    )
+    made = tiny_text("grpo", reward={"function": seldom, "on_error": "mask"}, stop={"iterations": 9})
+    with made.build() as algorithm:
+        with pytest.raises(RewardError, match=said):
+            algorithm.fit()
+        assert algorithm.iteration == 5  # two that were lost, one that was not, two that were

@@ -33,7 +33,7 @@ RENAMING = ("rlx.checkpoint", "_replace")
 
 ADAPTER = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
 PROCESSES = {"num_token_runners": 2, "torch_threads": 1}
-MERGING = ("rlx.text_algorithm", "export_language_model")
+MERGING = ("rlx.text_models", "export_language_model")
 WAITING = ("rlx.rollout.runner_actors", "RunnerActors.gather")
 
 KILLED = {

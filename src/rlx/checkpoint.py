@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
         _write_durably(temporary / TENSOR_FILE, tensors)
         _write_durably(temporary / STATE_FILE, _to_json(document))
         _sync_folder(temporary)
-        _replace(temporary, folder)
+        replace_folder(temporary, folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
@@ -126,6 +126,17 @@ def prune(folder: Path, keep: int, also: set[str]) -> None:
             shutil.rmtree(path)
 
 
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`; an existing `folder` steps aside first, and both renames reach the disk."""
+    aside = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    temporary.rename(folder)
+    _sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def _split(node: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     """Return the tree with arrays replaced by references, collecting them in `arrays`."""
     if isinstance(node, dict):
@@ -199,17 +210,6 @@ def _write_durably(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _replace(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`; an existing `folder` steps aside first, and both renames reach the disk."""
-    aside = _aside(folder)
-    if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    temporary.rename(folder)
-    _sync_folder(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _sync_folder(folder: Path) -> None:
     """Bring the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -224,5 +224,5 @@ def _aside(folder: Path) -> Path:
 
 
 def _present(folder: Path) -> Path:
-    """Return `folder`, or what stepped aside for it if a crash came between the two renames of `_replace`."""
+    """Return `folder`, or what stepped aside for it if a crash came between the two renames of `replace_folder`."""
     return _aside(folder) if _aside(folder).exists() and not folder.exists() else folder

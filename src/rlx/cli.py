@@ -164,9 +164,16 @@ def _add_plot(group: Any) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="picture to write (default: curve.png in the first run)"
+        *("-o", "--output"),
+        metavar="FILE",
+        type=Path,
+        help="picture to write, in place of an older one (default: curve.png in the first run)",
     )
-    parser.add_argument("--metric", metavar="NAME", help="what to plot (default: episode_return_mean)")
+    parser.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="what to plot (default: episode_return_mean; of runs that learn from rows an evaluation, or the loss)",
+    )
 
 
 def _add_text(group: Any) -> None:
@@ -214,7 +221,7 @@ def _add_text(group: Any) -> None:
         "rlx export runs/grpo-addition -o model",
     )
     export.add_argument("run", metavar="RUN", type=Path, help="run folder, or checkpoint folder")
-    export.add_argument("-o", "--output", metavar="DIR", type=Path, help="folder to write (default: RUN/model)")
+    export.add_argument("-o", "--output", metavar="DIR", type=Path, help="new or empty folder (default: RUN/model)")
 
 
 def _add_config(group: Any) -> None:

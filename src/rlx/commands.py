@@ -150,9 +150,9 @@ def config_schema(options: argparse.Namespace) -> None:
 
 def plot(options: argparse.Namespace) -> None:
     """Draw learning curves."""
-    from rlx.plotting import DEFAULT_METRIC, plot_runs
+    from rlx.plotting import plot_runs
 
-    print(plot_runs(options.runs, options.output or options.runs[0] / "curve.png", options.metric or DEFAULT_METRIC))
+    print(plot_runs(options.runs, options.output or options.runs[0] / "curve.png", options.metric))
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -172,7 +172,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Talk to a trained language model until the input ends."""
+    """Talk to a trained language model until the input ends; a line that it cannot answer is left out of the talk."""
     from rlx.text_inference import load_text_policy
 
     policy = load_text_policy(options.run)
@@ -180,12 +180,17 @@ def chat(options: argparse.Namespace) -> None:
     messages: list[dict[str, str]] = []
     limits = {"temperature": options.temperature, "max_new_tokens": options.max_new_tokens}
     while (line := _ask("> ")) is not None:
-        seed = options.seed + len(messages)
-        messages.append({"role": "user", "content": line})
-        answer = (
-            policy.chat(messages, seed, **limits) if has_template else policy.generate(line, 1, seed, **limits)[0][0]
-        )
-        messages.append({"role": "assistant", "content": answer})
+        if not line:
+            continue
+        seed, asked = options.seed + len(messages), [*messages, {"role": "user", "content": line}]
+        try:
+            answer = (
+                policy.chat(asked, seed, **limits) if has_template else policy.generate(line, 1, seed, **limits)[0][0]
+            )
+        except RlxError as error:
+            report(error)
+            continue
+        messages = [*asked, {"role": "assistant", "content": answer}]
         print(answer, flush=True)
 
 
@@ -219,17 +224,25 @@ def samples(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Write a run's language model as transformers reads it."""
     from rlx.text_inference import load_text_policy
-    from rlx.text_models import EXPORT
+    from rlx.text_models import EXPORT, check_export_folder
 
-    folder = options.output or options.run / EXPORT
-    load_text_policy(options.run).export(folder)
-    print(folder)
+    if options.output is not None:
+        check_export_folder(options.output)  # before the model is loaded, which may take minutes
+    policy = load_text_policy(options.run)
+    if options.output is None and not (options.run / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{options.run} is no run folder, where a model has its place: say with -o where this one goes."
+        )
+    print(policy.export(options.output or options.run / EXPORT, replace=options.output is None))
 
 
 def _ask(sign: str) -> str | None:
+    is_person = sys.stdin.isatty()
     try:
-        return input(sign if sys.stdin.isatty() else "")
+        return input(sign if is_person else "")
     except EOFError:
+        if is_person:
+            print()  # the shell's prompt shall not stand behind the sign
         return None
 
 
@@ -284,14 +297,19 @@ def _fit(config: AlgorithmConfig, folder: Path, *, resume: bool) -> int:
 
 
 def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reason: str) -> None:
+    from rlx.metrics import significant, supervised_figures
+
     print(f"stopped  {reason}" + ("" if metrics else " before this session began"))
-    if metrics.get("episode_return_mean") is not None:
-        print(
-            f"return   {metrics['episode_return_mean']:,.1f}, mean of the last "
-            f"{config.settings.reporting.window_episodes} episodes "
-            f"(min {metrics['episode_return_min']:,.1f}, max {metrics['episode_return_max']:,.1f}); "
-            f"length {metrics['episode_length_mean']:,.1f}"
+    if getattr(config.settings, "is_supervised", False):
+        if figures := supervised_figures(metrics):
+            print(f"learned  {', '.join(f'{word} {number}' for word, number in figures.items())}")
+    elif metrics.get("episode_return_mean") is not None:
+        mean, low, high, length = (
+            significant(metrics[f"episode_{name}"] or 0.0)
+            for name in ("return_mean", "return_min", "return_max", "length_mean")
         )
+        count = config.settings.reporting.window_episodes
+        print(f"return   {mean}, mean of the last {count} episodes (min {low}, max {high}); length {length}")
     elif metrics:
         print("return   none: no episode has finished yet")
     if metrics:
@@ -301,7 +319,8 @@ def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reas
         )
     print(f"run      {folder}")
     further = [word for change in _further_limits(config, metrics, reason) for word in ("--set", change)]
-    commands = [["rlx", "eval", str(folder)], ["rlx", "plot", str(folder)]]
+    can_be_evaluated = getattr(config.settings.evaluation, "source", "episodes") is not None
+    commands = [["rlx", "eval", str(folder)]] * can_be_evaluated + [["rlx", "plot", str(folder)]]
     for number, command in enumerate([*commands, ["rlx", "train", "--resume", str(folder), *further]]):
         print(f"{'' if number else 'next':<8} {shlex.join(command)}")
 

@@ -109,6 +109,7 @@ class AlgorithmConfig:
             *self._names_not_found(),
             *_problems(check_callbacks, self.settings.callbacks.classes),
             *_problems(self.settings.evaluation.check),
+            *_problems(self.settings.runtime.check, self.settings.learners.num_learners),
             *_problems(self.check, self.settings),
         ]
         if problems:

@@ -11,6 +11,11 @@ from typing import Any
 
 log = logging.getLogger("rlx")
 
+ANSWERS = {
+    signal.SIGINT: "stopping after this iteration; press Ctrl-C again to stop at once",
+    signal.SIGTERM: "SIGTERM: stopping after this iteration, with a checkpoint; a second one stops at once",
+}
+
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
@@ -28,9 +33,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()
-        log.warning("stopping after this iteration; press Ctrl-C again to stop at once")
+        log.warning("%s", ANSWERS[signal.Signals(signum)])
 
-    previous = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, on_interrupt) for number in ANSWERS}
     try:
         yield pressed.is_set
     finally:

@@ -85,6 +85,7 @@ TEXT_METRICS: dict[str, str] = {
     "ref_kl_sequence": "The same KL summed over a completion, in nats: ref_kl_k1 times the tokens of one.",
     "learner/mismatch_kl": "KL (k3) from who drew the completions to the learner's policy of the same weights, "
     "in nats, mean over tokens; where vLLM generates, in updates of one step, in others with max_age above 0.",
+    "learner/accuracy": "Share of this iteration's pairs in which the chosen answer wins.",
     "learner/kl_coef": "Weight of the KL penalty in this iteration's rewards.",
     "time/generate_s": "Drawing completions.",
     "time/score_s": "Scoring completions.",
@@ -96,6 +97,27 @@ TEXT_METRICS: dict[str, str] = {
     "evaluation/accuracy": "Share of the evaluation's pairs in which the chosen answer wins.",
 }
 """Metrics of runs on text, beside those above that they have, too."""
+
+
+SUPERVISED_FIGURES = {
+    "loss": "learner/loss",
+    "accuracy": "learner/accuracy",
+    "eval return": "evaluation/episode_return_mean",
+    "eval accuracy": "evaluation/accuracy",
+    "eval loss": "evaluation/loss",
+}
+"""What tells how well a run learns from rows, which has no episodes; word -> metric."""
+
+
+def supervised_figures(metrics: Metrics) -> dict[str, str]:
+    """Return those of SUPERVISED_FIGURES that these metrics have, word -> number as it is shown."""
+    found = {word: metrics.get(name) for word, name in SUPERVISED_FIGURES.items()}
+    return {word: significant(value) for word, value in found.items() if value is not None}
+
+
+def significant(value: float) -> str:
+    """Return a number with three digits or more: 0.00713, 9.50, 1,234.5."""
+    return format(value, ",.1f" if abs(value) >= 10 else "#.3g")
 
 
 def mean_metrics(rows: Sequence[Metrics]) -> Metrics:

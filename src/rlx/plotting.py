@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DEFAULT_METRIC = "episode_return_mean"
+SUPERVISED_METRICS = ("evaluation/episode_return_mean", "evaluation/accuracy", "evaluation/loss", "learner/loss")
+"""What is drawn of runs that learn from rows and have no return: the first that all of them have a curve of."""
 NOT_PART_OF_A_CURVE = ("runtime", *(name for name in FREE_ON_RESUME if name != "callbacks"))
 """Sections in which two runs may differ and still be repetitions of one config."""
 MAX_POINTS = 1000
@@ -43,14 +45,18 @@ class Curve:
         return flat
 
 
-def plot_runs(runs: Sequence[Path], file: Path, metric: str = DEFAULT_METRIC) -> Path:
-    """Draw `metric` of all `runs` over env_steps into the picture `file`; return it."""
+def plot_runs(runs: Sequence[Path], file: Path, metric: str | None = None) -> Path:
+    """Draw `metric` of all `runs` over env_steps into the picture `file`, in place of an older one; return it.
+
+    metric: None takes the return, or of runs that learn from rows an evaluation, or else the loss.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     formats = sorted(FigureCanvasAgg(Figure()).get_supported_filetypes())
     if file.suffix.lstrip(".").lower() not in formats:
         raise ConfigError(f"{file} is no picture; end its name in one of {', '.join('.' + one for one in formats)}.")
+    metric = metric or _default_metric(runs)
     curves = [load_curve(run, metric) for run in runs]
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -59,26 +65,33 @@ def plot_runs(runs: Sequence[Path], file: Path, metric: str = DEFAULT_METRIC) ->
         _draw_group(axes, label, members, f"C{number}")
     _describe(axes, curves, metric)
     axes.legend(frameon=False, fontsize=9)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}; give another name with -o.") from error
     return file
+
+
+def _default_metric(runs: Sequence[Path]) -> str:
+    every = [_read(run) for run in runs]
+    if not all((settings.get("data") or {}).get("source") for settings, _ in every):
+        return DEFAULT_METRIC
+    for metric in SUPERVISED_METRICS:
+        if all(sum(row.get(metric) is not None for row in rows) > 1 for _, rows in every):
+            return metric
+    return SUPERVISED_METRICS[-1]
 
 
 def load_curve(run: Path, metric: str) -> Curve:
     """Return one run's curve; a sentence where there is nothing to draw."""
-    import yaml
-
-    known = METRICS | TEXT_METRICS
-    if metric not in known:
-        hint = did_you_mean(metric, known) or f" They are {', '.join(known)}."
-        raise ConfigError(f"{metric} is not a metric of rlx.{hint}")
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"{run} is no run folder: it has no config.yaml; give the folder that `rlx train` made.")
-    file = run / "metrics.jsonl"
-    rows = read_metrics(file) if file.is_file() else []
-    if not rows:
-        raise CheckpointError(f"{run} has no metrics yet; plot it once an iteration has finished.")
+    settings, rows = _read(run)
     points = [(row["env_steps"], row[metric]) for row in rows if row.get(metric) is not None]
+    known = METRICS | TEXT_METRICS
+    here = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    if not points and metric not in known:
+        hint = did_you_mean(metric, known | here) or f" It has {', '.join(here)}."
+        raise ConfigError(f"{metric} is no metric of {run}.{hint}")
     if not points:
         why = {
             "episode": "no episode has finished in it yet; train longer, or plot another --metric such as learner/loss",
@@ -86,7 +99,20 @@ def load_curve(run: Path, metric: str) -> Curve:
         }.get(metric.replace("/", "_").split("_")[0], "its algorithm does not report that")
         raise CheckpointError(f"{run} has no {metric}: {why}.")
     env_steps, values = np.asarray(points, dtype=float).T
-    return Curve(run, yaml.safe_load((run / "config.yaml").read_text()), env_steps, values)
+    return Curve(run, settings, env_steps, values)
+
+
+def _read(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the settings and the rows of metrics of a run."""
+    import yaml
+
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"{run} is no run folder: it has no config.yaml; give the folder that `rlx train` made.")
+    file = run / "metrics.jsonl"
+    rows = read_metrics(file) if file.is_file() else []
+    if not rows:
+        raise CheckpointError(f"{run} has no metrics yet; plot it once an iteration has finished.")
+    return yaml.safe_load((run / "config.yaml").read_text()), rows
 
 
 def group_by_config(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
@@ -125,7 +151,8 @@ def mean_and_range(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.
 
 def _draw_group(axes: Axes, label: str, curves: Sequence[Curve], color: str) -> None:
     if len(curves) == 1:
-        axes.plot(curves[0].env_steps, curves[0].values, color=color, label=label, linewidth=1.8)
+        marker = "o" if len(curves[0].values) == 1 else ""  # a line of one point is not to be seen
+        axes.plot(curves[0].env_steps, curves[0].values, color=color, label=label, linewidth=1.8, marker=marker)
         return
     for curve in curves:  # whole, so that a run that ended early hides nothing of the others
         axes.plot(curve.env_steps, curve.values, color=color, linewidth=0.6, alpha=0.35)
@@ -141,7 +168,7 @@ def _describe(axes: Axes, curves: Sequence[Curve], metric: str) -> None:
     axes.set_title(" / ".join(sorted(titles)), loc="left", fontweight="bold")
     steps = {"tokens" if _is_on_text(one.settings) else "environment steps" for one in curves}
     axes.set_xlabel(f"env_steps ({' or '.join(sorted(steps))})\n", labelpad=6)
-    meaning = "\n".join(textwrap.wrap((METRICS | TEXT_METRICS)[metric].partition(";")[0].rstrip("."), 110))
+    meaning = "\n".join(textwrap.wrap((METRICS | TEXT_METRICS).get(metric, "").partition(";")[0].rstrip("."), 110))
     axes.text(1, -0.155, meaning, transform=axes.transAxes, ha="right", va="top", fontsize=7, color="0.45")
     axes.set_ylabel(metric + _unit(metric))
     goals = {one.settings["stop"]["episode_return_mean"] for one in curves} - {None}

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlx.metrics import Clock, Metrics
+from rlx.metrics import Clock, Metrics, significant, supervised_figures
 from rlx.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,32 +21,40 @@ PLAIN_INTERVAL_S = 2.0
 NOTEBOOK_INTERVAL_S = 0.5
 PANEL_REFRESHES_PER_S = 4
 PANEL_WIDTH = 84
+Cell = tuple[str, str, str]
+"""A number of the panel: its name, itself, its style."""
 SPARKS = "▁▂▃▄▅▆▇█"
 PART_COLORS = ("green", "cyan", "magenta", "yellow", "red", "bright_black")
 
 
-def progress_display(settings: Settings) -> Progress:
-    """Return the display that `reporting.progress` asks for: a context manager with `update(metrics)`."""
+def progress_display(settings: Settings, parts: Sequence[str] = Clock.PARTS) -> Progress:
+    """Return the display that `reporting.progress` asks for: a context manager with `update(metrics)`.
+
+    parts: what the seconds of an iteration are shared out to, time/<part> in the metrics.
+    """
     kind = settings.reporting.progress
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         kind = "rich" if _in_notebook() else kind
     if kind == "rich":
-        return NotebookProgress(settings) if _in_notebook() else RichProgress(settings)
-    return PlainProgress(settings) if kind == "plain" else Progress(settings)
+        return NotebookProgress(settings, parts) if _in_notebook() else RichProgress(settings, parts)
+    return PlainProgress(settings, parts) if kind == "plain" else Progress(settings, parts)
 
 
 class Progress:
     """Keeps the numbers and shows nothing; the other displays draw them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS) -> None:
+        self._parts = (*parts, "other_s")
         self.stop = settings.stop
         self.title = f"{settings.algorithm.rpartition('/')[2] or 'training'} · {settings.subject or 'no environment'}"
+        self.is_supervised = getattr(settings, "is_supervised", False)
         self.metrics: Metrics = {}
-        self.returns = Sparkline()
+        self.curve = Sparkline()
+        """Of the return, or in supervised training of the loss."""
         self.first_return: float | None = None
         self._before: dict[str, float] = {}
-        self._recent_s = dict.fromkeys((*Clock.PARTS, "other_s", "iteration_s"), 0.0)
+        self._recent_s = dict.fromkeys((*self._parts, "iteration_s"), 0.0)
         self._recent_env_steps = 0.0
         self._started = time.perf_counter()
 
@@ -71,9 +79,11 @@ class Progress:
         for part, seconds in self._recent_s.items():
             self._recent_s[part] = 0.9 * seconds + (metrics.get(f"time/{part}") or 0.0)
         self._recent_env_steps = 0.9 * self._recent_env_steps + env_steps
-        if (mean := metrics.get("episode_return_mean")) is not None:
-            self.returns.add(mean)
+        mean, loss = metrics.get("episode_return_mean"), metrics.get("learner/loss")
+        if mean is not None:
             self.first_return = mean if self.first_return is None else self.first_return
+        if (value := loss if self.is_supervised else mean) is not None:
+            self.curve.add(value)
 
     def elapsed_s(self) -> float:
         """Return the seconds since the display was made."""
@@ -87,7 +97,7 @@ class Progress:
     def time_shares(self) -> dict[str, float]:
         """Return where the time of the latest iterations went: parts of 1 by name."""
         total = sum(seconds for part, seconds in self._recent_s.items() if part != "iteration_s")
-        return {part.removesuffix("_s"): self._recent_s[part] / (total or 1) for part in (*Clock.PARTS, "other_s")}
+        return {part.removesuffix("_s"): self._recent_s[part] / (total or 1) for part in self._parts}
 
     def nearest_limit(self) -> tuple[str, float, float | None]:
         """Return the limit of `stop` that comes first: its name, the part done, and the seconds to go if known."""
@@ -118,8 +128,8 @@ class Progress:
 class PlainProgress(Progress):
     """Prints a line to stderr every two seconds at most, and the last one."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS) -> None:
+        super().__init__(settings, parts)
         self._next_s = 0.0
         self._is_shown = True
 
@@ -143,8 +153,8 @@ class PlainProgress(Progress):
 class NotebookProgress(Progress):
     """Keeps one text under the cell up to date."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS) -> None:
+        super().__init__(settings, parts)
         self._next_s = 0.0
         self._handle: Any = None
 
@@ -164,7 +174,7 @@ class NotebookProgress(Progress):
 
         name, part, eta_s = self.nearest_limit()
         bar = "█" * round(30 * part) + "░" * (30 - round(30 * part))
-        head = f"{self.title}   {bar} {part:4.0%} of {name}   eta {duration(eta_s)}   {self.returns}"
+        head = f"{self.title}   {bar} {part:4.0%} of {name}   eta {duration(eta_s)}   {self.curve}"
         bundle = {"text/plain": f"{head}\n{plain_line(self)}"}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
@@ -237,19 +247,25 @@ def plain_line(progress: Progress) -> str:
     """Return the state as one line whose columns stay where they are."""
     metrics = progress.metrics
     _, part, eta_s = progress.nearest_limit()
+    if progress.is_supervised:
+        figures = [f"{word} {number:>8}" for word, number in supervised_figures(metrics).items()]
+    else:
+        figures = [
+            f"return {_significant(metrics, 'episode_return_mean'):>8}",
+            f"length {_significant(metrics, 'episode_length_mean'):>7}",
+            f"kl {_number(metrics, 'learner/kl', '.4f'):>6}",
+            f"entropy {_number(metrics, 'learner/entropy', '.2f'):>5}",
+        ]
+        if metrics.get("evaluation/episode_return_mean") is not None:
+            figures.insert(1, f"eval {_significant(metrics, 'evaluation/episode_return_mean'):>8}")
     columns = [
         f"{part:4.0%}",
         f"iter {metrics['iteration']:>5}",
         f"env_steps {metrics['env_steps']:>11,}",
-        f"return {_number(metrics, 'episode_return_mean', ',.1f'):>8}",
-        f"length {_number(metrics, 'episode_length_mean', ',.1f'):>7}",
-        f"kl {_number(metrics, 'learner/kl', '.4f'):>6}",
-        f"entropy {_number(metrics, 'learner/entropy', '.2f'):>5}",
+        *figures,
         f"{progress.env_steps_per_s() or 0:>9,.0f} steps/s",
         f"eta {duration(eta_s)}",
     ]
-    if metrics.get("evaluation/episode_return_mean") is not None:
-        columns.insert(4, f"eval {_number(metrics, 'evaluation/episode_return_mean', ',.1f'):>8}")
     return "  ".join(columns)
 
 
@@ -260,16 +276,27 @@ def panel_lines(progress: Progress) -> list[Text]:
     m = progress.metrics
     if not m:
         return [Text("the first iteration is running", style="dim")]
-    goal = progress.stop.episode_return_mean
+    rows = (_supervised_rows if progress.is_supervised else _episode_rows)(progress)
+    lines = [_bar_line(progress)]
+    for (left_name, left, left_style), (right_name, right, right_style) in rows:
+        line = Text(f"{left_name:<11}", style="dim").append(f"{left:<20}", style=f"not dim {left_style}")
+        if right_name:
+            line.append(f"{right_name:<16}")
+        lines.append(line.append(right, style=f"not dim {right_style}"))
+    if m.get("evaluation/episode_return_mean") is not None:
+        mean, std = (_significant(m, f"evaluation/episode_return_{name}") for name in ("mean", "std"))
+        lines.append(Text("evaluation ", style="dim").append(f"{mean} ± {std}", style="not dim bold"))
+    return [*lines, *_time_lines(progress.time_shares())]
+
+
+def _episode_rows(progress: Progress) -> list[tuple[Cell, Cell]]:
+    """Return what the panel shows of a run with episodes."""
+    m, goal, speed = progress.metrics, progress.stop.episode_return_mean, progress.env_steps_per_s()
     target = f" → {goal:g}" if goal is not None else ""
-    span = f"{_number(m, 'episode_return_min', ',.0f')} … {_number(m, 'episode_return_max', ',.0f')}"
-    speed = progress.env_steps_per_s()
-    rows = [
-        (
-            ("return", _number(m, "episode_return_mean", ",.1f"), "bold green"),
-            ("", f"{progress.returns}{target}", "green"),
-        ),
-        (("min … max", span, ""), ("episode length", _number(m, "episode_length_mean", ",.1f"), "")),
+    span = f"{_significant(m, 'episode_return_min')} … {_significant(m, 'episode_return_max')}"
+    return [
+        (("return", _significant(m, "episode_return_mean"), "bold green"), ("", f"{progress.curve}{target}", "green")),
+        (("min … max", span, ""), ("episode length", _significant(m, "episode_length_mean"), "")),
         (("iteration", _number(m, "iteration", ","), ""), ("env_steps", _number(m, "env_steps", ","), "")),
         (
             ("steps/s", "-" if speed is None else f"{speed:,.0f}", "bold"),
@@ -280,16 +307,24 @@ def panel_lines(progress: Progress) -> list[Text]:
             ("explained var.", _number(m, "learner/explained_variance", ".3f"), ""),
         ),
     ]
-    lines = [_bar_line(progress)]
-    for (left_name, left, left_style), (right_name, right, right_style) in rows:
-        line = Text(f"{left_name:<11}", style="dim").append(f"{left:<20}", style=f"not dim {left_style}")
-        if right_name:
-            line.append(f"{right_name:<16}")
-        lines.append(line.append(right, style=f"not dim {right_style}"))
-    if m.get("evaluation/episode_return_mean") is not None:
-        mean, std = (_number(m, f"evaluation/episode_return_{name}", ",.1f") for name in ("mean", "std"))
-        lines.append(Text("evaluation ", style="dim").append(f"{mean} ± {std}", style="not dim bold"))
-    return [*lines, *_time_lines(progress.time_shares())]
+
+
+def _supervised_rows(progress: Progress) -> list[tuple[Cell, Cell]]:
+    """Return what the panel shows of a run that learns from rows."""
+    m, speed = progress.metrics, progress.env_steps_per_s()
+    figures = supervised_figures(m)
+    loss = figures.pop("loss", "-")
+    figures.pop("eval return", None)  # has a line of its own
+    cells = [(word, number, "") for word, number in figures.items()]
+    return [
+        (("loss", loss, "bold green"), ("", str(progress.curve), "green")),
+        *zip(cells[::2], [*cells[1::2], ("", "", "")], strict=False),
+        (("iteration", _number(m, "iteration", ","), ""), ("env_steps", _number(m, "env_steps", ","), "")),
+        (
+            ("steps/s", "-" if speed is None else f"{speed:,.0f}", "bold"),
+            ("gradient norm", _significant(m, "learner/grad_norm"), ""),
+        ),
+    ]
 
 
 def duration(seconds: float | None) -> str:
@@ -319,11 +354,16 @@ def _time_lines(shares: Mapping[str, float], width: int = 76) -> list[Text]:
     from rich.text import Text
 
     bar, legend, end = Text(), Text(), 0.0
-    for (name, share), color in zip(shares.items(), PART_COLORS, strict=True):
+    for (name, share), color in zip(shares.items(), PART_COLORS, strict=False):
         start, end = end, end + share
         bar.append("▄" * (round(width * end) - round(width * start)), style=color)
         legend.append("■ ", style=color).append(f"{name} {share:.0%}  ", style="dim" if share < 0.005 else "")
     return [bar, legend]
+
+
+def _significant(metrics: Metrics, name: str) -> str:
+    value = metrics.get(name)
+    return "-" if value is None else significant(value)
 
 
 def _number(metrics: Metrics, name: str, spec: str) -> str:

@@ -292,6 +292,14 @@ class RuntimeSection(Section):
     seed: int = Field(default=0, ge=0)
     """Seed that all random streams derive from."""
 
+    def check(self, num_learners: int) -> None:
+        """Raise ConfigError where learners would have to meet within one thread: each waits for all others."""
+        if self.engine == "inline" and num_learners > 1:
+            raise ConfigError(
+                f"runtime.engine=inline has one process, in which learners.num_learners={num_learners} cannot learn "
+                "side by side; set runtime.engine=local, or num_learners to 0 or 1."
+            )
+
 
 def _to_specs(value: Any) -> tuple[CallbackSpec, ...]:
     """Return the specs of a list, or of a single one."""

@@ -21,7 +21,6 @@ from rlx.functional.groups import has_spread
 from rlx.generation.request import Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.nets.flat import FlatParameters
-from rlx.nets.language_model import export_language_model
 from rlx.out_of_memory import out_of_memory_told
 from rlx.policy_distance import mismatch_kl, reference_kl
 from rlx.rollout.served_runners import ServedRunners
@@ -39,7 +38,7 @@ from rlx.text_building import (
     longest_sequence,
     plan_memory,
 )
-from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, fitted
+from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, export_model, fitted
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
 from rlx.trainable import Trainable
@@ -224,10 +223,11 @@ class TextAlgorithm(Trainable):
         return self._rollout
 
     def export(self, folder: str | Path) -> Path:
-        """Write the model as it is now, adapter merged, and its tokenizer, as from_pretrained(folder) reads them."""
-        with torch.no_grad():
-            export_language_model(self._model_now(), self.tokenizer, folder)
-        return Path(folder)
+        """Write the model as it is now, adapter merged, and its tokenizer, as from_pretrained(folder) reads them.
+
+        folder: a new or an empty one, else ConfigError.
+        """
+        return self._export(folder)
 
     def close(self) -> None:
         """End every process and file of this run; closing twice is fine."""
@@ -240,7 +240,7 @@ class TextAlgorithm(Trainable):
     def finish(self) -> None:
         """Export the model into the run folder, as `fit` does at its end."""
         if self.run_dir is not None:
-            self.export(self.run_dir / EXPORT)
+            self._export(self.run_dir / EXPORT, replace=True)
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -301,6 +301,10 @@ class TextAlgorithm(Trainable):
     def _generating(self) -> AbstractContextManager[None]:
         """Have it told with the plan where memory runs out while completions are drawn and scored."""
         return out_of_memory_told("generation or its reward", self._plan.memory, self._plan.less_in_generation)
+
+    def _export(self, folder: str | Path, *, replace: bool = False) -> Path:
+        with torch.no_grad():
+            return export_model(self._model_now(), self.tokenizer, folder, replace=replace)
 
     @classmethod
     def _is_supervised(cls) -> bool:

@@ -12,11 +12,11 @@ from rlx.checkpoint import load_state
 from rlx.errors import CheckpointError, ConfigError
 from rlx.generation.generator import Generator
 from rlx.generation.request import Request, Sampling
-from rlx.nets.language_model import export_language_model, load_language_model
+from rlx.nets.language_model import load_language_model
 from rlx.text.chat import render
 from rlx.text.prompts import prompt_tokens
 from rlx.text.tokenizers import decode, load_tokenizer, stop_ids
-from rlx.text_models import build_model, build_tokenizer, load_trained, stop_tokens
+from rlx.text_models import build_model, build_tokenizer, export_model, load_trained, stop_tokens
 from rlx.text_sections import GenerationSection
 from rlx.text_settings import TextSettings
 
@@ -33,8 +33,10 @@ class TextPolicy:
 
         options: max_new_tokens, temperature (0: the likeliest), top_k, top_p, min_p; those of the run by default.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokens = [prompt_tokens(text, False, self.tokenizer, f"prompt {i}") for i, text in enumerate(texts)]
+        named = (
+            {"the prompt": prompts} if isinstance(prompts, str) else {f"prompt {i}": p for i, p in enumerate(prompts)}
+        )
+        tokens = [prompt_tokens(text, False, self.tokenizer, name) for name, text in named.items()]
         return self._complete(tokens, n, seed, options)
 
     def chat(self, messages: Sequence[Mapping[str, str]], seed: int = 0, **options: Any) -> str:
@@ -43,9 +45,12 @@ class TextPolicy:
         tokens = prompt_tokens(text, True, self.tokenizer, "the conversation")
         return self._complete([tokens], 1, seed, options)[0][0]
 
-    def export(self, folder: str | Path) -> None:
-        """Write the model, adapter merged, and its tokenizer, as AutoModelForCausalLM.from_pretrained reads them."""
-        export_language_model(self.model, self.tokenizer, folder)
+    def export(self, folder: str | Path, *, replace: bool = False) -> Path:
+        """Write the model, adapter merged, and its tokenizer, as AutoModelForCausalLM.from_pretrained reads them.
+
+        folder: a new or an empty one, else ConfigError; replace: in place of an older export, too.
+        """
+        return export_model(self.model, self.tokenizer, folder, replace=replace)
 
     def _complete(
         self, prompts: Sequence[Sequence[int]], n: int, seed: int, options: dict[str, Any]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from rlx.checkpoint import replace_folder
 from rlx.errors import CheckpointError, ConfigError
-from rlx.nets.language_model import find_model, language_model_config, load_language_model
+from rlx.nets.language_model import export_language_model, find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
-from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_same_ids, check_vocabulary, load_tokenizer, stop_ids
 from rlx.text_sections import TextModelSection
 from rlx.text_settings import TextSettings
 
@@ -48,10 +52,13 @@ def fitted(s: TextSettings, tokenizer: Any) -> TextSettings:
     m = s.model
     config = _config_of(m, len(tokenizer))
     check_vocabulary(tokenizer, config.vocab_size)
+    if m.path is not None and m.tokenizer is not None:
+        _check_ids(tokenizer, m.path)
     context = getattr(config, "max_position_embeddings", None)
     for name in ("reference_path", "value_path"):
         if (beside := getattr(m, name)) is not None:
             _check_beside(name, beside, config)
+            _check_ids(tokenizer, beside)
     if context is None:
         return s
     sections = {}
@@ -82,6 +89,15 @@ def _check_beside(name: str, path: str, config: Any) -> None:
                 f"model.{name}={path} has {size} {there}, and the model that learns {here}; it has to read the same "
                 "tokens, so give one that was made from the same model."
             )
+
+
+def _check_ids(tokenizer: Any, path: str) -> None:
+    """Raise ConfigError where the tokenizer has other ids than the one in the folder of a model, if there is one."""
+    try:
+        of_model = load_tokenizer(find_model(model_path(path)))
+    except ConfigError:
+        return
+    check_same_ids(tokenizer, of_model, path)
 
 
 def build_model(m: TextModelSection, vocabulary: int, seed: int, path: str | None = None) -> Any:
@@ -155,6 +171,44 @@ def load_trained(model: nn.Module, saved: Mapping[str, Tensor], source: str) -> 
             "that it was trained from has changed since."
         )
     model.load_state_dict(dict(saved), strict=False)
+
+
+def export_model(model: nn.Module, tokenizer: Any, folder: str | Path, *, replace: bool = False) -> Path:
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load, and return it; it holds all files or none.
+
+    folder: a new or an empty one; replace: an older export, as of a run's own folder, makes room. ConfigError where it
+    is neither or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if not replace:
+        check_export_folder(folder)
+    into = folder if folder.is_dir() and not replace else folder.parent  # an empty one stays: it may be a mount
+    temporary = into / f".{folder.resolve().name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        export_language_model(model, tokenizer, temporary)
+        if into is folder:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # it makes a model
+                file.rename(folder / file.name)
+            temporary.rmdir()
+        else:
+            replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"no model can be written to {folder}: {why}; give another folder, or make room.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_export_folder(folder: Path) -> None:
+    """Raise ConfigError where a model would be written over files, or among those of others."""
+    try:
+        found = "is a file" if folder.is_file() else "is not empty" if folder.exists() and any(folder.iterdir()) else ""
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+    if found:
+        raise ConfigError(f"{folder} {found}; a model is exported to a new or an empty folder: give another one.")
 
 
 def context_of(s: TextSettings, tokenizer: Any) -> int | None:

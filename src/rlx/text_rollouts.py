@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rlx.errors import EnvError, RewardError
 from rlx.generation.request import Request, Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.rollout.age import WhenOld
@@ -28,6 +29,8 @@ from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
 
+MOST_LOST = 3
+"""Iterations in a row of which every sample is lost, and a run ends: what never works is not to be waited for."""
 TRAINING, EVALUATION = 0, 1  # what seeds are of, so that no evaluation repeats a draw of the training
 
 
@@ -67,6 +70,8 @@ class Rollout:
     """Completions whose reward failed."""
     env_failures: int = 0
     """Conversations whose environment failed."""
+    last_failure: str = ""
+    """What was wrong with the last of them, or of the rewards that failed."""
 
     def metrics(self) -> Metrics:
         """Return evaluation/ metrics, as of episodes."""
@@ -121,6 +126,7 @@ class Rollouts:
         self.stops, self.sampling = stops, sampling
         self.position = 0
         self.reward_failures = 0
+        self._lost_in_a_row = 0
         self._max_new_tokens, self._truncated_score = max_new_tokens, truncated_score
         self._shuffle, self._seed = shuffle, seed
         self._num_prompts, self._samples_per_prompt = num_prompts, samples_per_prompt
@@ -144,6 +150,13 @@ class Rollouts:
             prompts = [self._prompt(group.number) for group in groups]
             rollout = self._scored(prompts, self._samples_per_prompt, completions, clock)
         self.reward_failures += rollout.reward_failures
+        self._lost_in_a_row = 0 if rollout.counts.any() else self._lost_in_a_row + 1
+        if self._lost_in_a_row == MOST_LOST:
+            kind = EnvError if rollout.env_failures else RewardError
+            raise kind(
+                f"all {len(rollout.counts)} samples of each of {MOST_LOST} iterations in a row were lost, so nothing "
+                f"is learned; the last one: {rollout.last_failure.rstrip('.')}."
+            )
         return rollout
 
     def complete(
@@ -195,13 +208,13 @@ class Rollouts:
                 vocabulary=self._vocabulary,
                 stops=self.stops,
             )
-        for index, one in enumerate(conversations):
-            if one.failure:
-                prompt, sample = prompts[index // samples_per_prompt], index % samples_per_prompt
-                log.warning(
-                    "the environment of prompt %d, sample %d: %s; what was said in it is not learned from.",
-                    *(prompt.index, sample, one.failure),
-                )
+        lost = [index for index, one in enumerate(conversations) if one.failure]
+        if lost:
+            prompt, sample = prompts[lost[0] // samples_per_prompt], lost[0] % samples_per_prompt
+            log.warning(
+                "%d of %d conversations were lost and are not learned from; the first, prompt %d, sample %d: %s",
+                *(len(lost), len(conversations), prompt.index, sample, conversations[lost[0]].failure),
+            )
         return self._scored(prompts, samples_per_prompt, transcripts(conversations), clock, conversations)
 
     def _scored(
@@ -234,7 +247,8 @@ class Rollouts:
             of_samples = {"score": score, "group": group, "counts": counts}
             batch.tensors |= {name: torch.from_numpy(column) for name, column in of_samples.items()}
         failures = int((~scores.mask).sum()), int(lost.sum())
-        return Rollout(asked, texts, completions, score, counts, trajectory, batch, *failures)
+        said = [one.failure for one in conversations or () if one.failure] + [*map(str, scores.failures.values())]
+        return Rollout(asked, texts, completions, score, counts, trajectory, batch, *failures, *said[-1:])
 
     def _begun(self, prompt: Prompt, start: Sequence[int]) -> Prompt:
         """Return what a conversation about a prompt began with."""
@@ -284,6 +298,7 @@ class Rollouts:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `get_state`."""
         self.position, self.reward_failures = int(state["position"]), int(state["reward_failures"])
+        self._lost_in_a_row = 0
         if self._arrivals is not None:
             self._arrivals.set_state(state.get("ahead") or {"next": self.position, "open": []})
 

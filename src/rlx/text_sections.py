@@ -44,7 +44,8 @@ class TextModelSection(Section):
     """A configuration to begin with random weights from, as {model_type: llama, hidden_size: 128, ...}; vocab_size is
     the tokenizer's where it is left out."""
     tokenizer: str | None = None
-    """A folder, a hub id, or an import path pkg.module:function that returns one; null: the one in `path`."""
+    """A folder, a hub id, or an import path pkg.module:function that returns one, with the same ids as one in `path`;
+    null: that one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model is computed in, by learners and by who generates; bfloat16 is for GPUs. What is learned is kept in
     float32 beside it, with its optimizer and the sum of its gradients; heads of values and adapters are float32."""

@@ -59,6 +59,11 @@ class TextSettings(Section):
         """What is trained, in a word: the last part of the model's path, or its type."""
         return (self.model.path or str(self.model.config.get("model_type", ""))).rstrip("/").rpartition("/")[2]
 
+    @property
+    def is_supervised(self) -> bool:
+        """Whether rows are learned from, so that there is a loss and no episode."""
+        return self.data.source is not None
+
 
 class TextConfig(AlgorithmConfig, settings=TextSettings):
     """The settings of one algorithm's run on text; the base of GRPOConfig and its kin.

@@ -84,6 +84,17 @@ def test_a_failure_is_masked_and_the_rest_is_kept(kind, caplog):
     assert "1 of 3 samples are masked: the reward function " in caplog.text and said in caplog.text
 
 
+def test_the_traceback_is_told_once_and_the_cure_only_to_who_has_not_chosen_it(caplog):
+    with pytest.raises(RewardError, match=r"correct it, or set reward\.on_error=mask to go on without such samples\.$"):
+        scored(raises)
+    reward = RewardFunction(raises, on_error="mask")
+    for _ in range(3):
+        failure = reward.score(["2+2="], ["bad"], [{}]).failures[0]
+    assert str(failure).endswith("with the completion 'bad'.")
+    assert [record.exc_info is not None for record in caplog.records] == [True, False, False]
+    assert caplog.text.count("Traceback") == 1
+
+
 @pytest.mark.parametrize(
     "make", [list, tuple, np.array, torch.tensor, iter, lambda scores: np.array(scores, bool), np.float16]
 )

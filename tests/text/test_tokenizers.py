@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from rlx.errors import ConfigError, DataError
 from rlx.text.tokenizers import (
     character_tokenizer,
+    check_same_ids,
     check_vocabulary,
     decode,
     encode,
@@ -38,6 +39,22 @@ def test_characters_are_numbered_in_the_order_of_the_alphabet(digits):
 def test_a_character_without_a_token_is_named(digits):
     with pytest.raises(DataError, match=r"a\.jsonl:3 has characters that the tokenizer has no token for: '\\n', 'x'\."):
         encode(digits, "1x+\n", "a.jsonl:3")
+
+
+def test_a_tokenizer_reads_for_a_model_if_every_id_of_the_models_own_is_the_same_token(digits, tmp_path):
+    of_model = character_tokenizer("0123456789+=")
+    of_model.add_special_tokens({"additional_special_tokens": ["<reserved>"]})
+    digits.chat_template = "{{ messages[0].content }}"
+    digits.add_special_tokens({"additional_special_tokens": ["<call>", "<answer>"]})  # the first in place of <reserved>
+    check_same_ids(digits, of_model, "model")
+    check_same_ids(of_model, character_tokenizer("0123456789"), "model")
+    check_same_ids(character_tokenizer("0123456789"), of_model, "model")
+    for alphabet, said in (
+        ("0123456789=+", "id 11 for '=', and in the tokenizer of model it is 12"),
+        ("0123456789+-", "id 12 for '-', and in the tokenizer of model that is '='"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_same_ids(character_tokenizer(alphabet), of_model, "model")
 
 
 @pytest.mark.parametrize("alphabet", ["", "abca"])

@@ -81,14 +81,17 @@ def prompt_text(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def prompt_tokens(text: str, from_chat: bool, tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
-    """Return a prompt's tokens, at least one: a plain text behind BOS where the tokenizer puts one."""
+    """Return a prompt's tokens, at least one: a plain text behind BOS where the tokenizer puts one.
+
+    place: what DataError calls it, as in "the prompt in rows.jsonl:3".
+    """
     tokens = encode(tokenizer, text, place) if from_chat else encode_start(tokenizer, text, place)
     if not tokens:
-        raise DataError(f"the prompt in {place} is empty; it must have at least one token.")
+        raise DataError(f"{place} is empty; it must have at least one token.")
     return tokens
 
 
 def _prompt(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     text, from_chat = prompt_text(rows, index, tokenizer)
-    tokens = prompt_tokens(text, from_chat, tokenizer, rows.place(index))
+    tokens = prompt_tokens(text, from_chat, tokenizer, f"the prompt in {rows.place(index)}")
     return Prompt(index, text, tuple(tokens), rows[index])

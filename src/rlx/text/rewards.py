@@ -65,6 +65,7 @@ class RewardFunction:
         self.name = reward if isinstance(reward, str) else _name(reward)
         self.timeout_s, self.on_error, self.kwargs = timeout_s, on_error, dict(kwargs or {})
         self._takes_records = _takes_records(self.function, self.name, self.kwargs)
+        self._has_told = False  # where in the function samples fail
 
     def score(
         self,
@@ -82,10 +83,13 @@ class RewardFunction:
         count = len(samples.prompts)
         if not count:
             return Scores(np.zeros(0, np.float32), np.zeros(0, bool))
+        failed: Exception | None = None
         try:
             returned = self._call(samples, 0, count)
         except Exception as error:
-            return self._one_by_one(samples, error)
+            returned, failed = [], error
+        if failed is not None:  # not within the except: what a sample raises would be told with this traceback, too
+            return self._one_by_one(samples, failed)
         wrong = [index for index, value in enumerate(returned) if _number(value) is None]
         failures = {index: self._blame(samples, index, _no_number(returned[index])) for index in wrong}
         return self._outcome([_number(value) or 0.0 for value in returned], failures)
@@ -147,7 +151,9 @@ class RewardFunction:
             first = next(iter(failures.values()))
             if self.on_error == "stop":
                 raise first
-            log.warning("%d of %d samples are masked: %s", len(failures), len(scores), first, exc_info=first.__cause__)
+            place = None if self._has_told else first.__cause__
+            log.warning("%d of %d samples are masked: %s", len(failures), len(scores), first, exc_info=place)
+            self._has_told = True
         score = np.array(scores, np.float32)
         mask = np.ones(len(scores), bool)
         mask[list(failures)] = False
@@ -156,10 +162,10 @@ class RewardFunction:
     def _blame(self, samples: _Samples, index: int, failure: Exception | str) -> RewardError:
         number = index if samples.indices is None else samples.indices[index]
         said = _said(failure) if isinstance(failure, Exception) else failure
+        cure = "; correct it, or set reward.on_error=mask to go on without such samples." * (self.on_error == "stop")
         blamed = RewardError(
             f"the reward function {self.name} {said} for prompt {number} {_short(samples.prompts[index])} with the "
-            f"completion {_short(samples.completions[index])}; correct it, or set on_error to mask to go on without "
-            "such samples."
+            f"completion {_short(samples.completions[index])}{cure or '.'}"
         )
         blamed.__cause__ = failure if isinstance(failure, Exception) else None
         return blamed

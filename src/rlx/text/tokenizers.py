@@ -113,6 +113,26 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embedding_rows: int) ->
         )
 
 
+def check_same_ids(tokenizer: PreTrainedTokenizerBase, of_model: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise ConfigError where a token has another id than in the tokenizer that stands with the model in `path`.
+
+    Tokens beside those of the model's, and other names for its added ones, as for reserved tokens, are fine.
+    """
+    ids, its_ids = tokenizer.get_vocab(), of_model.get_vocab()
+    its_tokens = {number: token for token, number in its_ids.items() if number not in of_model.added_tokens_decoder}
+    for token, number in sorted(ids.items(), key=lambda item: item[1]):
+        if its_ids.get(token, number) != number:
+            there = f"it is {its_ids[token]}"
+        elif token not in its_ids and number in its_tokens:
+            there = f"that is {its_tokens[number]!r}"
+        else:
+            continue
+        raise ConfigError(
+            f"{_name(tokenizer)} has the id {number} for {token!r}, and in the tokenizer of {path} {there}, so that "
+            "model would read another text; leave model.tokenizer out, or give one with the same ids."
+        )
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, place: str) -> list[int]:
     """Return the tokens of a text, as it stands: none is put before or after it. DataError names `place`."""
     try:
