@@ -91,7 +91,10 @@ def test_an_export_that_fails_half_way_leaves_what_was_there(rlx, monkeypatch):
 
 def test_a_run_has_a_place_for_its_model_and_a_checkpoint_none(rlx):
     Path("sft/model/left_over").write_text("of an older export")
+    Path("sft/.model.99.tmp").mkdir()  # of one that was killed
+    before = set(names("sft")) - {".model.99.tmp"}
     assert rlx("export", "sft") == (0, "sft/model\n", "")
+    assert set(names("sft")) == before
     assert names("sft/model") == FILES
     code, _, err = rlx("export", "sft/checkpoints/iter_000002")
     assert code == 2 and "say with -o where this one goes" in err

@@ -180,7 +180,10 @@ def export_model(model: nn.Module, tokenizer: Any, folder: str | Path, *, replac
     is neither or cannot be written.
     """
     folder = Path(folder).expanduser()
-    if not replace:
+    if replace:
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed; models are large
+            shutil.rmtree(left, ignore_errors=True)
+    else:
         check_export_folder(folder)
     into = folder if folder.is_dir() and not replace else folder.parent  # an empty one stays: it may be a mount
     temporary = into / f".{folder.resolve().name}.{os.getpid()}.tmp"
