@@ -24,7 +24,8 @@ from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
 from rlx.text.text_env import TextEnvMaker
 from rlx.text_models import context_of, stop_tokens, tokenizer_source
-from rlx.text_rollouts import FunctionScorer, NoScorer, Rollouts, Scorer, SumScorer
+from rlx.text_rollouts import Rollouts
+from rlx.text_scorers import FunctionScorer, NoScorer, Scorer, SumScorer
 from rlx.text_served import build_served_runners
 from rlx.text_settings import TextSettings
 

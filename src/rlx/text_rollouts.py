@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,29 +22,14 @@ from rlx.rollout.token_runner import Completions
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.order import order
 from rlx.text.prompts import Prompt
-from rlx.text.rewards import RewardFunction, Scores
+from rlx.text.rewards import Scores
 from rlx.text.tokenizers import decode
+from rlx.text_scorers import Scorer
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
 
 TRAINING, EVALUATION = 0, 1  # what seeds are of, so that no evaluation repeats a draw of the training
-
-
-class Scorer(Protocol):
-    """Says what completions are worth: a reward function, a reward model, or both together."""
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return a score for each of S completions, given the prompt of each, its text and its tokens."""
-        ...
-
-    def take_restarts(self) -> int:
-        """Return how many of its processes were started again since the last call."""
-        ...
-
-    def close(self) -> None:
-        """End its processes."""
-        ...
 
 
 @dataclass
@@ -303,60 +288,3 @@ def _of_conversations(
         mask[kept] = scores.mask
         failures = {kept[index]: error for index, error in scores.failures.items()}
     return Scores(score, mask, failures), lost
-
-
-class NoScorer:
-    """Scores nothing: all that counts is what the environments give."""
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return zeros."""
-        return Scores(np.zeros(len(texts), np.float32), np.ones(len(texts), bool))
-
-    def take_restarts(self) -> int:
-        """Return 0: it has no process."""
-        return 0
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class FunctionScorer:
-    """Scores with a reward function of texts."""
-
-    def __init__(self, function: RewardFunction) -> None:
-        self._function = function
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return what the function says."""
-        asked, records = [prompt.text for prompt in prompts], [prompt.record for prompt in prompts]
-        return self._function.score(asked, texts, records, [prompt.index for prompt in prompts])
-
-    def take_restarts(self) -> int:
-        """Return 0: it has no process."""
-        return 0
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class SumScorer:
-    """The sum of several scores; a sample counts where all of them are there."""
-
-    def __init__(self, parts: Sequence[Scorer]) -> None:
-        self._parts = parts
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return the sums."""
-        scores = [part.score(prompts, texts, completions) for part in self._parts]
-        failures = {index: error for one in scores for index, error in one.failures.items()}
-        mask = np.logical_and.reduce([one.mask for one in scores])
-        return Scores(np.sum([one.score for one in scores], axis=0), mask, failures)
-
-    def take_restarts(self) -> int:
-        """Return the restarts of all parts."""
-        return sum(part.take_restarts() for part in self._parts)
-
-    def close(self) -> None:
-        """Close every part."""
-        for part in self._parts:
-            part.close()
