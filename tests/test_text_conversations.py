@@ -153,7 +153,10 @@ def test_rows_of_the_calculator_share_no_product_between_splits():
         ({"environment.env": "rlx.envs.guess:Nothing"}, 'environment.env is "rlx.envs.guess:Nothing"'),
         ({"environment.kwargs": {"cost": 1}}, "cannot be made with {'cost': 1}: .*unexpected keyword argument 'cost'"),
         ({"environment.env": "rlx.envs.guess:rows"}, "made a list; it must be a gymnasium.Env"),
-        ({"training.max_age": 1, "token_runners.num_token_runners": 1}, "at completions, not at conversations"),
+        (
+            {"training.max_age": 1, "token_runners.num_token_runners": 1},
+            "max_age=1 .* set environment.num_env_actors to 1 or more",
+        ),
         ({"environment.env": None}, "at least one has to say what is good"),
     ],
 )

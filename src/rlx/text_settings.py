@@ -120,10 +120,10 @@ def _check_rollouts(s: TextSettings) -> None:
         raise ConfigError(
             "reward.function, reward.model and environment.env are not set; at least one has to say what is good."
         )
-    if s.environment.env is not None and getattr(s.training, "max_age", 0):
+    if s.environment.env is not None and getattr(s.training, "max_age", 0) and not s.environment.num_env_actors:
         raise ConfigError(
-            "training.max_age above 0 has token runners work ahead at completions, not at conversations with "
-            "environment.env; set max_age to 0."
+            f"training.max_age={s.training.max_age} has conversations go on while learners learn, so environments "  # type: ignore[attr-defined]
+            "need processes of their own: set environment.num_env_actors to 1 or more, or max_age to 0."
         )
     g = s.generation
     if g.top_k or g.top_p < 1 or g.min_p or g.temperature == 0:

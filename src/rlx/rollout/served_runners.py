@@ -62,6 +62,10 @@ class ServedRunners:
         """Raise ConfigError: whole batches only."""
         raise ConfigError("a server generates whole batches: set training.max_age=0.")
 
+    def arrive_in_turns(self, *arguments: Any, **parts: Any) -> NoReturn:
+        """Raise ConfigError: whole batches only."""
+        self.arrive()
+
     def take_restarts(self) -> int:
         """Return 0: nobody here starts the server."""
         return 0
