@@ -117,7 +117,7 @@ class SlotCache(Cache):
 
     @torch.inference_mode()
     def take_over(self, smaller: SlotCache) -> None:
-        """Put what stands in the slots of a smaller cache into these."""
+        """Put what stands in the slots of a smaller cache into these; it is emptied, so that no two are there at once."""
         for layer, old in zip(self.slot_layers, smaller.slot_layers, strict=True):
             if old.is_initialized:
                 assert old.keys is not None and old.values is not None
@@ -125,6 +125,7 @@ class SlotCache(Cache):
                 assert layer.keys is not None and layer.values is not None
                 layer.keys[: old.slots, :, : old.length] = old.keys
                 layer.values[: old.slots, :, : old.length] = old.values
+                old.keys = old.values = None
 
     def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
         """Copy the first `extent` positions of slots `source` [N] to slots `target` [N]; no slot is in both."""

@@ -67,7 +67,7 @@ class Slots:
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 
     def reserve(self, slots: int, length: int, keep: bool = False) -> None:
-        """Make room for so many rows of so many tokens; keep: with what stands in the slots there are."""
+        """Make room for so many rows of so many tokens; keep: what stands in the slots stays there."""
         slots, length = reserved(slots, length, self._exact)
         cache = self._cache
         if cache is None or cache.slots < slots or cache.length < length:

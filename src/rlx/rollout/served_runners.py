@@ -62,9 +62,7 @@ class ServedRunners:
         """Raise ConfigError: whole batches only."""
         raise ConfigError("a server generates whole batches: set training.max_age=0.")
 
-    def arrive_in_turns(self, *arguments: Any, **parts: Any) -> NoReturn:
-        """Raise ConfigError: whole batches only."""
-        self.arrive()
+    arrive_in_turns = arrive
 
     def take_restarts(self) -> int:
         """Return 0: nobody here starts the server."""
