@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlx.callbacks import Callback
+from rlx.checkpoint import list_checkpoints, load_checkpoint
 from rlx.envs import guess
 from rlx.metrics import read_metrics
 
@@ -73,6 +74,8 @@ def test_ages_are_bounded_prompts_learned_from_once_and_what_failed_is_counted_o
     assert sorted(numbers + ahead["open"]) == list(range(ahead["next"]))
     assert rows[-1]["dropped_env_steps"] == 0
     assert rows[-1]["env_failures"] == sum(notes.lost) > 0 and sum(notes.lost) % 4 == 0
+    told = "step() raised FloatingPointError: three; what was said in it is not learned from"
+    assert caplog.text.count(told) >= sum(notes.lost)  # and those of evaluations
     asked_to_learn = rollout.completions.drawn & np.repeat(rollout.counts, rollout.completions.length)
     assert batch.mask.sum() == asked_to_learn.sum()
     torch.testing.assert_close(batch.reward.sum(1), torch.from_numpy(rollout.score))
@@ -94,6 +97,62 @@ def test_a_run_goes_on_with_the_conversations_that_were_not_learned_from(tiny_te
     assert [row["iteration"] for row in rows] == list(range(1, 11))
     assert max(row["age_max"] for row in rows) <= 2
     assert rows[-1]["env_failures"] == sum(notes.lost)
+
+
+@pytest.mark.slow
+def test_failures_in_what_is_dropped_are_named_and_counted(tiny_text, caplog):
+    with asynchronous(tiny_text).build() as run:
+        run.train()
+        arrivals = run.rollouts._arrivals
+        with arrivals._changed:
+            assert arrivals._changed.wait_for(lambda: arrivals._arrived, timeout=60)
+            group = arrivals._arrived[0]
+            group.conversations[1].failure = "it was lost"
+            arrivals._drop([group])
+        rows = [run.train() for _ in range(2)]
+    assert [row["env_failures"] for row in rows] == [1, 1] and rows[0]["dropped_env_steps"] > 0
+    assert caplog.text.count(f"the environment of prompt {group.number}, sample 1: it was lost;") == 1
+
+
+GAME = """
+from rlx.envs.guess import Guess
+
+class Game(Guess):
+    def begin(self):
+        super().begin()  # the model reads the number of the prompt
+
+def rows():
+    return [{"prompt": f"{number}?"} for number in range(1000)]
+"""
+PASSING_ON = ("rlx.rollout.conversation_groups", "ConversationGroups._hear_answer")
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_among_conversations_loses_none_and_learns_from_none_twice(
+    tiny_text, text_driver, tmp_path
+):
+    """In the midst of conversations, of an update and of a checkpoint; resumed each time."""
+    made = asynchronous(tiny_text, "game:Game").prompts("game:rows", kwargs={}).checkpointing(interval=1)
+    made.stop(iterations=8).reporting(samples_per_iteration=24)
+    (tmp_path / "game.py").write_text(GAME)
+    (tmp_path / "config.yaml").write_text(made.to_yaml())
+    arguments, output = ["config.yaml", "--run-dir", "run"], tmp_path / "output.txt"
+    for strike in (
+        (*PASSING_ON, 250),
+        ("rlx.learner.adam", "FlatAdam.step", 5),
+        ("rlx.checkpoint", "_write_durably", 3),
+    ):
+        assert text_driver(tmp_path, ["train", *arguments], strike) == -9, (strike, output.read_text())
+        arguments = ["--resume", "run"]
+    assert text_driver(tmp_path, ["train", *arguments]) == 0, output.read_text()
+    samples, rows = read_metrics(tmp_path / "run/samples.jsonl"), read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row["iteration"] for row in rows] == list(range(1, 9)) and max(row["age_max"] for row in rows) <= 2
+    counts = Counter((row["iteration"], int(row["prompt"].removesuffix("?"))) for row in samples)
+    assert set(counts.values()) == {4} and len(counts) == 8 * 6
+    numbers = [number for _, number in counts]
+    ahead = load_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1])["rollouts"]["ahead"]
+    assert sorted(numbers + list(ahead["open"])) == list(range(ahead["next"]))
+    assert any(len(set(row["drawn"])) == 2 for row in samples if "drawn" in row)
 
 
 @pytest.mark.slow

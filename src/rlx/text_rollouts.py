@@ -125,7 +125,8 @@ class Rollouts:
             prompts = [self._prompt(group.number) for group in groups]
             conversations = [one for group in groups for one in group.conversations]
             rollout = self._scored(prompts, self._samples_per_prompt, completions, clock, conversations or None)
-            rollout.env_failures += self._arrivals.take_dropped_failures()
+            for group in self._arrivals.take_dropped_failed():
+                rollout.env_failures += _tell_failures([self._prompt(group.number)], group.conversations)
         self.reward_failures += rollout.reward_failures
         return rollout
 
@@ -186,7 +187,7 @@ class Rollouts:
         """Return the rollout of these completions of each prompt, or of these conversations about it."""
         asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         if conversations is not None:
-            _tell_failures(asked, conversations, samples_per_prompt)
+            _tell_failures(prompts, conversations)
             asked = [self._begun(prompt, one.start) for prompt, one in zip(asked, conversations, strict=True)]
         with clock.measure("score_s"):
             texts = [decode(self.tokenizer, tokens, self.stops) for tokens in completions.split(completions.tokens)]
@@ -286,13 +287,17 @@ def _options(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt.tokens, "record": prompt.record}
 
 
-def _tell_failures(prompts: Sequence[Prompt], conversations: Sequence[Conversation], samples: int) -> None:
+def _tell_failures(prompts: Sequence[Prompt], conversations: Sequence[Conversation]) -> int:
+    """Name the conversations whose environment failed, as many about each prompt; return how many they are."""
+    samples, failed = len(conversations) // len(prompts), 0
     for index, one in enumerate(conversations):
         if one.failure:
+            failed += 1
             log.warning(
                 "the environment of prompt %d, sample %d: %s; what was said in it is not learned from.",
-                *(prompts[index].index, index % samples, one.failure),
+                *(prompts[index // samples].index, index % samples, one.failure.removesuffix(".")),
             )
+    return failed
 
 
 def _of_conversations(

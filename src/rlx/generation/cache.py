@@ -117,7 +117,7 @@ class SlotCache(Cache):
 
     @torch.inference_mode()
     def take_over(self, smaller: SlotCache) -> None:
-        """Put what stands in the slots of a smaller cache into these; it is emptied, so that no two are there at once."""
+        """Put what stands in the slots of a smaller cache into these, and empty it: no two are there at once."""
         for layer, old in zip(self.slot_layers, smaller.slot_layers, strict=True):
             if old.is_initialized:
                 assert old.keys is not None and old.values is not None

@@ -102,7 +102,8 @@ class GroupArrivals(CallLoop):
         self._again: list[int] = []  # numbers below it that have to be asked for once more
         self._asked: dict[int, int] = {}  # number -> version, of what has not arrived
         self._arrived: list[Group] = []
-        self._dropped_tokens = self._dropped_failures = 0
+        self._dropped_tokens = 0
+        self._dropped_failed: list[Group] = []
 
     def take(self) -> list[Group]:
         """Return the groups of the next batch, the oldest first; while it is learned from, less is asked for.
@@ -138,10 +139,10 @@ class GroupArrivals(CallLoop):
             dropped, self._dropped_tokens = self._dropped_tokens, 0
         return dropped
 
-    def take_dropped_failures(self) -> int:
-        """Return how many conversations with failed environments were among what was dropped since the last call."""
+    def take_dropped_failed(self) -> list[Group]:
+        """Return the groups that were dropped since the last call and have conversations whose environment failed."""
         with self._changed:
-            dropped, self._dropped_failures = self._dropped_failures, 0
+            dropped, self._dropped_failed = self._dropped_failed, []
         return dropped
 
     def get_state(self) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class GroupArrivals(CallLoop):
 
     def _drop(self, groups: Sequence[Group]) -> None:
         self._dropped_tokens += sum(int(group.completions.drawn_length.sum()) for group in groups)
-        self._dropped_failures += sum(bool(one.failure) for group in groups for one in group.conversations)
+        self._dropped_failed += [group for group in groups if any(one.failure for one in group.conversations)]
         self._arrived = [group for group in self._arrived if group not in groups]
 
     def _ask(self) -> None:
