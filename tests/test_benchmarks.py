@@ -161,7 +161,7 @@ def test_the_page_has_a_section_for_every_workload(monkeypatch):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     workloads = load("workloads.py", monkeypatch)
     alone = ["time to solved", "stays solved", "env runner", "memory", "soak training", "core", "generation", "decode"]
-    alone += ["sync", "end to end", "training", "soak post-training", "speculation"]
+    alone += ["sync", "end to end", "training", "soak post-training", "speculation", "kept turns"]
     for section in [*workloads.WORK, *workloads.ASYNCHRONOUS, *alone]:
         assert f"<!-- begin {section} -->" in page and f"<!-- end {section} -->" in page
 
@@ -453,3 +453,28 @@ def test_a_draft_models_steps_are_paid_for(monkeypatch):
     cost, tokens = {0: 10.0, 1: 12.0, 2: 20.0}, [1.5, 1.9]
     assert speculation.bound(tokens, cost, None) == (pytest.approx(1.25), 1)
     assert speculation.bound(tokens, cost, {0: 5.0}) == (pytest.approx(1.5 / 1.7), 1)
+
+
+def test_what_a_turn_reads_and_what_of_it_is_new(monkeypatch):
+    """Two conversations about one prompt of 3, which is read once; turns of 2 and an answer of 4."""
+    kept = load("kept_turns.py", monkeypatch)
+    monkeypatch.setattr(kept, "CONVERSATIONS", 2)
+    monkeypatch.setattr(kept, "SAMPLES", 2)
+    case = kept.Case("", prompt=3, turns=2, drawn=2, said=4)
+    assert [case.read(turn) for turn in range(2)] == [3, 9] and [case.new(turn) for turn in range(2)] == [3, 5]
+    assert [len(kept.requests_of(case, turn, case.read)) for turn in range(2)] == [1, 2]
+    monkeypatch.setattr(kept, "BANDWIDTH", 1.0)
+    monkeypatch.setattr(kept, "RATE", 1e9)  # so that only bytes count
+    costs = kept.Costs(weight_bytes=100, token_bytes=1, token_flops=1, head_flops=1, pair_flops=1)
+    total, read, new = kept.counted(costs, case)
+    assert (read, new) == (200, 100 + 100 + 2 * 4)
+    assert total - read == (100 + 2 * 4) + (100 + 2 * 10)  # one step a turn: the first token comes from reading
+
+
+def test_the_time_of_reading_is_part_of_all(monkeypatch):
+    kept = load("kept_turns.py", monkeypatch)
+    prefill = kept.Slots.prefill
+    model = kept.LlamaForCausalLM(kept.LlamaConfig(vocab_size=16, **kept.SIZES | {"num_hidden_layers": 1})).eval()
+    monkeypatch.setattr(kept, "CONVERSATIONS", 8)
+    total, read, new = kept.measure(kept.Generator(model), kept.Case("", prompt=2, turns=2, drawn=2, said=2))
+    assert new > 0 and 0 < read < total and kept.Slots.prefill is prefill

@@ -111,7 +111,7 @@ def test_runners_that_are_lost_again_and_again_cost_no_sample(number, tiny_text,
 def test_a_runner_that_raises_ends_the_run_with_its_own_error(tiny_text):
     with asynchronous(tiny_text).build() as run:
         run.train()
-        run.rollouts._arrivals._make_request = lambda number: Request((99,), n=4)
+        run.rollouts._arrivals._maker._make_request = lambda number: Request((99,), n=4)
         with pytest.raises(ConfigError, match="token id 99, but the model's vocabulary has ids from 0 to 12"):
             for _ in range(5):
                 run.train()

@@ -12,6 +12,7 @@ from rlx.metrics import read_metrics
 from rlx.text.text_env import TextEnv
 
 DIGITS = [*"0123456789"]
+AHEAD = {"training.max_age": 1, "token_runners.num_token_runners": 1}
 
 
 def of_guesses(tiny_text, algorithm="grpo", **sections):
@@ -85,12 +86,14 @@ def test_all_samples_of_a_prompt_play_for_the_same_number(tiny_text):
 
 
 @pytest.mark.slow
-def test_where_the_environments_are_makes_no_difference(tiny_text, computed):
+def test_where_environments_and_runners_are_makes_no_difference_while_they_wait_for_the_learner(tiny_text, computed):
+    """With max_age=0, to the bit; processes are sent weights, that is all."""
     rows = []
     for count in (0, 2):
-        made = of_guesses(tiny_text).environment(num_env_actors=count)
-        with made.build() as algorithm:
+        made = of_guesses(tiny_text).training(max_age=0).generation(exact=True).environment(num_env_actors=count)
+        with made.token_runners(num_token_runners=count).build() as algorithm:
             rows.append([computed(algorithm.train()) for _ in range(2)])
+    assert {row.pop("sync_bytes") > 0 for row in rows[1]} == {True} != {row.pop("sync_bytes") > 0 for row in rows[0]}
     assert rows[0] == rows[1]
 
 
@@ -171,7 +174,14 @@ def test_rows_of_the_calculator_share_no_product_between_splits():
         ({"environment.env": "rlx.envs.guess:Nothing"}, 'environment.env is "rlx.envs.guess:Nothing"'),
         ({"environment.kwargs": {"cost": 1}}, "cannot be made with {'cost': 1}: .*unexpected keyword argument 'cost'"),
         ({"environment.env": "rlx.envs.guess:rows"}, "made a list; it must be a gymnasium.Env"),
-        ({"training.max_age": 1, "token_runners.num_token_runners": 1}, "at completions, not at conversations"),
+        (
+            AHEAD,
+            "max_age=1 .* environment.num_env_actors=0 with .*: set num_env_actors to 1 or more and engine to local",
+        ),
+        (
+            AHEAD | {"environment.num_env_actors": 1, "runtime.engine": "inline"},
+            "num_env_actors=1 .*engine=inline gives",
+        ),
         ({"environment.env": None}, "at least one has to say what is good"),
     ],
 )

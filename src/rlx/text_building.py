@@ -17,6 +17,7 @@ from rlx.learner.learner_group import LearnerGroup, choose_device
 from rlx.learner.memory_plan import Plan, memory_plan
 from rlx.learner.sizes import Cost, Generators, NetSize, UpdateSize, number_bytes
 from rlx.nets.device import check_device, nth
+from rlx.rollout.conversations import Terms
 from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_runners import TokenRunners
@@ -24,7 +25,8 @@ from rlx.text.prompts import Prompt
 from rlx.text.rewards import RewardFunction
 from rlx.text.text_env import TextEnvMaker
 from rlx.text_models import context_of, stop_tokens, tokenizer_source
-from rlx.text_rollouts import FunctionScorer, NoScorer, Rollouts, Scorer, SumScorer
+from rlx.text_rollouts import Rollouts
+from rlx.text_scorers import FunctionScorer, NoScorer, Scorer, SumScorer
 from rlx.text_served import build_served_runners
 from rlx.text_settings import TextSettings
 
@@ -105,7 +107,8 @@ def build_runners(
         static_step=s.generation.static_step,
         torch_threads=(s.token_runners.torch_threads or share_of_cores(count)) if count else None,
         on_new_weights=s.token_runners.on_new_weights,
-        max_tokens=longest + s.generation.max_new_tokens,
+        singly=s.environment.env is not None,
+        max_tokens=longest + s.generation.max_new_tokens if s.environment.env is None else None,
         max_new_tokens=s.generation.max_new_tokens,
     )
 
@@ -119,7 +122,10 @@ def build_rollouts(
     envs: TextEnvs | None,
 ) -> Rollouts:
     """Return what has these prompts completed and scored; none in supervised training, which evaluates others."""
-    g = s.generation
+    g, conversations = s.generation, None
+    if envs is not None:
+        sizes = {"context": context_of(s, tokenizer), "vocabulary": len(tokenizer)}
+        conversations = envs, Terms(s.environment.max_turns, g.max_new_tokens, stops=stop_tokens(s, tokenizer), **sizes)
     return Rollouts(
         prompts,
         runners,
@@ -135,10 +141,7 @@ def build_rollouts(
         samples_per_prompt=s.prompts.samples_per_prompt,
         max_age=getattr(s.training, "max_age", 0),
         when_old=s.token_runners.when_old,
-        envs=envs,
-        max_turns=s.environment.max_turns,
-        context=context_of(s, tokenizer),
-        vocabulary=len(tokenizer),
+        conversations=conversations,
     )
 
 

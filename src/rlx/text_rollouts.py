@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +14,19 @@ from rlx.errors import EnvError, RewardError
 from rlx.generation.request import Request, Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.rollout.age import WhenOld
-from rlx.rollout.conversations import Conversation, converse, transcripts
+from rlx.rollout.conversations import Conversation, Terms, converse, transcripts
 from rlx.rollout.group_arrivals import GroupArrivals
 from rlx.rollout.served_runners import ServedRunners
+from rlx.rollout.text_env_host import Key
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_rows import token_batch, token_trajectory
 from rlx.rollout.token_runner import Completions
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.order import order
 from rlx.text.prompts import Prompt
-from rlx.text.rewards import RewardFunction, Scores
+from rlx.text.rewards import Scores
 from rlx.text.tokenizers import decode
+from rlx.text_scorers import Scorer
 from rlx.trajectory import Batch, Trajectory
 
 log = logging.getLogger("rlx")
@@ -32,22 +34,6 @@ log = logging.getLogger("rlx")
 MOST_LOST = 3
 """Iterations in a row of which every sample is lost, and a run ends: what never works is not to be waited for."""
 TRAINING, EVALUATION = 0, 1  # what seeds are of, so that no evaluation repeats a draw of the training
-
-
-class Scorer(Protocol):
-    """Says what completions are worth: a reward function, a reward model, or both together."""
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return a score for each of S completions, given the prompt of each, its text and its tokens."""
-        ...
-
-    def take_restarts(self) -> int:
-        """Return how many of its processes were started again since the last call."""
-        ...
-
-    def close(self) -> None:
-        """End its processes."""
-        ...
 
 
 @dataclass
@@ -112,15 +98,11 @@ class Rollouts:
         samples_per_prompt: int,
         max_age: int = 0,
         when_old: WhenOld = "wait",
-        envs: TextEnvs | None = None,
-        max_turns: int = 1,
-        context: int | None = None,
-        vocabulary: int = 0,
+        conversations: tuple[TextEnvs, Terms] | None = None,
     ) -> None:
         """num_prompts, samples_per_prompt: what `sample` returns. max_age: 0 has the runners work in `sample` only.
 
-        envs: what completions are turns of a conversation with, at most max_turns of them, of `context` tokens in all;
-        vocabulary: how many tokens there are, which an environment has to keep to.
+        conversations: what completions are turns of, if they are: with which environments, and on which terms.
         """
         self.prompts, self.runners, self.scorer, self.tokenizer = prompts, runners, scorer, tokenizer
         self.stops, self.sampling = stops, sampling
@@ -130,11 +112,10 @@ class Rollouts:
         self._max_new_tokens, self._truncated_score = max_new_tokens, truncated_score
         self._shuffle, self._seed = shuffle, seed
         self._num_prompts, self._samples_per_prompt = num_prompts, samples_per_prompt
-        self._envs, self._max_turns, self._context, self._vocabulary = envs, max_turns, context, vocabulary
+        self._conversations = conversations
         self._arrivals: GroupArrivals | None = None
         if max_age:
-            limits: dict[str, Any] = {"per_batch": num_prompts, "max_age": max_age, "when_old": when_old}
-            self._arrivals = runners.arrive(self._request, sampling, **limits)
+            self._arrivals = self._arrive({"per_batch": num_prompts, "max_age": max_age, "when_old": when_old})
 
     def sample(self, clock: Clock) -> Rollout:
         """Return completions of the next prompts; where runners work ahead, of those that were completed next."""
@@ -148,7 +129,10 @@ class Rollouts:
                 groups = self._arrivals.take()
             completions = Completions.concatenate([group.completions for group in groups])
             prompts = [self._prompt(group.number) for group in groups]
-            rollout = self._scored(prompts, self._samples_per_prompt, completions, clock)
+            conversations = [one for group in groups for one in group.conversations]
+            rollout = self._scored(prompts, self._samples_per_prompt, completions, clock, conversations or None)
+            for group in self._arrivals.take_dropped_failed():
+                rollout.env_failures += _tell_failures([self._prompt(group.number)], group.conversations)
         self.reward_failures += rollout.reward_failures
         self._lost_in_a_row = 0 if rollout.counts.any() else self._lost_in_a_row + 1
         if self._lost_in_a_row == MOST_LOST:
@@ -169,8 +153,10 @@ class Rollouts:
         clock: Clock,
     ) -> Rollout:
         """Return scored completions of `prompts`; what is drawn depends on each one's number and the stream."""
-        if self._envs is not None:
-            return self._converse(self._envs, prompts, samples_per_prompt, numbers, stream, sampling, clock)
+        if self._arrivals is not None:
+            self._arrivals.pause()
+        if self._conversations is not None:
+            return self._converse(prompts, samples_per_prompt, numbers, stream, sampling, clock)
         requests = [
             self._request_of(prompt, samples_per_prompt, stream, number)
             for prompt, number in zip(prompts, numbers, strict=True)
@@ -181,7 +167,6 @@ class Rollouts:
 
     def _converse(
         self,
-        envs: TextEnvs,
         prompts: Sequence[Prompt],
         samples_per_prompt: int,
         numbers: Sequence[int],
@@ -190,30 +175,17 @@ class Rollouts:
         clock: Clock,
     ) -> Rollout:
         """Return scored conversations about `prompts`."""
-        of_each = zip(numbers, prompts, strict=True)
-
-        def seed_of(number: int, sample: int, turn: int) -> int:
-            return self._draw_seed(stream, number, *((sample, turn) if sample or turn else ()))
-
+        assert self._conversations is not None
+        envs, terms = self._conversations
         with clock.measure("generate_s"):
             conversations = converse(
                 lambda requests: self.runners.generate(requests, sampling),
                 envs,
-                {number: {"prompt": prompt.tokens, "record": prompt.record} for number, prompt in of_each},
+                {number: _options(prompt) for number, prompt in zip(numbers, prompts, strict=True)},
+                terms,
                 samples=samples_per_prompt,
-                seed_of=seed_of,
-                max_turns=self._max_turns,
-                max_new_tokens=self._max_new_tokens,
-                context=self._context,
-                vocabulary=self._vocabulary,
-                stops=self.stops,
-            )
-        lost = [index for index, one in enumerate(conversations) if one.failure]
-        if lost:
-            prompt, sample = prompts[lost[0] // samples_per_prompt], lost[0] % samples_per_prompt
-            log.warning(
-                "%d of %d conversations were lost and are not learned from; the first, prompt %d, sample %d: %s",
-                *(len(lost), len(conversations), prompt.index, sample, conversations[lost[0]].failure),
+                seed_of=self._turn_seed,
+                stream=stream,
             )
         return self._scored(prompts, samples_per_prompt, transcripts(conversations), clock, conversations)
 
@@ -228,6 +200,7 @@ class Rollouts:
         """Return the rollout of these completions of each prompt, or of these conversations about it."""
         asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
         if conversations is not None:
+            _tell_failures(prompts, conversations)
             asked = [self._begun(prompt, one.start) for prompt, one in zip(asked, conversations, strict=True)]
         with clock.measure("score_s"):
             texts = [decode(self.tokenizer, tokens, self.stops) for tokens in completions.split(completions.tokens)]
@@ -260,12 +233,31 @@ class Rollouts:
         """Return the prompt of this number, counted over the whole run."""
         return self.prompts[order(len(self.prompts), number, 1, self._seed, self._shuffle)[0]]
 
+    def _arrive(self, limits: Mapping[str, Any]) -> GroupArrivals:
+        """Return what keeps the runners at work while others learn."""
+        if self._conversations is None:
+            return self.runners.arrive(self._request, self.sampling, **limits)
+        envs, terms = self._conversations
+        return self.runners.arrive_in_turns(
+            self.sampling,
+            limits,
+            envs=envs,
+            terms=terms,
+            samples=self._samples_per_prompt,
+            options_of=lambda number: _options(self._prompt(number)),
+            seed_of=self._turn_seed,
+            stream=TRAINING,
+        )
+
     def _request(self, number: int) -> Request:
         return self._request_of(self._prompt(number), self._samples_per_prompt, TRAINING, number)
 
     def _request_of(self, prompt: Prompt, samples: int, stream: int, number: int) -> Request:
         """Return what is asked for; what is drawn depends on the number and the stream."""
         return Request(prompt.tokens, samples, self._max_new_tokens, self._draw_seed(stream, number), self.stops)
+
+    def _turn_seed(self, key: Key, turn: int) -> int:
+        return self._draw_seed(key.stream, key.number, *((key.sample, turn) if key.sample or turn else ()))
 
     def _draw_seed(self, stream: int, number: int, *of_turn: int) -> int:
         return int(
@@ -275,7 +267,7 @@ class Rollouts:
 
     def take_restarts(self) -> int:
         """Return how many runners, and actors of rewards or environments, were started again since the last call."""
-        restarts = 0 if self._envs is None else self._envs.take_restarts()
+        restarts = 0 if self._conversations is None else self._conversations[0].take_restarts()
         return restarts + self.runners.take_restarts() + self.scorer.take_restarts()
 
     def take_dropped(self) -> int:
@@ -284,8 +276,10 @@ class Rollouts:
 
     def close(self) -> None:
         """End the processes of runners and scorers."""
-        if self._envs is not None:
-            self._envs.close()
+        if self._arrivals is not None:
+            self._arrivals.pause()
+        if self._conversations is not None:
+            self._conversations[0].close()
         self.runners.close()
         self.scorer.close()
 
@@ -303,6 +297,23 @@ class Rollouts:
             self._arrivals.set_state(state.get("ahead") or {"next": self.position, "open": []})
 
 
+def _options(prompt: Prompt) -> dict[str, Any]:
+    """Return what an environment is told of the prompt that a conversation is about."""
+    return {"prompt": prompt.tokens, "record": prompt.record}
+
+
+def _tell_failures(prompts: Sequence[Prompt], conversations: Sequence[Conversation]) -> int:
+    """Return how many conversations, as many about each prompt, have an environment that failed; name the first."""
+    samples, lost = len(conversations) // len(prompts), [i for i, one in enumerate(conversations) if one.failure]
+    if lost:
+        log.warning(
+            "%d of %d conversations were lost and are not learned from; the first, prompt %d, sample %d: %s",
+            *(len(lost), len(conversations), prompts[lost[0] // samples].index, lost[0] % samples),
+            conversations[lost[0]].failure,
+        )
+    return len(lost)
+
+
 def _of_conversations(
     scorer: Scorer, prompts: Sequence[Prompt], texts: Sequence[str], conversations: Sequence[Conversation]
 ) -> tuple[Scores, np.ndarray]:
@@ -318,60 +329,3 @@ def _of_conversations(
         mask[kept] = scores.mask
         failures = {kept[index]: error for index, error in scores.failures.items()}
     return Scores(score, mask, failures), lost
-
-
-class NoScorer:
-    """Scores nothing: all that counts is what the environments give."""
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return zeros."""
-        return Scores(np.zeros(len(texts), np.float32), np.ones(len(texts), bool))
-
-    def take_restarts(self) -> int:
-        """Return 0: it has no process."""
-        return 0
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class FunctionScorer:
-    """Scores with a reward function of texts."""
-
-    def __init__(self, function: RewardFunction) -> None:
-        self._function = function
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return what the function says."""
-        asked, records = [prompt.text for prompt in prompts], [prompt.record for prompt in prompts]
-        return self._function.score(asked, texts, records, [prompt.index for prompt in prompts])
-
-    def take_restarts(self) -> int:
-        """Return 0: it has no process."""
-        return 0
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class SumScorer:
-    """The sum of several scores; a sample counts where all of them are there."""
-
-    def __init__(self, parts: Sequence[Scorer]) -> None:
-        self._parts = parts
-
-    def score(self, prompts: Sequence[Prompt], texts: Sequence[str], completions: Completions) -> Scores:
-        """Return the sums."""
-        scores = [part.score(prompts, texts, completions) for part in self._parts]
-        failures = {index: error for one in scores for index, error in one.failures.items()}
-        mask = np.logical_and.reduce([one.mask for one in scores])
-        return Scores(np.sum([one.score for one in scores], axis=0), mask, failures)
-
-    def take_restarts(self) -> int:
-        """Return the restarts of all parts."""
-        return sum(part.take_restarts() for part in self._parts)
-
-    def close(self) -> None:
-        """Close every part."""
-        for part in self._parts:
-            part.close()

@@ -114,7 +114,7 @@ class TextEnvironmentSection(Section):
     """Turns of the model at most; each ends with a stop token, or is cut at generation.max_new_tokens, which ends the
     conversation."""
     num_env_actors: int = Field(default=0, ge=0)
-    """Processes that the environments are in; 0: the driver."""
+    """Processes that the environments are in; 0: the driver, with training.max_age 0 only."""
     timeout_s: float | None = Field(default=10.0, gt=0)
     """Longest time for one reset or step; an environment that takes longer costs its sample. null: as it likes."""
 

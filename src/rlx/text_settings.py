@@ -125,10 +125,12 @@ def _check_rollouts(s: TextSettings) -> None:
         raise ConfigError(
             "reward.function, reward.model and environment.env are not set; at least one has to say what is good."
         )
-    if s.environment.env is not None and getattr(s.training, "max_age", 0):
+    max_age, count, engine = getattr(s.training, "max_age", 0), s.environment.num_env_actors, s.runtime.engine
+    if s.environment.env is not None and max_age and (not count or engine == "inline"):
         raise ConfigError(
-            "training.max_age above 0 has token runners work ahead at completions, not at conversations with "
-            "environment.env; set max_age to 0."
+            f"training.max_age={max_age} has conversations go on while learners learn, so environments need processes "
+            f"of their own, and environment.num_env_actors={count} with runtime.engine={engine} gives them none: set "
+            "num_env_actors to 1 or more and engine to local, or max_age to 0."
         )
     g = s.generation
     if g.top_k or g.top_p < 1 or g.min_p or g.temperature == 0:
@@ -137,8 +139,8 @@ def _check_rollouts(s: TextSettings) -> None:
             "needs completions drawn from the policy itself; set top_k=0, top_p=1, min_p=0, temperature above 0."
         )
     is_local = s.token_runners.engine == "rlx"
-    if is_local and getattr(s.training, "max_age", 0) and not s.token_runners.num_token_runners:
+    if is_local and max_age and not s.token_runners.num_token_runners:
         raise ConfigError(
-            f"training.max_age={s.training.max_age} has token runners work while learners do, so they need processes "  # type: ignore[attr-defined]
-            "of their own: set token_runners.num_token_runners to 1 or more, or max_age to 0."
+            f"training.max_age={max_age} has token runners work while learners do, so they need processes of their "
+            "own: set token_runners.num_token_runners to 1 or more, or max_age to 0."
         )

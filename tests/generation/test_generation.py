@@ -53,6 +53,22 @@ def test_requests_that_come_later_get_what_they_would_get_alone(build, ragged, s
     assert same(grouped(ended), expected)
 
 
+def test_slots_that_grow_keep_what_stands_in_them(build, ragged, same):
+    """Of ever longer requests, each is added while those before it are under way."""
+    generator = Generator(build("llama", **SMALL), max_slots=18, exact=True)
+    requests = requests_of(sorted(ragged(6, vocabulary=16), key=len))
+    expected = generator.generate(requests)
+    generation = generator.open(Sampling(), length=None, limit=NEW)
+    ended, lengths = {}, set()
+    for number, request in enumerate(requests):
+        generation.add([request], first=number)
+        lengths.add(generation._slots._cache.length)
+        ended |= {(request, sample): completion for request, sample, completion in generation.step()}
+    assert len(lengths) > 1 and generation.has_begun
+    ended |= finish(generation)
+    assert same(grouped(ended), expected)
+
+
 def test_a_generation_of_its_own_is_left_alone_by_generate(build, ragged, same):
     """As of an evaluation in between."""
     generator = Generator(build("llama", **SMALL), exact=True)

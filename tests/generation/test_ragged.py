@@ -79,6 +79,22 @@ def test_prompts_that_are_packed_later_go_beside_those_that_live(build, varlen):
     assert_alike(found, Generator(model, max_slots=6).generate(requests))
 
 
+def test_slots_that_grow_keep_their_layout_and_what_stands_in_them(build, varlen):
+    results = []
+    for way, length in ((True, None), (False, 128)):
+        generation = Generator(build("mistral, window"), static_step=way).open(Sampling(), length=length, limit=24)
+        generation.add([Request([7] * 3, n=2, max_new_tokens=24), Request([8] * 9, n=2, max_new_tokens=24)])
+        for _ in range(5):
+            assert not generation.step()
+        generation.add([Request([9] * 60, n=2, max_new_tokens=24)], 2)
+        keys, ended = generation._slots._cache.slot_layers[0].keys, {}
+        assert keys.transpose(1, 2).is_contiguous() == way
+        while generation.is_busy:
+            ended |= {(request, sample): completion for request, sample, completion in generation.step()}
+        results.append([[ended[request, sample] for sample in range(2)] for request in range(3)])
+    assert_alike(*results)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral, window"])
 def test_the_masks_that_come_along_are_right_alone(build, ragged, varlen, monkeypatch, family):
     """As for layers whose keys lose their note: a mask keeps packed prompts apart, and hides what is not used."""

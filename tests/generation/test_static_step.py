@@ -171,6 +171,21 @@ def test_longer_slots_are_captured_anew_and_another_law_beside_the_first(build, 
         assert_alike(static.generate(requests, sampling), plain.generate(requests, sampling))
 
 
+def test_slots_that_grow_under_what_is_under_way_are_captured_anew(build, capture):
+    results = []
+    for way, length in ((True, None), (False, 128)):
+        generation = Generator(build("llama"), static_step=way).open(Sampling(), length=length, limit=24)
+        ended = {}
+        for number, size in enumerate((3, 9, 60)):
+            generation.add([Request([7 + number] * size, n=2, max_new_tokens=24)], number)
+            for _ in range(5):
+                assert not generation.step()
+        while generation.is_busy:
+            ended |= {(request, sample): completion for request, sample, completion in generation.step()}
+        results.append([[ended[request, sample] for sample in range(2)] for request in range(3)])
+    assert_alike(*results)
+
+
 def test_a_generation_opened_anew_takes_the_slots_of_the_last_one(build, capture):
     results = []
     for way in (True, False):

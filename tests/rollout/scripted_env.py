@@ -37,3 +37,25 @@ class Scripted(gymnasium.Env):
         if self.what == "says words":
             return "words", 0.0, False, False, {}
         return np.full(2, 20 + self.turn), 0.5, self.turn == 3, False, {}
+
+
+class Talkative(gymnasium.Env):
+    """Begins with a token that the seed chooses, and answers each turn with its sum; ends after the record's turns.
+
+    It does what the record says in the second turn.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        self.record, self.turn = options["record"], 0
+        return np.array([*options["prompt"], seed % 10]), {}
+
+    def step(self, action):
+        self.turn += 1
+        if self.turn == 2 and self.record["what"] == "hangs":
+            while True:
+                time.sleep(0.001)
+        if self.turn == 2 and self.record["what"] == "waits":
+            with open(self.record["gate"]) as fifo:  # until somebody opens it to write
+                fifo.read()
+        total = int(action.sum())
+        return np.full(1 + total % 3, total % 10), total / 100, self.turn == self.record["turns"], False, {}

@@ -1,17 +1,20 @@
 """Conversations with environments: what is read and drawn, by hand; and environments that fail, in both homes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from rlx import actors
 from rlx.actors import Restart
-from rlx.rollout.conversations import converse, transcripts
+from rlx.rollout.conversations import Terms, converse, transcripts
 from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_rows import token_batch, token_trajectory
 from rlx.rollout.token_runner import Completions
 from tests.rollout.scripted_env import Scripted
 
 STOP = 9
+TERMS = Terms(max_turns=5, max_new_tokens=4, context=50, vocabulary=30, stops=frozenset([STOP]))
 F, T = False, True
 
 
@@ -53,9 +56,12 @@ def make_envs(request):
 
 def talk(envs, whats=(None,), generate=drawn, **changes):
     begun = {number: {"prompt": [1, 2], "record": {"what": what}} for number, what in enumerate(whats)}
-    options = {"samples": 1, "max_turns": 5, "max_new_tokens": 4, "context": 50, "vocabulary": 30}
-    options["stops"] = frozenset([STOP])
-    return converse(generate, envs, begun, seed_of=lambda *key: hash(key) & 0xFFFF, **options | changes)
+    samples = changes.pop("samples", 1)
+    return converse(generate, envs, begun, replace(TERMS, **changes), samples=samples, seed_of=seed_of)
+
+
+def seed_of(key, turn):
+    return hash((*key, turn)) & 0xFFFF
 
 
 @IN_BOTH_HOMES

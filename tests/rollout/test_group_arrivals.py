@@ -8,18 +8,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ConfigError
 from rlx.generation.generation import Generation
 from rlx.generation.request import Request, Sampling
-from rlx.nets.flat import FlatParameters
 from rlx.rollout.group_arrivals import Group, GroupArrivals
 from rlx.rollout.token_runner import Completions, TokenRunner
 from rlx.rollout.token_runners import TokenRunners
+from tests.rollout.tiny_model import build_model, weights
 
 
 class FakeChannel:
@@ -35,13 +33,7 @@ class FakeChannel:
         return self.newest
 
 
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SAMPLES, NEW = 2, 6
-
-
-def build_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=13, max_position_embeddings=64, **SIZES)).eval()
+SAMPLES = 2
 
 
 def request(number):
@@ -72,10 +64,6 @@ def make_runners():
         yield make
         for runners in made:
             runners.close()
-
-
-def weights(scale=1.0):
-    return FlatParameters(build_model()).numpy().copy() * scale
 
 
 def take(arrivals, runners, batches, first=0):
@@ -208,12 +196,12 @@ def test_new_weights_that_an_evaluation_takes_find_sequences_under_way(on_new_we
     )
     channel.publish(0, weights())
     long, short = Request([1, 2], max_new_tokens=20, seed=1), Request([3], max_new_tokens=3, seed=2)
-    assert [number for number, _ in runner.advance({0: long, 1: short}, Sampling())] == [1]
+    assert [number for number, _, _ in runner.advance({0: long, 1: short}, Sampling())] == [1]
     refreshed = []
     monkeypatch.setattr(Generation, "refresh", lambda self: refreshed.append(self))
     channel.publish(1, weights(1.1))
     assert runner.generate([short], Sampling()).version.tolist() == [1, 1, 1]
-    ((number, made),) = runner.advance({}, Sampling())
+    ((number, _, made),) = runner.advance({}, Sampling())
     drawn_before = 20 if on_new_weights == "finish" else 3
     assert number == 0 and made.version.tolist() == [0] * drawn_before + [1] * (20 - drawn_before)
     assert len(refreshed) == (on_new_weights == "refresh_cache")
@@ -239,7 +227,7 @@ def picked(version, asked, arrived, per_batch=2, max_age=2, when_old="wait"):
     nothing = Completions(
         np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, int), np.zeros(0, bool), np.zeros(0, int)
     )
-    arrivals = GroupArrivals((), request, Sampling(), per_batch=per_batch, max_age=max_age, when_old=when_old)
+    arrivals = GroupArrivals((), None, per_batch=per_batch, max_age=max_age, when_old=when_old)
     arrivals._version = version
     arrivals._asked = dict(enumerate(asked, 100))
     arrivals._arrived = [Group(number, of, nothing) for number, of in enumerate(arrived)]

@@ -115,6 +115,18 @@ class SlotCache(Cache):
         self.slot_layers = [SlotLayer(self.plan, slots, length, window, by_token) for window in windows]
         super().__init__(layers=[*self.slot_layers])
 
+    @torch.inference_mode()
+    def take_over(self, smaller: SlotCache) -> None:
+        """Put what stands in the slots of a smaller cache into these, and empty it: no two are there at once."""
+        for layer, old in zip(self.slot_layers, smaller.slot_layers, strict=True):
+            if old.is_initialized:
+                assert old.keys is not None and old.values is not None
+                layer.lazy_initialization(old.keys, old.values)
+                assert layer.keys is not None and layer.values is not None
+                layer.keys[: old.slots, :, : old.length] = old.keys
+                layer.values[: old.slots, :, : old.length] = old.values
+                old.keys = old.values = None
+
     def copy(self, source: Tensor, target: Tensor, extent: int) -> None:
         """Copy the first `extent` positions of slots `source` [N] to slots `target` [N]; no slot is in both."""
         for layer in self.slot_layers:

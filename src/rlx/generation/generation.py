@@ -19,15 +19,18 @@ from rlx.generation.uniform import uniform
 class Generation:
     """Fills free slots with what was added, and draws one more token for every live sample in each step."""
 
-    def __init__(self, slots: Slots, sampling: Sampling, *, capacity: int, length: int, limit: int) -> None:
-        """capacity: samples at a time; length: of prompt and completion at most; limit: of a completion at most."""
+    def __init__(self, slots: Slots, sampling: Sampling, *, capacity: int, length: int | None, limit: int) -> None:
+        """capacity: samples at a time; length: of prompt and completion at most; limit: of a completion at most.
+
+        length None: slots are made longer when something longer is added.
+        """
         self._slots, self._sampling = slots, sampling
         self._vocabulary, self._context = slots.architecture.vocabulary, slots.architecture.context
         self._queue: list[Share] = []  # the next one last
-        self._live, self._length = Live(capacity, limit), length
+        self._live, self._length, self._grows = Live(capacity, limit), length or 1, length is None
         self.version = 0
         """Version of the weights, which completions tell of each token; whoever changes the weights counts it up."""
-        slots.reserve(capacity, length)
+        slots.reserve(capacity, self._length)
 
     @property
     def is_busy(self) -> bool:
@@ -43,10 +46,14 @@ class Generation:
         """Take up requests, which get the numbers first, first + 1, ...; they begin after those that wait already."""
         shares = shares_of(requests, self._context, self._live.capacity, first)
         if shares and (longest := max(share.length for share in shares)) > self._length:
-            raise ConfigError(
-                f"a prompt and its completion may have {longest} tokens, and the slots have room for {self._length}; "
-                "ask for less, or make longer slots."
-            )
+            if not self._grows:
+                raise ConfigError(
+                    f"a prompt and its completion may have {longest} tokens, and the slots have room for "
+                    f"{self._length}; ask for less, or make longer slots."
+                )
+            twice = 2 * self._length  # so that it does not happen often
+            self._length = max(longest, twice if self._context is None else min(twice, self._context))
+            self._slots.reserve(self._live.capacity, self._length, keep=True)
         self._queue[:0] = shares
 
     @torch.inference_mode()

@@ -95,11 +95,11 @@ class Generator:
         """Raise ConfigError at the first request that the model cannot serve."""
         check_requests(requests, self.architecture.vocabulary, self.architecture.context)
 
-    def open(self, sampling: Sampling, *, length: int, limit: int) -> Generation:
+    def open(self, sampling: Sampling, *, length: int | None, limit: int) -> Generation:
         """Return a Generation to which requests can be added at any time, and that `generate` leaves alone.
 
         It takes over the slots of the one that was opened before, which is over. length: tokens of a prompt and its
-        completion together at most; limit: of a completion.
+        completion together at most, None: as many as they turn out to have; limit: of a completion.
         """
         slots = self._ready_slots("open")
         return Generation(slots, sampling, capacity=self.max_slots, length=length, limit=limit)

@@ -67,13 +67,15 @@ class Slots:
         self._last: tuple[Tensor, Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Make room for so many rows of so many tokens."""
+    def reserve(self, slots: int, length: int, keep: bool = False) -> None:
+        """Make room for so many rows of so many tokens; keep: what stands in the slots stays there."""
         slots, length = reserved(slots, length, self._exact)
         cache = self._cache
         if cache is None or cache.slots < slots or cache.length < length:
             self.forget()  # before the new one is made
             self._cache = SlotCache(self.architecture.windows, slots, length, by_token=self._kernel is not None)
+            if keep and cache is not None:
+                self._cache.take_over(cache)
 
     def forget(self) -> None:
         """Give the memory back, and with it whatever stands in it."""

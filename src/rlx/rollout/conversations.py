@@ -14,8 +14,25 @@ from rlx.rollout.text_envs import TextEnvs
 from rlx.rollout.token_runner import Completions
 
 LIMITLESS = 2**62
-SeedOf = Callable[[int, int, int], int]
-"""(number of the prompt, sample, turn) -> seed."""
+SeedOf = Callable[[Key, int], int]
+"""(conversation, turn) -> seed; all that is drawn or chosen in a conversation depends on it, whenever that is."""
+Asked = list[tuple[Request, list[Key]]]
+"""What the model is asked for, and by which conversations, the first one for its first sample."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What every conversation of a run keeps to."""
+
+    max_turns: int
+    max_new_tokens: int
+    """Of a turn."""
+    context: int | None
+    """Tokens that the model can read at most; None: as many as there are."""
+    vocabulary: int
+    """How many tokens there are, which an environment has to keep to."""
+    stops: frozenset[int]
+    """Tokens that end a turn."""
 
 
 @dataclass
@@ -32,25 +49,34 @@ class Conversation:
     version: list[int] = field(default_factory=list)
     reward: list[float] = field(default_factory=list)
     """At the last token of each turn what it was worth, else 0."""
+    turns: int = 0
+    """Of the model."""
     terminated: bool = False
     failure: str = ""
     is_over: bool = False
 
-    def add_turn(self, tokens: np.ndarray, logp: np.ndarray, version: np.ndarray) -> None:
-        """Put a turn of the model behind it."""
-        self.tokens += tokens.tolist()
-        self.drawn += [True] * len(tokens)
-        self.logp += logp.tolist()
-        self.version += version.tolist()
-        self.reward += [0.0] * len(tokens)
+    @staticmethod
+    def begun(start: Answer, terms: Terms) -> Conversation:
+        """Return what begins with an environment's first words; it has failed where nobody can read these."""
+        start, limit = known(start, terms.vocabulary), terms.context or LIMITLESS
+        tokens, failure = start.tokens.tolist(), start.failure
+        if not failure and not 0 < len(tokens) < limit:
+            failure = f"reset() returned {len(tokens)} tokens; the model reads 1 to {limit - 1}"
+        return Conversation([0] if failure else tokens, failure=failure, is_over=bool(failure))
 
-    def add_answer(self, answer: Answer, room: int, is_last: bool) -> None:
-        """Put the environment's answer behind a turn; room: tokens that the model can still read, the next one's too.
-
-        is_last: no turn may follow, so that the answer is not read by anybody.
-        """
+    def add(self, turn: Completion, answer: Answer, terms: Terms) -> None:
+        """Put a turn of the model behind it, and what the environment said to that."""
+        self.turns += 1
+        self.tokens += turn.tokens.tolist()
+        self.drawn += [True] * len(turn.tokens)
+        self.logp += turn.logp.tolist()
+        self.version += turn.version.tolist()
+        self.reward += [0.0] * len(turn.tokens)
+        answer = known(answer, terms.vocabulary)
         self.reward[-1] += answer.reward
         self.terminated, self.failure = answer.terminated, answer.failure
+        is_last = self.turns == terms.max_turns or not turn.stopped  # so that nobody would read the answer
+        room = LIMITLESS if terms.context is None else terms.context - len(self.start) - len(self.tokens)
         self.is_over = answer.ends or is_last or len(answer.tokens) >= room
         if self.is_over:
             return
@@ -63,77 +89,60 @@ def converse(
     generate: Callable[[list[Request]], Completions],
     envs: TextEnvs,
     begun: Mapping[int, Mapping[str, Any]],
+    terms: Terms,
     *,
     samples: int,
     seed_of: SeedOf,
-    max_turns: int,
-    max_new_tokens: int,
-    context: int | None,
-    vocabulary: int,
-    stops: frozenset[int],
+    stream: int = 0,
 ) -> list[Conversation]:
     """Return `samples` conversations about each of `begun` (number -> options of reset), which have ended.
 
-    generate: completes requests. max_new_tokens: of a turn. context: tokens that the model can read at most.
+    generate: completes requests.
     """
-    keys: list[Key] = [(number, sample) for number in begun for sample in range(samples)]
-    of_each = {key: (seed_of(key[0], 0, 0), begun[key[0]]) for key in keys}  # all of a prompt are alike
-    starts = _known(vocabulary, envs.reset(of_each))
-    found = {key: _begun(starts[key], context) for key in keys}
-    turn, live = 0, [key for key in keys if not found[key].failure]
-    while live:
-        requests = _requests(found, live, lambda key, turn=turn: seed_of(*key, turn), max_new_tokens, stops)
-        turns = dict(zip([key for _, asked in requests for key in asked], _turns(generate, requests), strict=True))
-        answers = _known(vocabulary, envs.step({key: turns[key].tokens for key in live}))
-        turn += 1
-        for key in live:
-            found[key].add_turn(turns[key].tokens, turns[key].logp, turns[key].version)
-            room = LIMITLESS if context is None else context - len(found[key].start) - len(found[key].tokens)
-            found[key].add_answer(answers[key], room, is_last=turn == max_turns or not turns[key].stopped)
-        live = [key for key in live if not found[key].is_over]
+    keys = [Key(stream, number, sample) for number in begun for sample in range(samples)]
+    found: dict[Key, Conversation] = {}
+    try:
+        starts = envs.reset({key: (seed_of_start(key, seed_of), begun[key.number]) for key in keys})
+        found |= {key: Conversation.begun(starts[key], terms) for key in keys}
+        while live := [key for key in keys if not found[key].is_over]:
+            asked = requests_of({key: found[key] for key in live}, seed_of, terms)
+            made = turns_of(generate([request for request, _ in asked]))
+            turns = dict(zip([key for _, of_request in asked for key in of_request], made, strict=True))
+            answers = envs.step({key: turns[key].tokens for key in live})
+            for key in live:
+                found[key].add(turns[key], answers[key], terms)
+    finally:
+        envs.leave(key for key in keys if key not in found or not found[key].terminated)
     return list(found.values())
 
 
-def _known(vocabulary: int, answers: dict[Key, Answer]) -> dict[Key, Answer]:
-    """Return the answers; those with tokens that the model does not know are failures."""
-    failure = f"the observation has token ids outside of 0 to {vocabulary - 1}"
-    return {
-        key: replace(one, failure=failure) if (one.tokens < 0).any() or (one.tokens >= vocabulary).any() else one
-        for key, one in answers.items()
-    }
+def known(answer: Answer, vocabulary: int) -> Answer:
+    """Return the answer; one with tokens that the model does not know is a failure."""
+    if not ((answer.tokens < 0) | (answer.tokens >= vocabulary)).any():
+        return answer
+    return replace(answer, failure=f"the observation has token ids outside of 0 to {vocabulary - 1}")
 
 
-def _begun(start: Answer, context: int | None) -> Conversation:
-    tokens, failure = start.tokens.tolist(), start.failure
-    if not failure and not 0 < len(tokens) < (context or LIMITLESS):
-        failure = f"reset() returned {len(tokens)} tokens; the model reads 1 to {(context or LIMITLESS) - 1}"
-    return Conversation([0] if failure else tokens, failure=failure)
+def seed_of_start(key: Key, seed_of: SeedOf) -> int:
+    """Return the seed of a conversation's environment; all of a prompt are alike."""
+    return seed_of(key._replace(sample=0), 0)
 
 
-def _requests(
-    found: Mapping[Key, Conversation],
-    live: Sequence[Key],
-    seed_of: Callable[[Key], int],
-    max_new_tokens: int,
-    stops: frozenset[int],
-) -> list[tuple[Request, list[Key]]]:
-    """Return what the model is asked for, and by which conversations: samples that were begun alike ask together."""
+def requests_of(found: Mapping[Key, Conversation], seed_of: SeedOf, terms: Terms) -> Asked:
+    """Return what the model is asked for next; samples of a prompt that were begun alike ask together."""
     groups: dict[Any, list[Key]] = {}
-    for key in live:
-        one = found[key]
-        groups.setdefault(key if one.tokens else (key[0], tuple(one.start)), []).append(key)
-    requests = []
+    for key, one in found.items():
+        groups.setdefault(key if one.tokens else (key.number, tuple(one.start)), []).append(key)
+    asked: Asked = []
     for keys in groups.values():
-        read = [*found[keys[0]].start, *found[keys[0]].tokens]
-        requests.append((Request(read, len(keys), max_new_tokens, seed_of(keys[0]), stops), keys))
-    return requests
+        one = found[keys[0]]
+        read, seed = [*one.start, *one.tokens], seed_of(keys[0], one.turns)
+        asked.append((Request(read, len(keys), terms.max_new_tokens, seed, terms.stops), keys))
+    return asked
 
 
-def _turns(
-    generate: Callable[[list[Request]], Completions], requests: Sequence[tuple[Request, list[Key]]]
-) -> list[Completion]:
-    """Return the turns of all conversations, in the order of the requests."""
-    made = generate([request for request, _ in requests])
+def turns_of(made: Completions) -> list[Completion]:
+    """Return the turns of the model one by one."""
     columns = [made.split(column) for column in (made.tokens, made.logp, made.version)]
     return [Completion(*of_one, bool(stopped)) for *of_one, stopped in zip(*columns, made.stopped, strict=True)]  # type: ignore[misc]
 

@@ -1,29 +1,79 @@
-"""GroupArrivals: completions of prompts in the order in which they end, while runners and learners work together."""
+"""GroupArrivals: samples of prompts in the order in which they end, while runners and learners work together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rlx.generation.request import Request, Sampling
 from rlx.rollout.age import WhenOld
+from rlx.rollout.assignments import Assignments
 from rlx.rollout.call_loop import PATIENCE_S, CallLoop
+from rlx.rollout.conversations import Conversation
 from rlx.rollout.runner_actors import Call, RunnerActors
 from rlx.rollout.token_runner import Completions
-
-ASKED_PER_RUNNER = 2  # one that it works at, and one to go on with while the answer is on its way
 
 
 @dataclass(eq=False)
 class Group:
-    """The completions of one prompt."""
+    """The samples of one prompt."""
 
     number: int
     """Of the prompt, counted over the whole run."""
     version: int
     """The newest weights when it was asked for: no token of it is of older ones."""
     completions: Completions
+    conversations: Sequence[Conversation] = ()
+    """What they are transcripts of, if they are."""
+
+
+Made = tuple[int, Completions, Sequence[Conversation]]
+"""A group that has ended: its number, and what it is made of."""
+
+
+class GroupMaker(Protocol):
+    """Has groups made by token runners, and by whoever else it takes; nobody is waited for."""
+
+    def begin(self, number: int) -> None:
+        """Begin a group; a number that has ended may be begun again."""
+        ...
+
+    def ask(self, calls: Sequence[Call]) -> list[Call]:
+        """Ask for what may be asked for now, beside these calls; return the new ones."""
+        ...
+
+    def hear(self, call: Call) -> list[Made]:
+        """Take over the answer of a call; return the groups that have ended with it."""
+        ...
+
+    def forget(self) -> None:
+        """Never mind all groups that have not ended."""
+        ...
+
+
+class CompletionGroups:
+    """Groups of completions. make_request: returns what is asked for by its number."""
+
+    def __init__(self, actors: RunnerActors, make_request: Callable[[int], Request], sampling: Sampling) -> None:
+        self._make_request, self._assignments = make_request, Assignments(actors, sampling)
+
+    def begin(self, number: int) -> None:
+        """Give it to the runner that has the fewest."""
+        runner = min(range(self._assignments.runners), key=self._assignments.given)
+        self._assignments.give(runner, number, self._make_request(number))
+
+    def ask(self, calls: Sequence[Call]) -> list[Call]:
+        """Have runners advance."""
+        return self._assignments.ask(calls)
+
+    def hear(self, call: Call) -> list[Made]:
+        """Return the groups that a runner has completed."""
+        return [(number, completions, ()) for number, _, completions in self._assignments.hear(call)]
+
+    def forget(self) -> None:
+        """Have the runners forget what they are at."""
+        self._assignments.forget()
 
 
 class GroupArrivals(CallLoop):
@@ -32,32 +82,28 @@ class GroupArrivals(CallLoop):
     A batch is `per_batch` groups, learned from in one version of the weights. The age of a group is the versions that
     came after the one it was asked for with; it is max_age at most where it is learned from. Unless `when_old` is
     "drop", runners are no further ahead than it takes for `take` not to wait: what is begun later is younger.
-    make_request: returns what is asked for by its number. What a lost runner had not finished is asked for again.
     """
 
     def __init__(
         self,
         actors: RunnerActors,
-        make_request: Callable[[int], Request],
-        sampling: Sampling,
+        maker: GroupMaker,
         *,
         per_batch: int,
         max_age: int,
         when_old: WhenOld = "wait",
     ) -> None:
         super().__init__(actors)
-        self._make_request, self._sampling = make_request, sampling
+        self._maker = maker
         self._per_batch, self._max_age, self._when_old = per_batch, max_age, when_old
         self._version, self._is_learning = 0, False
         self._lead = 1  # batches that may be ahead of the one that is learned from
         self._next = 0  # number
         self._again: list[int] = []  # numbers below it that have to be asked for once more
         self._asked: dict[int, int] = {}  # number -> version, of what has not arrived
-        self._given: list[dict[int, Request]] = [{} for _ in range(len(actors))]  # of it, what each runner has
-        self._unsent: list[list[int]] = [[] for _ in range(len(actors))]  # and what it has not been told of
-        self._told = [0] * len(actors)  # which incarnation of each was told of the rest
         self._arrived: list[Group] = []
         self._dropped_tokens = 0
+        self._dropped_failed: list[Group] = []
 
     def take(self) -> list[Group]:
         """Return the groups of the next batch, the oldest first; while it is learned from, less is asked for.
@@ -93,6 +139,12 @@ class GroupArrivals(CallLoop):
             dropped, self._dropped_tokens = self._dropped_tokens, 0
         return dropped
 
+    def take_dropped_failed(self) -> list[Group]:
+        """Return the groups that were dropped since the last call and have conversations whose environment failed."""
+        with self._changed:
+            dropped, self._dropped_failed = self._dropped_failed, []
+        return dropped
+
     def get_state(self) -> dict[str, Any]:
         """Return which numbers were taken: those below `next` that are not in `open`."""
         with self._changed:
@@ -104,12 +156,11 @@ class GroupArrivals(CallLoop):
         self.pause()
         self._next, self._again = int(state["next"]), [int(number) for number in state["open"]]
         self._asked, self._arrived = {}, []
-        self._given, self._unsent = ([{} for _ in self._given], [[] for _ in self._unsent])
         self._error, self._is_learning = None, False
-        self._actors.forget(self._calls)
+        for call in self._calls:
+            call.forget()
         self._calls = []
-        # Nobody waits for it: a runner does it when it has ended what it is at, and before what it is asked for next.
-        self._actors.forget([self._actors.ask(runner, "forget", tuple) for runner in range(len(self._actors))])
+        self._maker.forget()
 
     def _pick(self) -> list[Group] | None:
         """Return the groups to be learned from now; None where some have to be waited for."""
@@ -128,22 +179,18 @@ class GroupArrivals(CallLoop):
         return batch
 
     def _drop(self, groups: Sequence[Group]) -> None:
-        self._dropped_tokens += sum(len(group.completions.tokens) for group in groups)
+        self._dropped_tokens += sum(int(group.completions.drawn_length.sum()) for group in groups)
+        self._dropped_failed += [group for group in groups if any(one.failure for one in group.conversations)]
         self._arrived = [group for group in self._arrived if group not in groups]
 
     def _ask(self) -> None:
-        """Give each runner as many prompts as may be begun, whoever has the fewest first, and something to do."""
+        """Begin as many prompts as may be begun, and see that everybody has something to do."""
         while self._may_ask():
             number = self._again.pop(0) if self._again else self._next
             self._next = max(self._next, number + 1)
-            runner = min(range(len(self._actors)), key=lambda one: len(self._given[one]))
             self._asked[number] = self._version
-            self._given[runner][number] = self._make_request(number)
-            self._unsent[runner].append(number)
-        for runner, given in enumerate(self._given):
-            calls = sum(call.runner == runner for call in self._calls)
-            if given and (not calls or (self._unsent[runner] and calls < ASKED_PER_RUNNER)):
-                self._calls.append(self._call(runner))
+            self._maker.begin(number)
+        self._calls += self._maker.ask(self._calls)
 
     def _may_ask(self) -> bool:
         if self._when_old == "drop":
@@ -151,29 +198,10 @@ class GroupArrivals(CallLoop):
         batches = self._lead + (not self._is_learning)
         return len(self._asked) + len(self._arrived) < batches * self._per_batch
 
-    def _call(self, runner: int) -> Call:
-        fresh, self._unsent[runner] = self._unsent[runner], []
-        asked: list[bool] = []
-
-        def arguments() -> tuple[Mapping[int, Request], Sampling]:
-            """A runner that was started again knows nothing of what the one before was told of."""
-            given, incarnation = self._given[runner], self._actors.incarnation(runner)
-            is_new = bool(asked) or incarnation != self._told[runner]
-            asked.append(True)
-            self._told[runner] = incarnation
-            unsent = set(self._unsent[runner])
-            numbers = [number for number in given if number not in unsent] if is_new else fresh
-            return {number: given[number] for number in numbers if number in given}, self._sampling
-
-        return self._actors.ask(runner, "advance", arguments)
-
     def _hear(self, call: Call) -> None:
         with self._changed:
-            if not call.value:  # it knows of nothing that it could do
-                self._unsent[call.runner] = list(self._given[call.runner])
-            for number, completions in call.value:
-                if self._given[call.runner].pop(number, None) is not None:
-                    self._arrived.append(Group(number, self._asked.pop(number), completions))
+            for number, completions, conversations in self._maker.hear(call):
+                self._arrived.append(Group(number, self._asked.pop(number), completions, conversations))
             if self._when_old == "drop":
                 most = (self._max_age + 1) * self._per_batch
                 self._drop(sorted(self._arrived, key=lambda group: group.version)[: max(0, len(self._arrived) - most)])

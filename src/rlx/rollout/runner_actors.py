@@ -30,7 +30,9 @@ STALLS_PER_TIMEOUT = 4
 class Call:
     """What a runner was asked for, until it is answered."""
 
+    actors: RunnerActors
     runner: int
+    """Which of these."""
     method: str
     make_arguments: Callable[[], tuple[Any, ...]]
     """Returns them, for each incarnation that is asked."""
@@ -47,6 +49,10 @@ class Call:
         """What the runner returned, once it has."""
         assert isinstance(self.outcome, Ok)
         return self.outcome.value
+
+    def forget(self) -> None:
+        """Never mind the answer; the runner works at it all the same."""
+        self.actors.forget([self])
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class RunnerActors:
         self, runner: int, method: str, make_arguments: Callable[[], tuple[Any, ...]], timeout_s: float | None = None
     ) -> Call:
         """Ask one runner for something, after what it was asked for already; its time begins when that is done."""
-        call = Call(runner, method, make_arguments, self._timeout_s if timeout_s is None else timeout_s)
+        call = Call(self, runner, method, make_arguments, self._timeout_s if timeout_s is None else timeout_s)
         self._send(call)
         return call
 
@@ -186,12 +192,13 @@ class RunnerActors:
     def first(self, calls: Sequence[Call], bell: Future[Any]) -> Call | None:
         """Return the first call to be answered; None where the bell rings before. What a runner raised is raised.
 
-        Of those that have been answered already it is the one that was asked first.
+        Of those that have been answered already it is the one that was asked first. There may be calls to other actors
+        of the same runtime among them.
         """
         while True:
             for call in calls:
                 if call.outcome is not None:
-                    self.gather([call])
+                    call.actors.gather([call])
                     return call
             if bell.done():
                 return None
@@ -245,23 +252,23 @@ class RunnerActors:
         patience_s = min(at_most_s, *(call.deadline - monotonic() for call in calls), IDLE_S)
         self._runtime.wait([*(call.future for call in calls), *bell], count, max(0.0, patience_s))
         for call in calls:
-            if call.future.done():
-                outcome = call.future.outcome()
-            elif monotonic() >= call.deadline and not self._is_starting(call):
-                outcome = Err(self._timeout_of(call))
-            else:
-                continue
-            asked = self._asked[call.runner]
-            asked.remove(call)
-            if asked and call.future.done():  # its time begins now
-                asked[0].deadline = monotonic() + asked[0].timeout_s
-            if isinstance(outcome, Ok) or not self._is_lost(call, outcome.error):
-                call.outcome = outcome
-                continue
-            if not call.future.done():
-                self._late[self._handles[call.runner].name] = str(outcome.error)
-                self._runtime.restart(self._handles[call.runner])
-            self._send(call)
+            if call.future.done() or (monotonic() >= call.deadline and not call.actors._is_starting(call)):
+                call.actors._note(call)
+
+    def _note(self, call: Call) -> None:
+        """Note the answer to a call, or that it is late; ask again if the runner is lost."""
+        outcome = call.future.outcome() if call.future.done() else Err(self._timeout_of(call))
+        asked = self._asked[call.runner]
+        asked.remove(call)
+        if asked and call.future.done():  # its time begins now
+            asked[0].deadline = monotonic() + asked[0].timeout_s
+        if isinstance(outcome, Ok) or not self._is_lost(call, outcome.error):
+            call.outcome = outcome
+            return
+        if not call.future.done():
+            self._late[self._handles[call.runner].name] = str(outcome.error)
+            self._runtime.restart(self._handles[call.runner])
+        self._send(call)
 
     def _is_starting(self, call: Call) -> bool:
         """Return whether the actor is being started again, within its time; then what it is asked for has longer."""

@@ -62,6 +62,8 @@ class ServedRunners:
         """Raise ConfigError: whole batches only."""
         raise ConfigError("a server generates whole batches: set training.max_age=0.")
 
+    arrive_in_turns = arrive
+
     def take_restarts(self) -> int:
         """Return 0: nobody here starts the server."""
         return 0

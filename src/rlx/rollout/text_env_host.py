@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -18,8 +18,15 @@ MOST_TIMEOUTS = 4
 
 LARGEST = float(np.finfo(np.float32).max)
 
-Key = tuple[int, int]
-"""Number of the prompt, and of the sample."""
+
+class Key(NamedTuple):
+    """Which conversation it is."""
+
+    stream: int
+    """What it is for, so that two that go on together are not taken for one another: training, or an evaluation."""
+    number: int
+    """Of the prompt."""
+    sample: int
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,19 @@ class TextEnvHost:
         """Say that it is up; a class that cannot be made raises here."""
         self._free.append(self._make_env())
 
-    def reset(self, begun: Mapping[Key, tuple[int, Mapping[str, Any]]]) -> list[Answer]:
-        """Begin conversations, by key with seed and options; return what is read first in each. All others are over."""
-        self._free += self._envs.values()
-        self._envs = {}
+    def reset(self, begun: Mapping[Key, tuple[int, Mapping[str, Any]]], left: Iterable[Key] = ()) -> list[Answer]:
+        """Begin conversations, by key with seed and options; return what is read first in each. `left` are over."""
+        self.leave(left)
         return self._each("reset", self._reset, begun)
 
-    def step(self, turns: Mapping[Key, np.ndarray]) -> list[Answer]:
-        """Answer a turn of the model in each of these conversations."""
+    def step(self, turns: Mapping[Key, np.ndarray], left: Iterable[Key] = ()) -> list[Answer]:
+        """Answer a turn of the model in each of these conversations; those of `left` are over."""
+        self.leave(left)
         return self._each("step", self._step, {key: (turn,) for key, turn in turns.items()})
+
+    def leave(self, keys: Iterable[Key]) -> None:
+        """Use the environments of these conversations for others, if they have not ended them themselves."""
+        self._free += [self._envs.pop(key) for key in keys if key in self._envs]
 
     def close(self) -> None:
         """Close every environment."""

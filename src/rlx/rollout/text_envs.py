@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from rlx.actors import Restart, Runtime
-from rlx.rollout.runner_actors import Advice, RunnerActors
+from rlx.rollout.runner_actors import Advice, Call, RunnerActors
 from rlx.rollout.text_env_host import Answer, Key, TextEnvHost
 
 ADVICE = Advice(
@@ -38,6 +38,7 @@ class TextEnvs:
         restart: Restart | None = None,
     ) -> None:
         self._hosts: TextEnvHost | RunnerActors
+        self._left: list[list[Key]] = [[] for _ in range(num_actors)]  # by host, what it was not told of
         if not num_actors:
             self._hosts = TextEnvHost(make_env, timeout_s)
             self._hosts.spaces()
@@ -61,6 +62,25 @@ class TextEnvs:
         """Answer a turn of the model in each of these conversations."""
         return self._ask("step", turns)
 
+    def leave(self, keys: Iterable[Key]) -> None:
+        """Say that these conversations are over, which their environments may not know; they need not be there."""
+        if isinstance(self._hosts, TextEnvHost):
+            self._hosts.leave(keys)
+            return
+        for key in keys:
+            self._left[self.host(key)].append(key)
+
+    def host(self, key: Key) -> int:
+        """Return which process a conversation is in."""
+        return (key.number + key.sample) % len(self._left)
+
+    def ask(self, host: int, method: str, of_each: Mapping[Key, Any]) -> Call:
+        """Ask one process for "reset" or "step" of conversations that are in it, and wait for nothing."""
+        assert isinstance(self._hosts, RunnerActors), "environments in this process answer while they are asked"
+        left, self._left[host] = self._left[host], []
+        deadline_s = MARGIN_S + self._timeout_s * len(of_each)
+        return self._hosts.ask(host, method, lambda: (of_each, left), deadline_s)
+
     def take_restarts(self) -> int:
         """Return how many processes were started again since the last call."""
         return self._hosts.take_restarts() if isinstance(self._hosts, RunnerActors) else 0
@@ -74,17 +94,10 @@ class TextEnvs:
             return dict(zip(of_each, getattr(self._hosts, method)(of_each), strict=True))
         shares: list[dict[Key, Any]] = [{} for _ in range(len(self._hosts))]
         for key, value in of_each.items():
-            shares[sum(key) % len(shares)][key] = value
-        calls = [
-            (share, self._hosts.ask(index, method, lambda share=share: (share,), self._deadline_s(share)))
-            for index, share in enumerate(shares)
-            if share
-        ]
+            shares[self.host(key)][key] = value
+        calls = [(share, self.ask(host, method, share)) for host, share in enumerate(shares) if share]
         answers = self._hosts.gather([call for _, call in calls])
         found: dict[Key, Answer] = {}
         for (share, _), each in zip(calls, answers, strict=True):
             found |= dict(zip(share, each, strict=True))
         return {key: found[key] for key in of_each}
-
-    def _deadline_s(self, share: Mapping[Key, Any]) -> float:
-        return MARGIN_S + self._timeout_s * len(share)

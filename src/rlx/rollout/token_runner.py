@@ -54,7 +54,8 @@ class Completions:
     @staticmethod
     def concatenate(parts: Sequence[Completions]) -> Completions:
         """Join what several runners made, in the order given."""
-        names = ("tokens", "logp", "length", "stopped", "version")
+        names = ["tokens", "logp", "length", "stopped", "version"]
+        names += [name for name in ("drawn", "reward") if getattr(parts[0], name) is not None]
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         return Completions(**joined, busy_s=max(part.busy_s for part in parts))
 
@@ -64,8 +65,9 @@ class TokenRunner:
 
     build_model: makes the model, which goes to `device`; or the model itself, whose parameters somebody else changes in
     place. policy_channel: where weights are published as {"weights": flat float32 of all that is trained}; a call
-    begins with the newest. on_new_weights: what `advance` does with what is under way when new ones come. max_tokens,
-    max_new_tokens: the longest prompt and completion together, and the longest completion, that it is asked to advance.
+    begins with the newest. on_new_weights: what `advance` does with what is under way when new ones come; singly: it
+    returns samples one by one and not requests as a whole. max_tokens, max_new_tokens: the longest prompt and
+    completion together (None: as it comes), and the longest completion, that it is asked to advance.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class TokenRunner:
         torch_threads: int | None = None,
         policy_channel: AnyChannel | None = None,
         on_new_weights: OnNewWeights = "finish",
-        max_tokens: int = 0,
+        singly: bool = False,
+        max_tokens: int | None = 0,
         max_new_tokens: int = 0,
     ) -> None:
         if torch_threads is not None:
@@ -92,8 +95,9 @@ class TokenRunner:
         self._published: Published | None = None  # the last one taken
         self._on_new_weights, self._lengths = on_new_weights, {"length": max_tokens, "limit": max_new_tokens}
         self._generation: Generation | None = None
+        self._singly = singly
         self._unfinished: dict[int, list[Completion | None]] = {}  # of `advance`, by number: its samples so far
-        self._ended: list[tuple[int, Completions]] = []  # and what it has not returned
+        self._ended: list[tuple[int, int, Completions]] = []  # and what it has not returned
         self.version = 0
 
     def spaces(self) -> int | None:
@@ -116,11 +120,12 @@ class TokenRunner:
             one.version[:] = self.version
         return packed(made, perf_counter() - started)
 
-    def advance(self, requests: Mapping[int, Request], sampling: Sampling) -> list[tuple[int, Completions]]:
-        """Take up these requests beside those under way, by number; return those that end first, as (number, samples).
+    def advance(self, requests: Mapping[int, Request], sampling: Sampling) -> list[tuple[int, int, Completions]]:
+        """Take up these requests beside those under way, by number; return (number, 0, samples) of what ends first.
 
-        It returns as soon as all samples of a request have ended, and what has not ended by then goes on in the next
-        call. A number under way is not taken up twice. New weights are looked for before every token.
+        It returns as soon as all samples of a request have ended, or `singly` one of them, as (number, which, it); what
+        has not ended by then goes on in the next call. A number under way is not taken up twice. New weights are looked
+        for before every token.
         """
         if self._generation is None:
             self._generation = self._generator.open(sampling, **self._lengths)
@@ -151,8 +156,11 @@ class TokenRunner:
         for number, sample, completion in generation.step(begin=not waits):
             samples = self._unfinished[number]
             samples[sample] = completion
+            if self._singly:
+                self._ended.append((number, sample, packed([completion])))
             if (made := [one for one in samples if one is not None]) and len(made) == len(samples):
-                self._ended.append((number, packed(made)))
+                if not self._singly:
+                    self._ended.append((number, 0, packed(made)))
                 del self._unfinished[number]
 
     def _make_way(self) -> None:

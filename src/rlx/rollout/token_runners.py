@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from torch import nn
 
 from rlx.actors import Restart, Runtime
 from rlx.generation.request import Request, Sampling
-from rlx.rollout.group_arrivals import GroupArrivals
+from rlx.rollout.conversation_groups import ConversationGroups
+from rlx.rollout.group_arrivals import CompletionGroups, GroupArrivals, GroupMaker
 from rlx.rollout.runner_actors import Advice, RunnerActors
 from rlx.rollout.token_runner import Completions, TokenRunner
 
@@ -81,9 +82,14 @@ class TokenRunners:
 
     def arrive(self, make_request: Callable[[int], Request], sampling: Sampling, **limits: Any) -> GroupArrivals:
         """Return what keeps the runners at work, within `limits` of GroupArrivals, while others learn."""
-        assert self._actors is not None, "a runner in this process works at nothing while others do"
-        self._arrivals = GroupArrivals(self._actors, make_request, sampling, **limits)
-        return self._arrivals
+        return self._arriving(CompletionGroups(self._own_processes(), make_request, sampling), limits)
+
+    def arrive_in_turns(self, sampling: Sampling, limits: Mapping[str, Any], **conversations: Any) -> GroupArrivals:
+        """Return what keeps runners, made with `singly`, and environments at work.
+
+        limits: of GroupArrivals; conversations: what ConversationGroups are made of.
+        """
+        return self._arriving(ConversationGroups(self._own_processes(), sampling, **conversations), limits)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Completions:
         """Return the completions of all requests, in their order."""
@@ -100,6 +106,14 @@ class TokenRunners:
             if share
         ]
         return Completions.concatenate(self._actors.gather(calls))
+
+    def _own_processes(self) -> RunnerActors:
+        assert self._actors is not None, "a runner in this process works at nothing while others do"
+        return self._actors
+
+    def _arriving(self, maker: GroupMaker, limits: Mapping[str, Any]) -> GroupArrivals:
+        self._arrivals = GroupArrivals(self._own_processes(), maker, **limits)
+        return self._arrivals
 
     def take_restarts(self) -> int:
         """Return how many runners were started again since the last call."""
