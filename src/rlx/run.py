@@ -5,6 +5,7 @@ manifest.json    versions, seed, command, start time
 metrics.jsonl    one line an iteration
 samples.jsonl    some completions of each iteration, in runs on text
 model/           the model as transformers loads it, at the end of runs on text
+origin/          copies of the models that a run on text began with, where they were folders
 checkpoints/     iter_000010/ ...
 videos/          evaluation episodes, if evaluation.video asks for them
 logs/driver.log  what the driver logged
@@ -74,7 +75,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path, *, tensorboard: bool = False) -> Run:
         """Open the folder of an existing run, to go on with it."""
-        if not (folder / "config.yaml").exists():
+        if not holds_run(folder):
             raise CheckpointError(f"{folder} is no run folder: it has no config.yaml.")
         with _writing(folder):
             return cls(folder, tensorboard=tensorboard)
@@ -125,9 +126,14 @@ class Run:
         os.close(self._lock)
 
 
+def holds_run(folder: Path) -> bool:
+    """Return whether a run has begun in `folder`."""
+    return (folder / "config.yaml").exists()
+
+
 def check_new_run(folder: Path) -> None:
     """Raise ConfigError where no new run can be made in `folder`; makes nothing."""
-    if (folder / "config.yaml").exists():
+    if holds_run(folder):
         raise ConfigError(
             f"{folder} already holds a run; go on with `rlx train --resume {folder}` or choose another --run-dir."
         )

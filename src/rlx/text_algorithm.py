@@ -40,6 +40,7 @@ from rlx.text_building import (
     plan_memory,
 )
 from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, fitted
+from rlx.text_origin import as_begun, drop_copies, is_origin, told_by_source, with_copies
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
 from rlx.trainable import Trainable
@@ -228,13 +229,20 @@ class TextAlgorithm(Trainable):
             export_language_model(self._model_now(), self.tokenizer, folder)
         return Path(folder)
 
+    def restore(self, path: str | Path) -> None:
+        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models."""
+        if not is_origin(path, self.settings.model, self._fitted.model):
+            self._goes_on_from = Path(path)
+            self._close_parts()
+            self._build()
+        super().restore(path)
+
     def close(self) -> None:
         """End every process and file of this run; closing twice is fine."""
-        for name in ("rollouts", "learners"):
-            if (part := getattr(self, name, None)) is not None:
-                part.close()
+        self._close_parts()
         self._runtime.close()
         self.saves.close()
+        drop_copies(self.run_dir)
 
     def finish(self) -> None:
         """Export the model into the run folder, as `fit` does at its end."""
@@ -243,8 +251,13 @@ class TextAlgorithm(Trainable):
 
     # Inside -----------------------------------------------------------------------------------------------------
 
+    def _close_parts(self) -> None:
+        for name in ("rollouts", "learners"):
+            if (part := getattr(self, name, None)) is not None:
+                part.close()
+
     def _build(self) -> None:
-        s = self.settings
+        s = as_begun(self.settings, self._goes_on_from, self.run_dir)
         self.position = 0
         self.numbers: dict[str, float] = {}  # what an algorithm keeps from iteration to iteration, as a KL coefficient
         self.rows: Sequence[Any] = ()
@@ -257,7 +270,6 @@ class TextAlgorithm(Trainable):
         self._sync_bytes = 0
         self._mismatch_kl: float | None = None  # of this iteration, where it is known
         self.tokenizer = build_tokenizer(s.model)
-        vocabulary = len(self.tokenizer)
         self._fitted = s = fitted(s, self.tokenizer)
         self._prompts: Sequence[Prompt] = ()
         p = s.prompts
@@ -265,6 +277,12 @@ class TextAlgorithm(Trainable):
             self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
         else:
             self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
+        self._fitted = copied = with_copies(s, self.run_dir)
+        with told_by_source(s.model, copied.model):
+            self._build_parts(copied)
+
+    def _build_parts(self, s: TextSettings) -> None:
+        vocabulary = len(self.tokenizer)
         self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
         make_policy = self.policy_builder(s, vocabulary)
         if s.learners.num_learners:  # before any process starts
@@ -284,7 +302,7 @@ class TextAlgorithm(Trainable):
 
     def _announce_plan(self, policy: Any) -> None:
         """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
-        s = self.settings
+        s = self._fitted
         if self._is_supervised():
             sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
         else:

@@ -30,6 +30,12 @@ def model_path(path: str) -> str:
     return str(folder / EXPORT)
 
 
+def model_folder(path: str) -> Path | None:
+    """Return the folder that transformers loads a model from; None where it comes from a hub."""
+    folder = Path(model_path(path)).expanduser()
+    return folder if folder.is_dir() else None
+
+
 def build_tokenizer(m: TextModelSection) -> Any:
     """Return the tokenizer that a model is used with."""
     return load_tokenizer(tokenizer_source(m))

@@ -39,7 +39,8 @@ class TextModelSection(Section):
     positional: ClassVar[str | None] = "path"
 
     path: str | None = None
-    """A folder that transformers reads, an id of the Hugging Face hub, or the folder of an rlx run. null: `config`."""
+    """A folder that transformers reads, an id of the Hugging Face hub, or the folder of an rlx run. A folder is copied
+    into RUN/origin as a run begins, which reads the copy from then on. null: `config`."""
     config: PlainMapping = Field(default={})
     """A configuration to begin with random weights from, as {model_type: llama, hidden_size: 128, ...}; vocab_size is
     the tokenizer's where it is left out."""

@@ -53,7 +53,9 @@ class Trainable(ABC):
             cls.config_class = config
             config.algorithm_class = cls
 
-    def __init__(self, config: AlgorithmConfig, run_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, config: AlgorithmConfig, run_dir: str | Path | None = None, restore: str | Path | None = None
+    ) -> None:
         self.config = config
         self.settings: Any = config.settings
         s = self.settings
@@ -67,6 +69,7 @@ class Trainable(ABC):
         self.stop_reason = self.stop_request = ""
         self.callbacks = Callbacks(s.callbacks.classes)
         self.saves = Saves(self, None if run_dir is None else Path(run_dir))
+        self._goes_on_from = None if restore is None else Path(restore)
         self._runtime = LazyRuntime(s.runtime.engine, self.run_dir, self.preload)
         self._weights_are_stale = True
         self._clock = Clock(self.clock_parts)
@@ -74,6 +77,8 @@ class Trainable(ABC):
         try:
             self._build()
             self.callbacks("on_algorithm_start", self)
+            if restore is not None:
+                self.restore(restore)
         except BaseException:
             self.close()
             raise
