@@ -192,7 +192,7 @@ def _check_import_path(module_name: str, name: str, subject: str) -> None:
             raise ConfigError(f"{subject}; {module_name} has no {name}{';' if cure else '.'}{cure or near}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{subject}; that is a {type(found).__name__}, and must be a class or a factory.")
+        raise ConfigError(f"{subject}; it is of type {type(found).__name__}, and must be a class or a factory.")
 
 
 def _import(name: str, subject: str) -> ModuleType:

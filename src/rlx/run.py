@@ -143,6 +143,19 @@ def check_new_run(folder: Path) -> None:
         raise ConfigError(f"the run folder {folder} cannot be made: {parent} {fault}; choose another --run-dir.")
 
 
+def check_run_folder(folder: Path, config: AlgorithmConfig) -> None:
+    """Raise where `folder` can hold no run of this config: a new one, or that which is there, to be gone on with."""
+    if not holds_run(folder):
+        check_new_run(folder)
+        return
+    try:
+        saved = type(config).from_yaml((folder / "config.yaml").read_text())
+    except ConfigError:  # of another algorithm, say
+        check_new_run(folder)
+        raise
+    check_resumable(saved, config, str(folder))
+
+
 def check_resumable(saved: AlgorithmConfig, wanted: AlgorithmConfig, subject: str) -> None:
     """Raise CheckpointError where going on with `wanted` would bend the training curve that `saved` began."""
     changes = {key: pair for key, pair in saved.diff(wanted).items() if key.partition(".")[0] not in FREE_ON_RESUME}

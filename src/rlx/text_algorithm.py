@@ -30,6 +30,7 @@ from rlx.samples import sample_record
 from rlx.schedule import Schedule
 from rlx.text.order import order
 from rlx.text.prompts import Prompt, load_prompts
+from rlx.text.sources import named
 from rlx.text_building import (
     build_learners,
     build_rollouts,
@@ -38,6 +39,7 @@ from rlx.text_building import (
     build_text_envs,
     longest_sequence,
     plan_memory,
+    warn_of_context,
 )
 from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, fitted
 from rlx.text_origin import as_begun, drop_copies, is_origin, told_by_source, with_copies
@@ -213,6 +215,7 @@ class TextAlgorithm(Trainable):
         num_episodes: how many rows; default: evaluation.num_rows. seed: of the first prompt's draws, the next ones
         count up.
         """
+        self.check_open()
         self.callbacks("on_evaluate_start", self)
         metrics = self._evaluate(num_episodes or self.settings.evaluation.num_rows, seed)
         self.callbacks.with_metrics("on_evaluate_end", self, metrics)
@@ -263,7 +266,7 @@ class TextAlgorithm(Trainable):
         self.rows: Sequence[Any] = ()
         self.runners: TokenRunners | ServedRunners | None = None
         self.rollouts: Rollouts | None = None
-        self._evaluation_rows: Sequence[Any] | None = None
+        self._evaluation_rows: Sequence[Any] = ()
         self._rollout: Rollout | None = None
         self._batch: Batch | None = None
         self._ages: Metrics = {}
@@ -272,14 +275,27 @@ class TextAlgorithm(Trainable):
         self.tokenizer = build_tokenizer(s.model)
         self._fitted = s = fitted(s, self.tokenizer)
         self._prompts: Sequence[Prompt] = ()
-        p = s.prompts
-        if self._is_supervised():
-            self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
-        else:
-            self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
+        with named(f"{self.config_class.reads}.source"):  # type: ignore[attr-defined]
+            if self._is_supervised():
+                self.rows = self._examples(s.data)
+            else:
+                self._prompts = self._questions(s.prompts)
+        with named("evaluation.source"):
+            if s.evaluation.source is not None:
+                load = self._questions if self.generates(s) else self._examples
+                self._evaluation_rows = load(s.evaluation)
         self._fitted = copied = with_copies(s, self.run_dir)
         with told_by_source(s.model, copied.model):
             self._build_parts(copied)
+
+    def _examples(self, section: Any) -> Sequence[Any]:
+        """Return the rows to learn from that the source of `data` or `evaluation` holds."""
+        return self.load_rows(section.source, section.kwargs, self._fitted, self.tokenizer)
+
+    def _questions(self, section: Any) -> Sequence[Prompt]:
+        """Return the prompts that the source of `prompts` or `evaluation` holds."""
+        p = self._fitted.prompts
+        return load_prompts(section.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, section.kwargs)
 
     def _build_parts(self, s: TextSettings) -> None:
         vocabulary = len(self.tokenizer)
@@ -293,6 +309,8 @@ class TextAlgorithm(Trainable):
             self._announce_plan(self.learners.local_policy)
         if self.generates(s):
             scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime, self.learners.device)
+            questions = [*self._prompts, *(self._evaluation_rows if s.evaluation.source is not None else ())]
+            warn_of_context(s, questions, self.tokenizer)
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
             with self._generating():
                 parts = (self.learners, self._runtime, longest, self.export)
@@ -341,16 +359,9 @@ class TextAlgorithm(Trainable):
         if e.source is None:
             raise ConfigError("evaluation.source is not set, so there is nothing to evaluate on.")
         if self.rollouts is None:
-            if self._evaluation_rows is None:
-                self._evaluation_rows = self.load_rows(e.source, e.kwargs, self._fitted, self.tokenizer)
             with self._learning("an evaluation"):
                 stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
             return {f"evaluation/{name}": value for name, value in stats.items()}
-        if self._evaluation_rows is None:
-            p = self._fitted.prompts
-            self._evaluation_rows = load_prompts(
-                e.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, e.kwargs
-            )
         if self._weights_are_stale:
             self.publish()
         prompts = self._evaluation_rows[:count]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlx.checkpoint import load_state
 from rlx.errors import CheckpointError, ConfigError
 from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
-from rlx.text.tokenizers import check_vocabulary, load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_vocabulary, encode, load_tokenizer, stop_ids
 from rlx.text_sections import TextModelSection
 from rlx.text_settings import TextSettings
 
@@ -26,8 +27,25 @@ def model_path(path: str) -> str:
     if not (folder / "checkpoints").is_dir():
         return path
     if not (folder / EXPORT / "config.json").is_file():
+        _check_exports(folder)
         raise ConfigError(f"the run {path} has not exported a model yet; let it end, or run: rlx export {path}")
     return str(folder / EXPORT)
+
+
+def _check_exports(run: Path) -> None:
+    """Raise ConfigError where a run has no language model to export."""
+    try:
+        state = load_state(run)
+    except CheckpointError:  # none yet
+        return
+    algorithm = state["config"]["algorithm"]
+    if "rollouts" not in state:
+        raise ConfigError(f"the run {run} is of {algorithm}, which trains no language model; give a run of sft, say.")
+    if "score_std" in state["numbers"]:
+        raise ConfigError(
+            f"the run {run} is of {algorithm}: a model that scores texts and writes none, so nothing begins with it. "
+            f"Give the model or run that it was made from, and score with it by reward.model={run}."
+        )
 
 
 def model_folder(path: str) -> Path | None:
@@ -207,7 +225,7 @@ def model_summary(s: TextSettings) -> str:
 
 
 def _token(tokenizer: Any, text: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = encode(tokenizer, text, f"generation.stop={text!r}")
     if len(ids) != 1:
         raise ConfigError(f"generation.stop: {text!r} is {len(ids)} tokens long; a stop is one token.")
     return ids[0]

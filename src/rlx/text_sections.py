@@ -16,7 +16,7 @@ from rlx.settings import ReportingSection
 from rlx.text.sources import object_name
 
 
-def _spelled_source(source: Any) -> Any:
+def spelled_source(source: Any) -> Any:
     """Return a source as YAML holds it; rows and data sets that were passed in Python only by their type."""
     if source is None or isinstance(source, str):
         return source
@@ -27,7 +27,7 @@ Source = Annotated[
     Any,
     Allowed("a path of a .jsonl, .json or .parquet file, an import path pkg.module:function, or in Python a list or a "
             "datasets.Dataset"),
-    PlainSerializer(_spelled_source),
+    PlainSerializer(spelled_source),
     WithJsonSchema({"type": ["string", "null"]}),
 ]  # fmt: skip
 PlainMapping = Annotated[dict[str, Any], AfterValidator(plain)]
