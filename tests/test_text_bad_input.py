@@ -169,6 +169,11 @@ SETTINGS = {
     "no data": ("sft", "data.source is not set", "data={}"),
     "no such reward": ("grpo", "reward.function is .*rewrd", "reward.function=rlx.envs.addition:rewrd"),
     "no such judge": ("grpo", "reward.model=runs/judge is no folder", "reward={model: runs/judge}"),
+    "a judge to come": (
+        "grpo",
+        "rlx train reward_model --run-dir runs/reward_model",
+        "reward={model: runs/reward_model}",
+    ),
     "no model": ("grpo", "give one of them", "model={}"),
     "nobody to share with": ("sft", "num_learners is 1; set it to 2", "learners={num_learners: 1, sharding: full}"),
     "two places for an optimizer": (
@@ -194,6 +199,15 @@ SETTINGS = {
     "examples to evaluate on that are none": (
         *("sft", r"evaluation.source: rlx.envs.guess:rows\(\)\[0\] has none of"),
         "evaluation={source: 'rlx.envs.guess:rows', interval: 1000}",
+    ),
+    "a run that is to come": (
+        *("grpo", "no run runs/sft yet; train it first: rlx train sft --run-dir runs/sft"),
+        "model={path: runs/sft}",
+    ),
+    "a run in a folder of runs": (
+        "grpo",
+        "rlx train sft_docstrings --run-dir runs/docs",
+        "model={path: runs/docstrings/sft}",
     ),
     "a tokenizer that is nowhere": ("grpo", "no folder gpt2, no such tokenizer was downloaded", "model.tokenizer=gpt2"),
     "less memory than it takes": (

@@ -11,6 +11,7 @@ import torch
 
 from rlx.building import GetRuntime, restart_rule, share_of_cores
 from rlx.checkpoint import load_state
+from rlx.config_lookup import command_of_run
 from rlx.errors import CheckpointError, ConfigError, RewardError
 from rlx.nets.reward_model import RewardModel
 from rlx.nets.threads import limit_threads
@@ -72,7 +73,9 @@ def empty_reward_model(run: str | Path) -> RewardModel:
 def _folder(run: str | Path) -> Path:
     folder = Path(run).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model.")
+        command = command_of_run(folder)
+        first = f", and train it first: {command}" if command else ""
+        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model{first}.")
     return folder
 
 

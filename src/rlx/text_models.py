@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlx.checkpoint import load_state
+from rlx.config_lookup import command_of_run
 from rlx.errors import CheckpointError, ConfigError
 from rlx.nets.language_model import find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
@@ -24,6 +25,8 @@ EXPORT = "model"
 def model_path(path: str) -> str:
     """Return where transformers finds a model: of an rlx run the exported one, else `path` itself."""
     folder = Path(path).expanduser()
+    if not folder.exists() and (command := command_of_run(folder)):
+        raise ConfigError(f"there is no run {path} yet; train it first: {command}")
     if not (folder / "checkpoints").is_dir():
         return path
     if not (folder / EXPORT / "config.json").is_file():

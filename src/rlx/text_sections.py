@@ -43,7 +43,7 @@ class TextModelSection(Section):
     into RUN/origin as a run begins, which reads the copy from then on. null: `config`."""
     config: PlainMapping = Field(default={})
     """A configuration to begin with random weights from, as {model_type: llama, hidden_size: 128, ...}; vocab_size is
-    the tokenizer's where it is left out."""
+    the tokenizer's where it is left out. `--set model.config.hidden_size=64` changes one of them."""
     tokenizer: str | None = None
     """A folder, a hub id, or an import path pkg.module:function that returns one; null: the one in `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -144,7 +144,8 @@ class GenerationSection(Section):
     """How completions are drawn."""
 
     max_new_tokens: int = Field(default=64, gt=0)
-    """Longest completion; what is cut there is truncated."""
+    """Longest completion; what is cut there is truncated. So is what the model's context leaves no room for, and the
+    log tells of it before the run."""
     temperature: float = Field(default=1.0, ge=0)
     """What logits are divided by, when tokens are drawn and when their probability is trained; 0: the likeliest."""
     top_k: int = Field(default=0, ge=0)
