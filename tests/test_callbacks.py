@@ -494,7 +494,7 @@ def test_the_command_line_names_the_callback_that_made_a_mistake(module, tmp_pat
     [
         ("patient:Patence", r"names \"patient:Patence\"; patient has no Patence\. Did you mean Patience\?"),
         ("nowhere:Patience", r"there is no module nowhere on the Python path\."),
-        ("patient:number", r"that is a int, and must be a class"),
+        ("patient:number", r"it is of type int, and must be a class"),
         ("Patience", r"names \"Patience\"; write pkg\.module:Name"),
         ("here:test.<locals>.Local", r"A local class can only be passed in Python\."),
         (3, r"callbacks\.classes is .*each must be a class, an import path"),

@@ -196,6 +196,7 @@ def test_set_reads_text_as_yaml():
     assert c.settings.model.hidden == (8, 8)
     assert c.settings.environment.kwargs == {"gravity": 9.8, "map": {"name": "4x4"}}
     assert c.settings.training.epochs == 2
+    assert c.set("environment.kwargs.sign", "=").settings.environment.kwargs["sign"] == "="
     assert failure(c.set, "training.lr.end", 1) == (
         "training.lr.end cannot be set: training.lr is 0.0001, not a mapping."
     )
@@ -515,7 +516,7 @@ def test_classes_factories_and_import_paths_are_environments(id):
     [
         ("no_such_package.envs:Maze", "there is no module no_such_package on the Python path."),
         ("gymnasium.envs.classic_control:CartPolEnv", "has no CartPolEnv. Did you mean CartPoleEnv?"),
-        ("gymnasium:__version__", "that is a str, and must be a class or a factory."),
+        ("gymnasium:__version__", "it is of type str, and must be a class or a factory."),
         ("__main__:Maze", "__main__ has no Maze; put it into a module, where it can be found again."),
         ("my_envs:make.<locals>.Env", "cannot be found again by its name: move it to the top level"),
         ("no_such_package:Maze-v0", "there is no module no_such_package on the Python path."),

@@ -15,7 +15,7 @@ FOLDERS = {
     "rlx.configs": ROOT / "configs",
 }
 FLOOR = {
-    **dict.fromkeys(["errors", "out_of_memory", "trajectory"], 0),
+    **dict.fromkeys(["errors", "hub", "out_of_memory", "trajectory"], 0),
     "functional": 1,
     **dict.fromkeys(["nets", "text"], 2),
     "actors": 3,

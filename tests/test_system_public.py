@@ -15,7 +15,7 @@ import rlx
 from rlx.algorithms.ppo import PPOConfig
 from rlx.checkpoint import list_checkpoints
 from rlx.cli import main
-from rlx.errors import CheckpointError, ConfigError
+from rlx.errors import CheckpointError, ConfigError, RlxError
 from rlx.metrics import METRICS, read_metrics
 
 
@@ -150,6 +150,33 @@ def test_train_and_fit_go_on_from_each_other():
         assert algorithm.fit() == {}  # nothing left to do
         assert algorithm.train()["iteration"] == 5
         assert algorithm.fit() == {} and algorithm.iteration == 5
+
+
+@pytest.mark.parametrize("runners", [0, 1])
+def test_what_was_closed_says_so(runners):
+    with config("CartPole-v1").env_runners(num_env_runners=runners).stop(iterations=1).build("run") as algorithm:
+        pass
+    for call in (algorithm.train, algorithm.fit, algorithm.evaluate):
+        with pytest.raises(RlxError, match=r"this algorithm was closed, .* build it again from its config"):
+            call()
+    assert not Path("run/config.yaml").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_trained():
+    made = config("CartPole-v1").stop(iterations=1)
+    with made.copy().build("run") as algorithm:
+        algorithm.fit()
+    with pytest.raises(
+        CheckpointError, match=r"run was trained with other settings: training.lr was 0.003 and would be 1"
+    ):
+        made.copy().training(lr=1.0).build("run")
+    with made.copy().build("run") as algorithm, pytest.raises(ConfigError, match="run already holds a run"):
+        algorithm.train()  # it may be meant to be restored
+    with made.copy().build("run", restore="run") as algorithm:
+        assert algorithm.train()["iteration"] == 2
+    Path("run/config.yaml").write_text("algorithm: impala\n")
+    with pytest.raises(ConfigError, match="run already holds a run"):
+        made.copy().build("run")
 
 
 def test_fit_with_a_run_folder_after_train_keeps_a_run_that_can_be_resumed():

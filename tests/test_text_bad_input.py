@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import rlx
 from rlx.cli import main
-from rlx.errors import ConfigError
+from rlx.errors import CheckpointError, ConfigError, DataError
 from rlx.rollout.token_runners import TokenRunners
 from rlx.text.tokenizers import character_tokenizer
 
@@ -178,6 +179,11 @@ SETTINGS = {
     "no data": ("sft", "data.source is not set", "data={}"),
     "no such reward": ("grpo", "reward.function is .*rewrd", "reward.function=rlx.envs.addition:rewrd"),
     "no such judge": ("grpo", "reward.model=runs/judge is no folder", "reward={model: runs/judge}"),
+    "a judge to come": (
+        "grpo",
+        "rlx train reward_model --run-dir runs/reward_model",
+        "reward={model: runs/reward_model}",
+    ),
     "no model": ("grpo", "give one of them", "model={}"),
     "nobody to share with": ("sft", "num_learners is 1; set it to 2", "learners={num_learners: 1, sharding: full}"),
     "two places for an optimizer": (
@@ -187,6 +193,46 @@ SETTINGS = {
     "layers in shares": (
         *("sft", "compiles whole layers, and learners.sharding=full"),
         "learners={num_learners: 2, sharding: full, compile: true}",
+    ),
+    "a stop without a token": (
+        "grpo",
+        "generation.stop='zz' has characters .* no token for: 'z'",
+        "generation.stop=[zz]",
+    ),
+    "data of another algorithm": (
+        "grpo",
+        "data.source=x.jsonl is not read .* learns from prompts.s",
+        "data.source=x.jsonl",
+    ),
+    "prompts of another algorithm": (
+        "sft",
+        "prompts.source=x.jsonl is not read .* from data.s",
+        "prompts.source=x.jsonl",
+    ),
+    "a source without an ending": ("grpo", 'prompts.source: "gsm8k" has no ending', "prompts.source=gsm8k"),
+    "examples to evaluate on that are none": (
+        *("sft", r"evaluation.source: rlx.envs.guess:rows\(\)\[0\] has none of"),
+        "evaluation={source: 'rlx.envs.guess:rows', interval: 1000}",
+    ),
+    "a run that is to come": (
+        *("grpo", "no run runs/sft yet; train it first: rlx train sft --run-dir runs/sft"),
+        "model={path: runs/sft}",
+    ),
+    "a run in a folder of runs": (
+        "grpo",
+        "rlx train sft_docstrings --run-dir runs/docs",
+        "model={path: runs/docstrings/sft}",
+    ),
+    "a tokenizer that is nowhere": ("grpo", "no folder gpt2, no such tokenizer was downloaded", "model.tokenizer=gpt2"),
+    "less memory than it takes": (
+        "grpo",
+        "need 13 MB on a device with 1 MB to take, by",
+        "learners.max_memory_gb=1e-3",
+    ),
+    "an environment that is none": (
+        "grpo",
+        "of type str, and must be a class",
+        "environment.env=rlx.envs.addition:ALPHABET",
     ),
     "no such setting": ("grpo", "Did you mean training.clip_range", "training.clip_rnge=0.1"),
     "a law that is cut": ("grpo", "completions drawn from the policy itself", "generation.top_k=3"),
@@ -297,6 +343,7 @@ def test_a_run_whose_model_has_changed_since_is_refused(trained, folders, capsys
     config = LlamaConfig.from_pretrained("base")
     config.intermediate_size = 48
     AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    shutil.rmtree(run / "origin")  # as of a run that began before there were copies
     expected = r"is of shape|another architecture"
     refused(["train", "--resume", str(run), "--set", "stop.iterations=2"], expected, capsys)
     refused(["generate", str(run), "--prompt", "1+2="], expected, capsys)
@@ -307,11 +354,39 @@ def test_a_run_whose_model_has_changed_since_is_refused(trained, folders, capsys
 def test_a_run_of_another_kind_is_refused(trained, capsys):
     run = str(trained("reward_model"))
     refused(["generate", run, "--prompt", "1+2="], "it scores texts and writes none", capsys)
-    refused(["samples", run], "has no samples", capsys)
+    refused(["samples", run], "run is a run of reward_model and has kept no samples: runs that draw", capsys)
+    refused(["samples", "nowhere"], "nowhere does not exist; give the folder", capsys)
     refused(["eval", run], "evaluation.source is not set", capsys)
     refused(["eval", run, "--video", "film.gif"], "no video of it", capsys)
     refused(["generate", "nowhere", "--prompt", "1"], "nowhere", capsys)
     refused(["eval", "nowhere"], "does not exist", capsys)
+
+
+def test_a_model_that_scores_is_no_model_to_go_on_with(trained, fails, folders):
+    trained("reward_model").rename("judge")
+    said = "the run judge is of reward_model: a model that scores texts .* score with it by reward.model=judge"
+    fails("grpo", said, "model={path: judge}")
+    fails("rlhf_ppo", said, "model={value_path: judge, path: %s}" % (folders / "whole"))
+
+
+def test_a_policy_of_text_is_loaded_elsewhere(trained):
+    with pytest.raises(CheckpointError, match=r"run is a run of sft, on text; use rlx.text_inference.load_text_policy"):
+        rlx.load_policy(trained("sft"))
+
+
+def test_completions_that_the_context_cuts_are_told_of(tiny_text, caplog):
+    with tiny_text("grpo", generation={"max_new_tokens": 26}).build():
+        assert "model's context" not in caplog.text
+    with tiny_text("grpo", generation={"max_new_tokens": 27}).build():
+        assert (
+            "behind a prompt of up to 6 tokens is more than the model's context of 32: completions are" in caplog.text
+        )
+
+
+def test_what_is_no_source_in_python_names_its_setting(tiny_text):
+    for source in (5, [], "missing.jsonl"):
+        with pytest.raises((ConfigError, DataError), match=r"^prompts.source: "):
+            tiny_text("grpo").prompts(source, kwargs={}).build()
 
 
 def test_a_run_that_has_not_exported_yet_is_no_model_to_go_on_with(trained, fails):

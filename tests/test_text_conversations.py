@@ -23,6 +23,23 @@ def of_guesses(tiny_text, algorithm="grpo", **sections):
     return made
 
 
+class OfWords(TextEnv):
+    """An environment as it is written in haste."""
+
+    def reply(self, text):
+        return "1"
+
+
+def test_a_reply_that_is_a_text_is_told_how_to_be_one(tiny_text, caplog):
+    made = of_guesses(tiny_text).environment(OfWords)
+    with made.build() as algorithm:
+        algorithm.sample()
+    said = (
+        "reply() of OfWords returned '1'; it must return a Reply of rlx.text.text_env, as in return Reply(text); what"
+    )
+    assert said in caplog.text
+
+
 @pytest.fixture
 def computed():
     def without_times(row):

@@ -181,6 +181,7 @@ class Algorithm(Trainable):
 
         Nothing that training depends on is touched.
         """
+        self.check_open()
         self.callbacks("on_evaluate_start", self)
         metrics = self.play(num_episodes, on_frame=on_frame)
         self.callbacks.with_metrics("on_evaluate_end", self, metrics)

@@ -29,6 +29,7 @@ class LazyRuntime:
         if run_dir and engine == "local":
             self._options["log_folder"] = run_dir / "logs"
         self._runtime: actors.Runtime | None = None
+        self._is_closed = False
 
     def __call__(self) -> actors.Runtime:
         """Return the runtime."""
@@ -36,8 +37,14 @@ class LazyRuntime:
             self._runtime = actors.runtime(self._engine, **self._options)
         return self._runtime
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether no more actors can be made."""
+        return self._is_closed
+
     def close(self) -> None:
         """End it, if it runs."""
+        self._is_closed = True
         if self._runtime is not None:
             self._runtime.close()
 

@@ -98,8 +98,7 @@ def _evaluate_on_text(options: argparse.Namespace) -> Metrics:
             f"{options.run} has no rows to be evaluated on: evaluation.source is not set; train with it, or look at "
             "completions with `rlx generate`."
         )
-    with config.build() as algorithm:
-        algorithm.restore(options.run)
+    with config.build(restore=options.run) as algorithm:
         return algorithm.evaluate(options.episodes, seed=options.seed or 0)
 
 
@@ -249,9 +248,10 @@ def _ask(sign: str) -> str | None:
 def _tokenizer_of(run: Path) -> Any:
     from rlx.config import load_config
     from rlx.text_models import build_tokenizer
+    from rlx.text_origin import with_origin
 
     settings: Any = load_config(run / "config.yaml").settings
-    return build_tokenizer(settings.model)
+    return build_tokenizer(with_origin(settings.model, run))
 
 
 def report(error: RlxError) -> int:
@@ -273,9 +273,7 @@ def _fit(config: AlgorithmConfig, folder: Path, *, resume: bool) -> int:
     """Train until a limit, an error or Ctrl-C; say what came of it and what to do next."""
     algorithm = None
     try:
-        with config.build(folder) as algorithm:
-            if resume:
-                algorithm.restore(folder)
+        with config.build(folder, restore=folder if resume else None) as algorithm:
             log.info("run folder: %s (Ctrl-C stops after the iteration, with a checkpoint)", folder)
             metrics = algorithm.fit()
     except RlxError as error:

@@ -115,14 +115,17 @@ class AlgorithmConfig:
         if problems:
             raise ConfigError("\n".join(problems))
 
-    def build(self, run_dir: str | Path | None = None) -> Any:
-        """Return the algorithm, ready to train, and freeze this config; ConfigError where it does not validate."""
+    def build(self, run_dir: str | Path | None = None, restore: str | Path | None = None) -> Any:
+        """Return the algorithm, ready to train, and freeze this config; ConfigError where it does not validate.
+
+        restore: a run or a checkpoint to go on from, as by the algorithm's `restore`, which would come after it.
+        """
         algorithm = type(self).algorithm_class
         if algorithm is None:
             name = type(self).__name__
             raise ConfigError(f"no algorithm uses {name}; write class MyAlgorithm(Algorithm, config={name}).")
         self.validate()
-        built = algorithm(self, run_dir)
+        built = algorithm(self, run_dir) if restore is None else algorithm(self, run_dir, restore)
         self.freeze()  # only now: a config whose build failed can be mended
         return built
 

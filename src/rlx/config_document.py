@@ -115,6 +115,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 _EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+# By itself "=" is YAML 1.1's sign for a default value, which nobody means.
+_Loader.add_constructor("tag:yaml.org,2002:value", yaml.SafeLoader.construct_yaml_str)
 for _one in (_Loader, _Dumper):
     _one.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 

@@ -48,6 +48,15 @@ def find_config(path_or_name: str | Path) -> Path:
     )
 
 
+def command_of_run(run: Path) -> str:
+    """Return the command that trains what shipped configs expect in a folder such as runs/sft; "" for other folders."""
+    if "runs" not in run.parts[:-1]:
+        return ""
+    shipped = [name for name, _ in list_configs()]
+    name = next((name for name in (f"{run.name}_{run.parent.name}", run.name) if name in shipped), None)
+    return "" if name is None else f"rlx train {name} --run-dir {run}"
+
+
 def config_class(name: str, folder: Path, base: type, subject: str) -> type:
     """Return the one subclass of `base` that an algorithm's module defines.
 
@@ -192,7 +201,7 @@ def _check_import_path(module_name: str, name: str, subject: str) -> None:
             raise ConfigError(f"{subject}; {module_name} has no {name}{';' if cure else '.'}{cure or near}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{subject}; that is a {type(found).__name__}, and must be a class or a factory.")
+        raise ConfigError(f"{subject}; it is of type {type(found).__name__}, and must be a class or a factory.")
 
 
 def _import(name: str, subject: str) -> ModuleType:

@@ -24,6 +24,7 @@ INTERRUPTED = "interrupted"
 def fit(algo: Trainable) -> Metrics:
     """Do what `Trainable.fit` says."""
     algo.settings.stop.require_limit(algo.settings.evaluation.interval)
+    algo.check_open()
     algo.stop_request = ""
     _check_films(algo)
     algo.saves.open()

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rlx.checkpoint import load_state
-from rlx.errors import EnvError
+from rlx.errors import CheckpointError, EnvError
 from rlx.metrics import Metrics
 from rlx.nets.acting import acting_for
 from rlx.nets.flat import FlatParameters
@@ -125,6 +125,10 @@ class TrainedPolicy:
 def load_policy(path: str | Path) -> TrainedPolicy:
     """Return the policy of a checkpoint folder, or of a run folder's newest checkpoint."""
     state = load_state(Path(path))
+    if "rollouts" in state:
+        raise CheckpointError(
+            f"{path} is a run of {state['config']['algorithm']}, on text; use rlx.text_inference.load_text_policy."
+        )
     # Without the algorithm's own section no module of its has to be imported: loading executes no code.
     settings = Settings.model_validate({name: value for name, value in state["config"].items() if name != "training"})
     return TrainedPolicy(settings, state)

@@ -11,6 +11,7 @@ import torch
 
 from rlx.building import GetRuntime, restart_rule, share_of_cores
 from rlx.checkpoint import load_state
+from rlx.config_lookup import command_of_run
 from rlx.errors import CheckpointError, ConfigError, RewardError
 from rlx.nets.reward_model import RewardModel
 from rlx.nets.threads import limit_threads
@@ -20,6 +21,7 @@ from rlx.text.prompts import Prompt
 from rlx.text.rewards import Scores
 from rlx.text.tokenizers import encode, encode_start
 from rlx.text_models import build_model, build_tokenizer, load_trained
+from rlx.text_origin import with_origin
 from rlx.text_sections import TextModelSection
 from rlx.text_settings import TextSettings
 
@@ -46,8 +48,9 @@ def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
         raise CheckpointError(f"{run} is a run of {state['config']['algorithm']}, which trains no reward model.")
     sections = {name: value for name, value in state["config"].items() if name != "training"}
     settings = TextSettings.model_validate(sections)
-    tokenizer = build_tokenizer(settings.model)
-    model = build_reward_model(settings.model, vocabulary=len(tokenizer), seed=settings.runtime.seed)
+    m = with_origin(settings.model, _folder(run))
+    tokenizer = build_tokenizer(m)
+    model = build_reward_model(m, vocabulary=len(tokenizer), seed=settings.runtime.seed)
     saved = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
     load_trained(model, saved, str(run))
     model.normalize(numbers["score_mean"], numbers["score_std"])
@@ -61,16 +64,18 @@ def empty_reward_model(run: str | Path) -> RewardModel:
     folder = _folder(run)
     files = [one / "config.yaml" for one in (folder, folder.parent.parent)]
     settings: Any = load_config(next((file for file in files if file.is_file()), files[0])).settings
+    m = with_origin(settings.model, folder)
     with torch.device("meta"):
-        vocabulary = len(build_tokenizer(settings.model))
-        model = build_reward_model(settings.model, vocabulary=vocabulary, seed=settings.runtime.seed)
+        model = build_reward_model(m, vocabulary=len(build_tokenizer(m)), seed=settings.runtime.seed)
     return model.requires_grad_(False)
 
 
 def _folder(run: str | Path) -> Path:
     folder = Path(run).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model.")
+        command = command_of_run(folder)
+        first = f", and train it first: {command}" if command else ""
+        raise ConfigError(f"reward.model={run} is no folder; give a run of algorithm: reward_model{first}.")
     return folder
 
 

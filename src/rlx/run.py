@@ -5,6 +5,7 @@ manifest.json    versions, seed, command, start time
 metrics.jsonl    one line an iteration
 samples.jsonl    some completions of each iteration, in runs on text
 model/           the model as transformers loads it, at the end of runs on text
+origin/          copies of the models that a run on text began with, where they were folders
 checkpoints/     iter_000010/ ...
 videos/          evaluation episodes, if evaluation.video asks for them
 logs/driver.log  what the driver logged
@@ -74,7 +75,7 @@ class Run:
     @classmethod
     def open(cls, folder: Path, *, tensorboard: bool = False) -> Run:
         """Open the folder of an existing run, to go on with it."""
-        if not (folder / "config.yaml").exists():
+        if not holds_run(folder):
             raise CheckpointError(f"{folder} is no run folder: it has no config.yaml.")
         with _writing(folder):
             return cls(folder, tensorboard=tensorboard)
@@ -125,9 +126,14 @@ class Run:
         os.close(self._lock)
 
 
+def holds_run(folder: Path) -> bool:
+    """Return whether a run has begun in `folder`."""
+    return (folder / "config.yaml").exists()
+
+
 def check_new_run(folder: Path) -> None:
     """Raise ConfigError where no new run can be made in `folder`; makes nothing."""
-    if (folder / "config.yaml").exists():
+    if holds_run(folder):
         raise ConfigError(
             f"{folder} already holds a run; go on with `rlx train --resume {folder}` or choose another --run-dir."
         )
@@ -135,6 +141,19 @@ def check_new_run(folder: Path) -> None:
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         fault = "is not writable" if parent.is_dir() else "is a file"
         raise ConfigError(f"the run folder {folder} cannot be made: {parent} {fault}; choose another --run-dir.")
+
+
+def check_run_folder(folder: Path, config: AlgorithmConfig) -> None:
+    """Raise where `folder` can hold no run of this config: a new one, or that which is there, to be gone on with."""
+    if not holds_run(folder):
+        check_new_run(folder)
+        return
+    try:
+        saved = type(config).from_yaml((folder / "config.yaml").read_text())
+    except ConfigError:  # of another algorithm, say
+        check_new_run(folder)
+        raise
+    check_resumable(saved, config, str(folder))
 
 
 def check_resumable(saved: AlgorithmConfig, wanted: AlgorithmConfig, subject: str) -> None:

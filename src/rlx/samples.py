@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlx.config_document import Document
 from rlx.errors import CheckpointError, MissingExtra
 from rlx.metrics import read_metrics
-from rlx.run import SAMPLES
+from rlx.run import SAMPLES, holds_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +51,7 @@ def read_samples(run: Path, iteration: int | None = None) -> list[dict[str, Any]
     file = run / SAMPLES
     rows = read_metrics(file) if file.is_file() else []
     if not rows:
-        raise CheckpointError(f"{run} has no samples; runs on text keep some by reporting.samples_per_iteration.")
+        raise CheckpointError(_why_none(run))
     if iteration is None:
         return rows
     kept = sorted({row["iteration"] for row in rows})
@@ -59,6 +60,19 @@ def read_samples(run: Path, iteration: int | None = None) -> list[dict[str, Any]
     if not found:
         raise CheckpointError(f"{run} has no samples of iteration {iteration}, but of {kept[0]} to {kept[-1]}.")
     return found
+
+
+def _why_none(run: Path) -> str:
+    """Return why a folder has no samples, and what would have some."""
+    if not holds_run(run):
+        fault = "is no run folder" if run.exists() else "does not exist"
+        return f"{run} {fault}; give the folder that `rlx train` printed after `run`."
+    text = (run / "config.yaml").read_text()
+    algorithm = Document.parse(text, str(run / "config.yaml")).values.get("algorithm")
+    return (
+        f"{run} is a run of {algorithm} and has kept no samples: runs that draw completions to learn from do, after "
+        "their first iteration, where reporting.samples_per_iteration is not 0; see `rlx generate` for others on text."
+    )
 
 
 def sample_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rlx.checkpoint import is_run, load_newest
 from rlx.learner.learner_group import LearnersLost
 from rlx.metrics import Metrics
-from rlx.run import Run
+from rlx.run import Run, check_new_run
 
 if TYPE_CHECKING:
     from rlx.trainable import Trainable
@@ -43,6 +43,11 @@ class Saves:
             yaml = a.config.to_yaml()
             self.run = Run.create(self.folder, yaml, s.runtime.seed, tensorboard=s.reporting.tensorboard)
             self.save()  # a run killed before its first interval resumes from here
+
+    def check_folder(self) -> None:
+        """Raise ConfigError where the folder cannot be opened, as it holds a run that was not restored."""
+        if self.folder is not None and self.run is None and self._restored_run != self.folder.resolve():
+            check_new_run(self.folder)
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Append one iteration's metrics to the run folder."""

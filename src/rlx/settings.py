@@ -353,7 +353,7 @@ class StopSection(Section):
     iterations: int | None = Field(default=None, gt=0)
     """Training iterations; null: no limit."""
     env_steps: int | None = Field(default=None, gt=0)
-    """Environment steps over all environments; null: no limit."""
+    """Environment steps over all environments, on text tokens; null: no limit."""
     episode_return_mean: float | None = None
     """Mean return over the last reporting.window_episodes episodes, once there are that many; null: no limit."""
     evaluation_return_mean: float | None = None

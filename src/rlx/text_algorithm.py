@@ -29,6 +29,7 @@ from rlx.samples import sample_record
 from rlx.schedule import Schedule
 from rlx.text.order import order
 from rlx.text.prompts import Prompt, load_prompts
+from rlx.text.sources import named
 from rlx.text_building import (
     build_learners,
     build_rollouts,
@@ -37,8 +38,10 @@ from rlx.text_building import (
     build_text_envs,
     longest_sequence,
     plan_memory,
+    warn_of_context,
 )
 from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, export_model, fitted
+from rlx.text_origin import as_begun, drop_copies, is_origin, told_by_source, with_copies
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
 from rlx.trainable import Trainable
@@ -212,6 +215,7 @@ class TextAlgorithm(Trainable):
         num_episodes: how many rows; default: evaluation.num_rows. seed: of the first prompt's draws, the next ones
         count up.
         """
+        self.check_open()
         self.callbacks("on_evaluate_start", self)
         metrics = self._evaluate(num_episodes or self.settings.evaluation.num_rows, seed)
         self.callbacks.with_metrics("on_evaluate_end", self, metrics)
@@ -229,13 +233,20 @@ class TextAlgorithm(Trainable):
         """
         return self._export(folder)
 
+    def restore(self, path: str | Path) -> None:
+        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models."""
+        if not is_origin(path, self.settings.model, self._fitted.model):
+            self._goes_on_from = Path(path)
+            self._close_parts()
+            self._build()
+        super().restore(path)
+
     def close(self) -> None:
         """End every process and file of this run; closing twice is fine."""
-        for name in ("rollouts", "learners"):
-            if (part := getattr(self, name, None)) is not None:
-                part.close()
+        self._close_parts()
         self._runtime.close()
         self.saves.close()
+        drop_copies(self.run_dir)
 
     def finish(self) -> None:
         """Export the model into the run folder, as `fit` does at its end."""
@@ -244,28 +255,51 @@ class TextAlgorithm(Trainable):
 
     # Inside -----------------------------------------------------------------------------------------------------
 
+    def _close_parts(self) -> None:
+        for name in ("rollouts", "learners"):
+            if (part := getattr(self, name, None)) is not None:
+                part.close()
+
     def _build(self) -> None:
-        s = self.settings
+        s = as_begun(self.settings, self._goes_on_from, self.run_dir)
         self.position = 0
         self.numbers: dict[str, float] = {}  # what an algorithm keeps from iteration to iteration, as a KL coefficient
         self.rows: Sequence[Any] = ()
         self.runners: TokenRunners | ServedRunners | None = None
         self.rollouts: Rollouts | None = None
-        self._evaluation_rows: Sequence[Any] | None = None
+        self._evaluation_rows: Sequence[Any] = ()
         self._rollout: Rollout | None = None
         self._batch: Batch | None = None
         self._ages: Metrics = {}
         self._sync_bytes = 0
         self._mismatch_kl: float | None = None  # of this iteration, where it is known
         self.tokenizer = build_tokenizer(s.model)
-        vocabulary = len(self.tokenizer)
         self._fitted = s = fitted(s, self.tokenizer)
         self._prompts: Sequence[Prompt] = ()
-        p = s.prompts
-        if self._is_supervised():
-            self.rows = self.load_rows(s.data.source, s.data.kwargs, s, self.tokenizer)
-        else:
-            self._prompts = load_prompts(*(p.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, p.kwargs))
+        with named(f"{self.config_class.reads}.source"):  # type: ignore[attr-defined]
+            if self._is_supervised():
+                self.rows = self._examples(s.data)
+            else:
+                self._prompts = self._questions(s.prompts)
+        with named("evaluation.source"):
+            if s.evaluation.source is not None:
+                load = self._questions if self.generates(s) else self._examples
+                self._evaluation_rows = load(s.evaluation)
+        self._fitted = copied = with_copies(s, self.run_dir)
+        with told_by_source(s.model, copied.model):
+            self._build_parts(copied)
+
+    def _examples(self, section: Any) -> Sequence[Any]:
+        """Return the rows to learn from that the source of `data` or `evaluation` holds."""
+        return self.load_rows(section.source, section.kwargs, self._fitted, self.tokenizer)
+
+    def _questions(self, section: Any) -> Sequence[Prompt]:
+        """Return the prompts that the source of `prompts` or `evaluation` holds."""
+        p = self._fitted.prompts
+        return load_prompts(section.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, section.kwargs)
+
+    def _build_parts(self, s: TextSettings) -> None:
+        vocabulary = len(self.tokenizer)
         self._make_model = functools.partial(build_model, s.model, vocabulary, s.runtime.seed)
         make_policy = self.policy_builder(s, vocabulary)
         if s.learners.num_learners:  # before any process starts
@@ -276,6 +310,8 @@ class TextAlgorithm(Trainable):
             self._announce_plan(self.learners.local_policy)
         if self.generates(s):
             scorer = build_scorer(s, self._prompts, self.tokenizer, self._runtime, self.learners.device)
+            questions = [*self._prompts, *(self._evaluation_rows if s.evaluation.source is not None else ())]
+            warn_of_context(s, questions, self.tokenizer)
             longest = max((len(prompt.tokens) for prompt in self._prompts), default=0)
             with self._generating():
                 parts = (self.learners, self._runtime, longest, self.export)
@@ -285,7 +321,7 @@ class TextAlgorithm(Trainable):
 
     def _announce_plan(self, policy: Any) -> None:
         """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
-        s = self.settings
+        s = self._fitted
         if self._is_supervised():
             sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
         else:
@@ -328,16 +364,9 @@ class TextAlgorithm(Trainable):
         if e.source is None:
             raise ConfigError("evaluation.source is not set, so there is nothing to evaluate on.")
         if self.rollouts is None:
-            if self._evaluation_rows is None:
-                self._evaluation_rows = self.load_rows(e.source, e.kwargs, self._fitted, self.tokenizer)
             with self._learning("an evaluation"):
                 stats = self.learners.measure(self.batch_of(self._evaluation_rows[:count]))
             return {f"evaluation/{name}": value for name, value in stats.items()}
-        if self._evaluation_rows is None:
-            p = self._fitted.prompts
-            self._evaluation_rows = load_prompts(
-                e.source, self.tokenizer, p.max_prompt_tokens, p.when_too_long, e.kwargs
-            )
         if self._weights_are_stale:
             self.publish()
         prompts = self._evaluation_rows[:count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from rlx.text_rollouts import Rollouts
 from rlx.text_scorers import FunctionScorer, NoScorer, Scorer, SumScorer
 from rlx.text_served import build_served_runners
 from rlx.text_settings import TextSettings
+
+log = logging.getLogger("rlx")
 
 
 class GeneratorProcess(NamedTuple):
@@ -189,6 +192,17 @@ def longest_sequence(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any)
     if s.environment.env is not None:  # answers are of any length
         longest = context or s.environment.max_turns * longest
     return longest if context is None else min(longest, context)
+
+
+def warn_of_context(s: TextSettings, prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Log where the model's context ends completions before generation.max_new_tokens does."""
+    context, longest = context_of(s, tokenizer), max((len(prompt.tokens) for prompt in prompts), default=0)
+    if context is not None and context - longest < s.generation.max_new_tokens and s.environment.env is None:
+        log.warning(
+            "generation.max_new_tokens=%d behind a prompt of up to %d tokens is more than the model's context of %d: "
+            "completions are cut after %d tokens there, and count as truncated.",
+            *(s.generation.max_new_tokens, longest, context, context - longest),
+        )
 
 
 def plan_memory(s: TextSettings, policy: Any, sequences: int, longest: int, *, generates: bool) -> Plan:

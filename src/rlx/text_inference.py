@@ -17,6 +17,7 @@ from rlx.text.chat import render
 from rlx.text.prompts import prompt_tokens
 from rlx.text.tokenizers import decode, load_tokenizer, stop_ids
 from rlx.text_models import build_model, build_tokenizer, export_model, load_trained, stop_tokens
+from rlx.text_origin import with_origin
 from rlx.text_sections import GenerationSection
 from rlx.text_settings import TextSettings
 
@@ -82,6 +83,7 @@ def load_text_policy(path: str | Path) -> TextPolicy:
     # Without the algorithm's own section no module of its has to be imported: loading executes no code.
     sections = {name: value for name, value in state["config"].items() if name != "training"}
     settings = TextSettings.model_validate(sections)
+    settings = settings.model_copy(update={"model": with_origin(settings.model, folder)})
     tokenizer = build_tokenizer(settings.model)
     model = build_model(settings.model, len(tokenizer), settings.runtime.seed)
     saved = {

@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rlx.checkpoint import replace_folder
+from rlx.checkpoint import load_state, replace_folder
+from rlx.config_lookup import command_of_run
 from rlx.errors import CheckpointError, ConfigError
 from rlx.nets.language_model import export_language_model, find_model, language_model_config, load_language_model
 from rlx.nets.transformer import TransformerPolicy
-from rlx.text.tokenizers import check_same_ids, check_vocabulary, load_tokenizer, stop_ids
+from rlx.text.tokenizers import check_same_ids, check_vocabulary, encode, load_tokenizer, stop_ids
 from rlx.text_sections import TextModelSection
 from rlx.text_settings import TextSettings
 
@@ -27,11 +28,36 @@ EXPORT = "model"
 def model_path(path: str) -> str:
     """Return where transformers finds a model: of an rlx run the exported one, else `path` itself."""
     folder = Path(path).expanduser()
+    if not folder.exists() and (command := command_of_run(folder)):
+        raise ConfigError(f"there is no run {path} yet; train it first: {command}")
     if not (folder / "checkpoints").is_dir():
         return path
     if not (folder / EXPORT / "config.json").is_file():
+        _check_exports(folder)
         raise ConfigError(f"the run {path} has not exported a model yet; let it end, or run: rlx export {path}")
     return str(folder / EXPORT)
+
+
+def _check_exports(run: Path) -> None:
+    """Raise ConfigError where a run has no language model to export."""
+    try:
+        state = load_state(run)
+    except CheckpointError:  # none yet
+        return
+    algorithm = state["config"]["algorithm"]
+    if "rollouts" not in state:
+        raise ConfigError(f"the run {run} is of {algorithm}, which trains no language model; give a run of sft, say.")
+    if "score_std" in state["numbers"]:
+        raise ConfigError(
+            f"the run {run} is of {algorithm}: a model that scores texts and writes none, so nothing begins with it. "
+            f"Give the model or run that it was made from, and score with it by reward.model={run}."
+        )
+
+
+def model_folder(path: str) -> Path | None:
+    """Return the folder that transformers loads a model from; None where it comes from a hub."""
+    folder = Path(model_path(path)).expanduser()
+    return folder if folder.is_dir() else None
 
 
 def build_tokenizer(m: TextModelSection) -> Any:
@@ -259,7 +285,7 @@ def model_summary(s: TextSettings) -> str:
 
 
 def _token(tokenizer: Any, text: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = encode(tokenizer, text, f"generation.stop={text!r}")
     if len(ids) != 1:
         raise ConfigError(f"generation.stop: {text!r} is {len(ids)} tokens long; a stop is one token.")
     return ids[0]

@@ -16,7 +16,7 @@ from rlx.settings import ReportingSection
 from rlx.text.sources import object_name
 
 
-def _spelled_source(source: Any) -> Any:
+def spelled_source(source: Any) -> Any:
     """Return a source as YAML holds it; rows and data sets that were passed in Python only by their type."""
     if source is None or isinstance(source, str):
         return source
@@ -27,7 +27,7 @@ Source = Annotated[
     Any,
     Allowed("a path of a .jsonl, .json or .parquet file, an import path pkg.module:function, or in Python a list or a "
             "datasets.Dataset"),
-    PlainSerializer(_spelled_source),
+    PlainSerializer(spelled_source),
     WithJsonSchema({"type": ["string", "null"]}),
 ]  # fmt: skip
 PlainMapping = Annotated[dict[str, Any], AfterValidator(plain)]
@@ -39,10 +39,11 @@ class TextModelSection(Section):
     positional: ClassVar[str | None] = "path"
 
     path: str | None = None
-    """A folder that transformers reads, an id of the Hugging Face hub, or the folder of an rlx run. null: `config`."""
+    """A folder that transformers reads, an id of the Hugging Face hub, or the folder of an rlx run. A folder is copied
+    into RUN/origin as a run begins, which reads the copy from then on. null: `config`."""
     config: PlainMapping = Field(default={})
     """A configuration to begin with random weights from, as {model_type: llama, hidden_size: 128, ...}; vocab_size is
-    the tokenizer's where it is left out."""
+    the tokenizer's where it is left out. `--set model.config.hidden_size=64` changes one of them."""
     tokenizer: str | None = None
     """A folder, a hub id, or an import path pkg.module:function that returns one, with the same ids as one in `path`;
     null: that one."""
@@ -144,7 +145,8 @@ class GenerationSection(Section):
     """How completions are drawn."""
 
     max_new_tokens: int = Field(default=64, gt=0)
-    """Longest completion; what is cut there is truncated."""
+    """Longest completion; what is cut there is truncated. So is what the model's context leaves no room for, and the
+    log tells of it before the run."""
     temperature: float = Field(default=1.0, ge=0)
     """What logits are divided by, when tokens are drawn and when their probability is trained; 0: the likeliest."""
     top_k: int = Field(default=0, ge=0)

@@ -28,6 +28,7 @@ from rlx.text_sections import (
     TextReportingSection,
     TextTrainingSection,
     TokenRunnersSection,
+    spelled_source,
 )
 from rlx.text_served import check_engine
 
@@ -100,6 +101,7 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
         rows = getattr(s, self.reads)
         if rows.source is None:
             yield lambda: _missing(self.reads)
+        yield lambda: _check_unread(s, self.reads)
         sources = {f"{self.reads}.source": rows.source, "evaluation.source": s.evaluation.source}
         for key, value in {
             **sources,
@@ -111,6 +113,15 @@ class TextConfig(AlgorithmConfig, settings=TextSettings):
                 yield lambda key=key, value=value: check_callable(value, f'{key} is "{value}"')
         if self.reads == "prompts":
             yield lambda: _check_rollouts(s)
+
+
+def _check_unread(s: TextSettings, reads: str) -> None:
+    other = "data" if reads == "prompts" else "prompts"
+    if getattr(s, other).source is not None:
+        raise ConfigError(
+            f"{other}.source={spelled_source(getattr(s, other).source)} is not read by this algorithm, which learns "
+            f"from {reads}.source; leave it out."
+        )
 
 
 def _missing(section: str) -> None:

@@ -20,7 +20,7 @@ from rlx.errors import ConfigError, RlxError
 from rlx.fitting import fit
 from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.metrics import COUNTERS, Clock, EpisodeWindow, Metrics
-from rlx.run import check_resumable
+from rlx.run import check_resumable, check_run_folder
 from rlx.saves import Saves
 from rlx.schedule import Schedule
 
@@ -53,11 +53,15 @@ class Trainable(ABC):
             cls.config_class = config
             config.algorithm_class = cls
 
-    def __init__(self, config: AlgorithmConfig, run_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, config: AlgorithmConfig, run_dir: str | Path | None = None, restore: str | Path | None = None
+    ) -> None:
         self.config = config
         self.settings: Any = config.settings
         s = self.settings
         self.training: Any = s.training
+        if run_dir is not None and restore is None:
+            check_run_folder(Path(run_dir), config)
         self.iteration = self.env_steps = self.episodes = 0
         self.env_failures = self.runner_restarts = self.learner_restarts = self.dropped_env_steps = 0
         self.total_s = 0.0
@@ -67,6 +71,7 @@ class Trainable(ABC):
         self.stop_reason = self.stop_request = ""
         self.callbacks = Callbacks(s.callbacks.classes)
         self.saves = Saves(self, None if run_dir is None else Path(run_dir))
+        self._goes_on_from = None if restore is None else Path(restore)
         self._runtime = LazyRuntime(s.runtime.engine, self.run_dir, self.preload)
         self._weights_are_stale = True
         self._clock = Clock(self.clock_parts)
@@ -74,6 +79,8 @@ class Trainable(ABC):
         try:
             self._build()
             self.callbacks("on_algorithm_start", self)
+            if restore is not None:
+                self.restore(restore)
         except BaseException:
             self.close()
             raise
@@ -133,6 +140,8 @@ class Trainable(ABC):
         If the learners are lost and may be started again, it is the iteration after the last checkpoint, or without
         a run folder after the last of every checkpointing.interval iterations.
         """
+        self.check_open()
+        self.saves.check_folder()
         while True:
             try:
                 self.saves.keep_copy()
@@ -176,6 +185,11 @@ class Trainable(ABC):
         current iteration, with a checkpoint; a second one at once. So does SIGTERM.
         """
         return fit(self)
+
+    def check_open(self) -> None:
+        """Raise RlxError where it was closed."""
+        if self._runtime.is_closed:
+            raise RlxError("this algorithm was closed, and its processes with it; build it again from its config.")
 
     def finish(self) -> None:  # noqa: B027 - most have nothing to do
         """Do what `fit` ends with, after its last checkpoint."""

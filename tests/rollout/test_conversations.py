@@ -145,6 +145,7 @@ def test_a_turn_without_a_stop_token_is_the_last(make_envs):
 def test_an_environment_that_fails_costs_its_own_conversation(make_envs, what, failure):
     conversations = talk(make_envs(timeout_s=0.5), [None, what, None])
     assert conversations[1].failure.startswith(failure)
+    assert not conversations[1].failure.endswith(".")  # a sentence goes on behind it
     for one in (conversations[0], conversations[2]):
         assert not one.failure and len(one.tokens) == 10
     lengths = np.array([len(one.start) - 1 + len(one.tokens) for one in conversations])

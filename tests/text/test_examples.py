@@ -140,6 +140,21 @@ def test_pairs_of_messages_are_answers_or_whole_conversations(merged, row):
     assert pair.chosen.tokens[:size].tolist() == pair.rejected.tokens[:size].tolist()
 
 
+def test_rows_that_teach_nothing_are_counted_and_named(digits, caplog):
+    pair, same = {"prompt": "1=", "chosen": "1", "rejected": "2"}, {"prompt": "1=", "chosen": "3", "rejected": "3"}
+    load_pairs([pair, same, pair | {"rejected": ""}], digits)
+    assert '1 of the 3 rows of list have the same "chosen" and "rejected": nothing is' in caplog.text
+    assert "learned from them; the first is list[1]." in caplog.text
+    assert 'have an empty "chosen" or "rejected": an answer that ends at once; the first is list[2].' in caplog.text
+    with pytest.raises(DataError, match=r'"chosen" and "rejected" are the same in every row of list'):
+        load_pairs([same], digits)
+    load_examples([{"prompt": "1=", "completion": "1"}, {"prompt": "1=", "completion": ""}], digits)
+    assert '1 of the 2 rows of list have an empty "completion"' in caplog.text
+    caplog.clear()
+    load_pairs([pair], digits)
+    assert not caplog.text
+
+
 def test_an_example_that_is_too_long_is_refused_dropped_or_cut(digits, caplog):
     rows = [{"prompt": "1=", "completion": "2345"}, {"prompt": "1=", "completion": "1"}]
     with pytest.raises(
@@ -150,6 +165,8 @@ def test_an_example_that_is_too_long_is_refused_dropped_or_cut(digits, caplog):
     assert kept.index == 1 and "1 of the 2 rows of list have more than 4 tokens" in caplog.text
     cut, _ = load_examples(rows, digits, max_tokens=4, too_long="cut")
     assert cut.tokens.tolist() == [2, 12, 3, 4] and 0 not in cut.tokens
+    with pytest.raises(DataError, match=r"the first is list\[0\]\. Raise the limit, or shorten them\.$"):
+        load_examples(rows[:1], digits, max_tokens=4, too_long="drop")
     with pytest.raises(DataError, match=r"nothing to learn is left of list\[0\] when it is cut after 2 tokens"):
         load_examples(rows, digits, max_tokens=2, too_long="cut")
 

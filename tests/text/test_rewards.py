@@ -131,8 +131,15 @@ def test_a_batch_that_fails_though_its_samples_do_not_is_said_so(caplog):
         (completion,) = completions
         return [len(completion)]
 
-    with pytest.raises(RewardError, match="for 3 samples together, and for none of them alone"):
+    with pytest.raises(
+        RewardError, match=r"raised ValueError: .* for 3 samples together, and not for each of them alone"
+    ):
         scored(of_one)
+    one_score = (
+        r"returned 1 score for 3 samples together, and not for each of them alone; it must return a score for every"
+    )
+    with pytest.raises(RewardError, match=one_score):
+        scored(lambda prompts, completions: [1.0])
     scores = scored(of_one, on_error="mask")
     assert scores.score.tolist() == [1, 3, 1] and scores.mask.all()
     assert "The scores of the samples alone are taken" in caplog.text

@@ -1,6 +1,7 @@
 """Rows from every kind of source, and what is said of a source that is none."""
 
 import json
+import re
 import sys
 
 import pyarrow
@@ -32,6 +33,11 @@ def yielded():
 
 
 def failing():
+    raise TypeError("of its own")
+
+
+def failing_late():
+    yield ROWS[0]
     raise TypeError("of its own")
 
 
@@ -162,7 +168,7 @@ def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
     ("source", "message"),
     [
         ("rows.csv", '"rows.csv" ends in ".csv", and rlx reads .jsonl, .json, .parquet; or give'),
-        ("rows", '"rows" ends in "", and rlx reads'),
+        ("gsm8k", '"gsm8k" has no ending of a file, and rlx reads .jsonl, .json, .parquet; or give'),
         ("missing.jsonl", 'there is no file "missing.jsonl" (in /'),
         ("folder.jsonl", '"folder.jsonl" is a folder'),
         ("no_such_module:rows", 'the source "no_such_module:rows": there is no module no_such_module'),
@@ -170,7 +176,7 @@ def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
         ("json:__name__", 'the source "json:__name__" is of type str; it must be a function.'),
         ({"train": ROWS, "test": ROWS}, 'dict is a mapping with the keys "train", "test"; pass one of its values.'),
         (object_name(ROWS), f"the rows of this run were passed in Python as an object, <list of {len(ROWS)} rows>,"),
-        (7, "int is 7 (int); rows are a list of dicts or a data set"),
+        (7, "7 (int) is no source of rows; rows are a list of dicts or a data set"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, monkeypatch, source, message):
@@ -183,8 +189,11 @@ def test_a_function_called_wrongly_is_told_from_one_that_fails(this_module):
     assert "made cannot be called with {'size': 3}: made() got" in said(
         ConfigError, f"{this_module}:made", kwargs={"size": 3}
     )
-    with pytest.raises(TypeError, match="of its own"):
-        read_rows(failing)
+    place = rf"\(line \d+ of {re.escape(__file__)}\); correct it"
+    for function in (failing, failing_late):
+        with pytest.raises(DataError, match=rf"{function.__name__}\(\) raised TypeError: of its own {place}") as raised:
+            read_rows(function)
+        assert raised.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_name == function.__name__
     assert said(DataError, f"{this_module}:made", kwargs={"count": 0}).startswith("my_rows:made() holds no rows")
 
 

@@ -166,6 +166,17 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, monkeypatch):
 
 def test_a_model_that_nobody_knows_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match='no tokenizer "no-such/model": it is neither a folder') as raised:
-        load_tokenizer("no-such/model")
-    assert "\n" not in str(raised.value)
+    asked = AutoTokenizer.from_pretrained
+    only_here: list[bool] = []
+    monkeypatch.setattr(
+        *(AutoTokenizer, "from_pretrained"),
+        lambda *path, **options: only_here.append(options["local_files_only"]) or asked(*path, **options),
+    )
+    for name in ("no-such/model", "no-such"):
+        said = (
+            f"there is no folder {name}, no such tokenizer was downloaded before, and .* give the folder of a tokenizer"
+        )
+        with pytest.raises(ConfigError, match=said) as raised:
+            load_tokenizer(name)
+        assert "\n" not in str(raised.value)
+    assert only_here == [True, True]  # the hub's client would try for long

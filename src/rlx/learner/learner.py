@@ -215,8 +215,8 @@ class Learner:
         if state.get("frozen", self._frozen) != self._frozen:
             raise CheckpointError(
                 "the checkpoint was made beside other weights that are not learned, as a reference or the model under "
-                "an adapter, than there are now: what model.path, reference_path or value_path names has changed; put "
-                "it back, or begin a new run."
+                "an adapter, than there are now: what model.path, reference_path or value_path names has changed, and "
+                "no copy of it is kept in the run's folder origin; put it back, or begin a new run."
             )
         self.flat.load(np.concatenate([state["policy"][name].ravel() for name in self.flat.names]))
         self.adam.set_state(state["adam"])

@@ -56,6 +56,9 @@ def memory_plan(
     )
 
 
+TO_TAKE = "to take, by learners.max_memory_gb or what is free"
+
+
 @dataclass(frozen=True)
 class _Run:
     """A run's sizes, put beside the memory that there is."""
@@ -119,7 +122,7 @@ class _Run:
         )
         raise ConfigError(
             f"{' and '.join(who)} {verb} {in_words(learners + self.beside)} on a device with "
-            f"{in_words(self.available)} free ({figures}): {'; or '.join(cures)}."
+            f"{in_words(self.available)} {TO_TAKE} ({figures}): {'; or '.join(cures)}."
         )
 
     def check_generators(self) -> None:
@@ -131,7 +134,7 @@ class _Run:
         slots = self._slots_that_fit(g.available)
         cures = self.less_in_generation(f"set generation.max_slots={slots}" if slots else "")
         raise ConfigError(
-            f"{who} {in_words(g.total(self.trunk))} on a device with {in_words(g.available)} free "
+            f"{who} {in_words(g.total(self.trunk))} on a device with {in_words(g.available)} {TO_TAKE} "
             f"({_figures(g.parts(self.trunk))}, each): {'; or '.join(cures)}."
         )
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import socket
 import textwrap
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlx.errors import ConfigError, MissingExtra
+from rlx.hub import check_hub
 
 
 def load_language_model(
@@ -75,7 +73,7 @@ def find_model(path: str) -> str:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        _check_hub(path)
+        check_hub(path)
         return path
     if not (folder / "config.json").is_file():
         raise ConfigError(f"the folder {path} holds no config.json, so there is no language model in it.")
@@ -125,31 +123,6 @@ def _from_path(path: str, options: dict[str, Any]) -> Any:
             return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a causal language model: {_reason(error)}") from error
-
-
-def _check_hub(path: str) -> None:
-    """Raise ConfigError where a model can only be on the hub and the hub cannot be reached: its client tries long."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ConfigError(f"there is no folder {path}; the path of a model is a folder, or a hub id as in org/name.")
-    try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(path, "config.json"), str):
-            return
-    except ValueError as error:
-        raise ConfigError(f"{path!r} is neither a folder nor a hub id: {_reason(error)}") from error
-    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        if not urllib.request.getproxies():  # through a proxy, names are the proxy's to look up
-            socket.getaddrinfo(host, 443)
-    except OSError as error:
-        raise ConfigError(
-            f"there is no folder {path}, no such model was downloaded before, and {host} cannot be asked for it "
-            f"({error}): give the folder of a model, or go online."
-        ) from error
 
 
 def _from_config(config: Mapping[str, Any], options: dict[str, Any]) -> Any:

@@ -96,7 +96,7 @@ class TextEnvHost:
             except Exception as error:
                 timeouts += isinstance(error, EnvTimeout)
                 is_told = isinstance(error, EnvError)
-                said = str(error) if is_told else f"{method}() raised {type(error).__name__}: {error}"
+                said = str(error).rstrip(".") if is_told else f"{method}() raised {type(error).__name__}: {error}"
                 answer = Answer(np.zeros(0, np.int64), failure=said)
             if answer.failure:
                 self._close(self._envs.pop(key, None))

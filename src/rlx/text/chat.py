@@ -39,8 +39,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, place: str, *
     if tokenizer.chat_template is None:
         name = f' "{tokenizer.name_or_path}"' if tokenizer.name_or_path else ""
         raise ConfigError(
-            f"{place} holds messages, and the tokenizer{name} has no chat template; set tokenizer.chat_template, or "
-            'give texts in place of messages ("prompt", "completion").'
+            f"{place} holds messages, and the tokenizer{name} has no chat template; set model.tokenizer to one that "
+            "has, as of a model for chat or of a pkg.module:function that sets its chat_template, or give texts in "
+            'place of messages ("prompt", "completion").'
         )
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows)  # type: ignore[arg-type]

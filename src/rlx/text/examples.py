@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlx.errors import DataError
 from rlx.text.chat import answers, check_messages, is_chat
-from rlx.text.prompts import prompt_text, prompt_tokens
+from rlx.text.prompts import advice_on_length, prompt_text, prompt_tokens
 from rlx.text.sources import Rows, Source, read_rows
 from rlx.text.tokenizers import encode, encode_continuation, encode_start, end_id, stop_ids
 from rlx.trajectory import Batch
@@ -82,6 +82,8 @@ def load_examples(
     rows = read_rows(source, kwargs)
     ends = stops if stops is not None else stop_ids(tokenizer)
     examples = [_example(rows, index, tokenizer, ends, train_prompt) for index in range(len(rows))]
+    empty = [index for index in range(len(rows)) if rows[index].get("completion") in ("", [])]
+    _warn(rows, empty, 'have an empty "completion": what is learned from them is to end at once')
     if max_tokens is not None and too_long == "cut":
         examples = [_cut(example, rows, max_tokens) for example in examples]
     return _fitting(examples, rows, max_tokens, too_long)
@@ -104,7 +106,14 @@ def load_pairs(
     """
     rows = read_rows(source, kwargs)
     ends = stops if stops is not None else stop_ids(tokenizer)
-    return _fitting([_pair(rows, index, tokenizer, ends) for index in range(len(rows))], rows, max_tokens, too_long)
+    pairs = [_pair(rows, index, tokenizer, ends) for index in range(len(rows))]
+    same = [pair.index for pair in pairs if np.array_equal(pair.chosen.tokens, pair.rejected.tokens)]
+    empty = [index for index in range(len(rows)) if "" in (rows[index]["chosen"], rows[index]["rejected"])]
+    _warn(rows, empty, 'have an empty "chosen" or "rejected": an answer that ends at once')
+    if len(same) == len(pairs):
+        raise DataError(f'"chosen" and "rejected" are the same in every row of {rows.name}; nothing can be learned.')
+    _warn(rows, same, 'have the same "chosen" and "rejected": nothing is learned from them')
+    return _fitting(pairs, rows, max_tokens, too_long)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -270,6 +279,13 @@ def _cut(example: Example, rows: Rows, max_tokens: int) -> Example:
     return cut
 
 
+def _warn(rows: Rows, which: Sequence[int], fault: str) -> None:
+    """Log which rows teach less than they seem to."""
+    if which:
+        count = f"{len(which)} of the {len(rows)} rows"
+        log.warning("%s of %s %s; the first is %s.", count, rows.name, fault, rows.place(which[0]))
+
+
 def _fitting(items: list[T], rows: Rows, max_tokens: int | None, too_long: TooLong) -> list[T]:
     fitting = items if max_tokens is None else [item for item in items if len(item) <= max_tokens]
     if len(fitting) == len(items):
@@ -281,6 +297,6 @@ def _fitting(items: list[T], rows: Rows, max_tokens: int | None, too_long: TooLo
     )
     if too_long != "drop" or not fitting:
         first = next(item for item in items if len(item) > (max_tokens or 0))
-        raise DataError(f"{what}, the first is {rows.place(first.index)}. Raise the limit, or shorten or drop them.")
+        raise DataError(f"{what}, the first is {rows.place(first.index)}. {advice_on_length(bool(fitting))}")
     log.warning("%s. They are dropped.", what)
     return fitting

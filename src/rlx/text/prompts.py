@@ -56,11 +56,14 @@ def load_prompts(
         )
         if too_long == "refuse" or not fitting:
             first = next(prompt for prompt in prompts if len(prompt.tokens) > max_tokens)
-            raise DataError(
-                f"{what}, the first is {rows.place(first.index)}. Raise the limit, or shorten or drop them."
-            )
+            raise DataError(f"{what}, the first is {rows.place(first.index)}. {advice_on_length(bool(fitting))}")
         log.warning("%s. They are dropped.", what)
     return fitting
+
+
+def advice_on_length(any_fits: bool) -> str:
+    """Return what to do about rows that are too long."""
+    return f"Raise the limit, or shorten {'or drop ' if any_fits else ''}them."
 
 
 def prompt_text(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:

@@ -109,7 +109,11 @@ class RewardFunction:
         except TypeError:
             raise _Malformed(f"returned {_short(returned)}, not a sequence of {stop - start} scores") from None
         if isinstance(returned, str | bytes | Mapping) or len(values) != stop - start:
-            kind = f"{len(values)} scores" if not isinstance(returned, str | bytes | Mapping) else _short(returned)
+            kind = (
+                f"{len(values)} score{'s' * (len(values) != 1)}"
+                if not isinstance(returned, str | bytes | Mapping)
+                else _short(returned)
+            )
             raise _Malformed(f"returned {kind} for {stop - start} samples")
         return values
 
@@ -137,9 +141,10 @@ class RewardFunction:
                     break
             scores.append(value or 0.0)
         if not failures:
+            said = _said(error) if isinstance(error, _Malformed) else f"{_said(error)} for {len(scores)} samples"
             message = (
-                f"the reward function {self.name} {_said(error)} for {len(scores)} samples together, and for none "
-                "of them alone; it must score a batch as it scores its samples."
+                f"the reward function {self.name} {said} together, and not for each of them alone; it must return a "
+                "score for every sample of a batch."
             )
             if self.on_error == "stop":
                 raise RewardError(message) from error

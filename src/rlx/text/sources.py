@@ -6,13 +6,15 @@ lines, so that whatever is wrong with it, here or later, is named so that a read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, overload
 
-from rlx.errors import ConfigError, DataError, MissingExtra
+from rlx.errors import ConfigError, DataError, MissingExtra, RlxError
 from rlx.text.import_path import import_function, is_import_path
 
 Row = Mapping[str, Any]
@@ -89,6 +91,15 @@ def read_rows(source: Source, kwargs: Mapping[str, Any] | None = None) -> Rows:
     return rows
 
 
+@contextlib.contextmanager
+def named(setting: str) -> Iterator[None]:
+    """Have what is wrong with a source, or with a row of it, begin with the name of its setting."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"{setting}: {error}") from error.__cause__
+
+
 def object_name(source: Sequence[Any]) -> str:
     """Return what a saved configuration says of rows that were passed in Python."""
     return f"<{type(source).__name__} of {len(source)} rows>"
@@ -102,9 +113,10 @@ def _read_file(path: Path) -> Rows:
         )
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
+        ending = f'ends in "{path.suffix}"' if path.suffix else "has no ending of a file"
         raise ConfigError(
-            f'"{path}" ends in "{path.suffix}", and rlx reads {", ".join(_READERS)}; or give an import path '
-            "pkg.module:function of a function that returns rows."
+            f'"{path}" {ending}, and rlx reads {", ".join(_READERS)}; or give an import path pkg.module:function of a '
+            "function that returns rows, or in Python a list or a datasets.Dataset."
         )
     if path.is_dir():
         raise ConfigError(f'"{path}" is a folder; give one of its files.')
@@ -183,11 +195,20 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
 def _call(function: Callable[..., Any], name: str, kwargs: Mapping[str, Any]) -> Rows:
     try:
         made = function(**kwargs)
-    except TypeError as error:
-        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
-            raise  # of the function itself, with its own traceback
-        raise ConfigError(f"{name} cannot be called with {dict(kwargs)}: {error}.") from error
-    return _indexed(list(made) if isinstance(made, Iterator) else made, f"{name}()")
+        rows = list(made) if isinstance(made, Iterator) else made
+    except RlxError:
+        raise
+    except Exception as error:
+        inside = None if error.__traceback__ is None else error.__traceback__.tb_next
+        if isinstance(error, TypeError) and inside is None:
+            raise ConfigError(f"{name} cannot be called with {dict(kwargs)}: {error}.") from error
+        raise DataError(f"{name}() raised {type(error).__name__}: {error}{_line_of(inside)}; correct it.") from error
+    return _indexed(rows, f"{name}()")
+
+
+def _line_of(inside: TracebackType | None) -> str:
+    """Return where in the function that was called a traceback is, in words."""
+    return "" if inside is None else f" (line {inside.tb_lineno} of {inside.tb_frame.f_code.co_filename})"
 
 
 def _indexed(rows: Any, name: str) -> Rows:
@@ -196,8 +217,9 @@ def _indexed(rows: Any, name: str) -> Rows:
     if isinstance(rows, Mapping):
         raise ConfigError(f"{name} is a mapping with the keys {_quoted(rows)}; pass one of its values.")
     if isinstance(rows, str | bytes) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        what = f"{name} returned {_kind(rows)}" if name.endswith("()") else f"{_kind(rows)} is no source of rows"
         raise ConfigError(
-            f"{name} is {_kind(rows)}; rows are a list of dicts or a data set with a length and an index, since they "
+            f"{what}; rows are a list of dicts or a data set with a length and an index, since they "
             "are shuffled by their number."
         )
     return Rows(rows, name)

@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Discrete, Sequence
 
-from rlx.errors import ConfigError
+from rlx.errors import ConfigError, EnvError
 from rlx.text.import_path import import_function
 from rlx.text.tokenizers import decode, encode, encode_start, load_tokenizer
 
@@ -75,6 +75,11 @@ class TextEnv(gymnasium.Env[np.ndarray, np.ndarray], ABC):
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Return the tokens of the reply to a turn, int64 [R], its reward, and whether the conversation is over."""
         reply = self.reply(decode(self.tokenizer, action, () if self.keeps_stops else self.stops))
+        if not isinstance(reply, Reply):
+            raise EnvError(
+                f"reply() of {type(self).__name__} returned {reply!r:.80}; it must return a Reply of "
+                "rlx.text.text_env, as in return Reply(text)"
+            )
         tokens = encode(self.tokenizer, reply.text, f"the reply of {type(self).__name__}") if reply.text else []
         return np.array(tokens, np.int64), float(reply.reward), reply.ends, False, {}
 

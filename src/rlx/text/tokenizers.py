@@ -13,6 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlx.errors import ConfigError, DataError
+from rlx.hub import check_hub
 from rlx.text.import_path import import_function, is_import_path
 
 EOS = "<eos>"
@@ -42,6 +43,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             last = error
             if folder.is_dir():
                 break
+            if only_local:
+                check_hub(name, "tokenizer")
     if folder.is_dir():
         raise ConfigError(
             f'no tokenizer can be loaded from the folder "{name}": {_first_sentence(last)} A folder that '

@@ -1,0 +1,125 @@
+"""A run on text owns the models that it began with: what becomes of the folders that they came from does not matter."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlx.cli import main
+from rlx.errors import ConfigError
+from rlx.fitting import iterate
+from rlx.metrics import read_metrics
+from rlx.text_inference import load_text_policy
+
+ADAPTER = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
+EVALUATED = {"source": "rlx.envs.addition:rows", "kwargs": {"split": "eval"}, "num_rows": 4}
+FROM_SOURCE = {"config": {}, "tokenizer": None, "path": "source"}
+
+BEGUN = {
+    "reference": ("grpo", {}, {"kl_coef": 0.1}),
+    "adapter": ("grpo", ADAPTER, {"kl_coef": 0.1}),
+    "value model": ("rlhf_ppo", {"value_path": "source"}, {"kl_coef": 0.0}),
+}
+
+
+@pytest.fixture(autouse=True)
+def source(tiny_text, tmp_path, monkeypatch):
+    """The run `source` of one iteration, and what trains it further."""
+    monkeypatch.chdir(tmp_path)
+    made = tiny_text("sft", stop={"iterations": 1})
+    with made.build("source") as run:
+        run.fit()
+
+    def further():
+        with made.copy().stop(iterations=2).build("source", restore="source") as again:
+            again.fit()
+
+    return further
+
+
+def begin(tiny_text, name, **sections):
+    algorithm, model, training = BEGUN[name]
+    made = tiny_text(algorithm, stop={"iterations": 1}, model=FROM_SOURCE | model, training=training, **sections)
+    return made.evaluation(**EVALUATED)
+
+
+def rows(run):
+    return [
+        {key: value for key, value in row.items() if "time/" not in key and key != "env_steps_per_s"}
+        for row in read_metrics(Path(run) / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_run_goes_on_as_if_its_source_had_not_been_trained_further(name, tiny_text, source, capsys):
+    made = begin(tiny_text, name)
+    with made.copy().stop(iterations=2).build("whole") as whole:
+        whole.fit()
+    with made.copy().build("run") as run:
+        run.fit()
+        said = load_text_policy("run").generate("1+2=", n=8)
+    source()
+    assert load_text_policy("run").generate("1+2=", n=8) == said
+    assert main(["train", "--resume", "run", "--set", "stop.iterations=2"]) == 0, capsys.readouterr().err
+    assert rows("run") == rows("whole")
+    shutil.rmtree("source")
+    for run in ("run", "run/checkpoints/iter_000002"):
+        assert main(["eval", run]) == 0, capsys.readouterr().err
+    assert main(["train", "--resume", "run", "--set", "stop.iterations=3"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_algorithm_that_was_built_beside_other_models_is_built_anew(tiny_text, source):
+    made = begin(tiny_text, "adapter").token_runners(num_token_runners=1, torch_threads=1)
+    with made.copy().build("run") as run:
+        run.fit()
+        expected = run.evaluate()
+    source()
+    with made.copy().build() as other:
+        other.restore("run")
+        assert other.evaluate() == expected
+        assert other.train()["iteration"] == 2
+
+
+def test_a_new_run_that_goes_on_from_another_keeps_what_that_began_with(tiny_text, source):
+    made = begin(tiny_text, "reference")
+    with made.copy().build("run") as run:
+        run.fit()
+    source()
+    with made.copy().stop(iterations=2).build("fork", restore="run") as fork:
+        fork.fit()
+    shutil.rmtree("run")
+    shutil.rmtree("source")
+    assert main(["train", "--resume", "fork", "--set", "stop.iterations=3"]) == 0
+
+
+@pytest.mark.slow
+def test_a_learner_that_is_started_again_reads_the_model_that_the_run_began_with(tiny_text, source):
+    with begin(tiny_text, "reference").stop(iterations=2).learners(num_learners=1).build("run") as run:
+        run.saves.open()
+        iterate(run)
+        source()
+        os.kill(run._runtime().state()["learner/0"].pid, signal.SIGKILL)
+        run.fit()
+    assert read_metrics(Path("run/metrics.jsonl"))[-1]["learner_restarts"] == 1
+
+
+def test_a_run_from_before_there_were_copies_reads_what_its_settings_name(tiny_text):
+    with begin(tiny_text, "reference").build("run") as run:
+        run.fit()
+        before = run.learners.weights()
+    shutil.rmtree("run/origin")
+    with begin(tiny_text, "reference").build("run", restore="run") as again:
+        assert np.array_equal(again.learners.weights(), before)
+
+
+def test_a_build_that_comes_to_nothing_leaves_no_copies(tiny_text):
+    with begin(tiny_text, "reference").build("unused"):
+        assert Path("unused/origin/path/model.safetensors").is_file()
+    assert not Path("unused").exists()
+    with pytest.raises(ConfigError, match="need 13 MB"):
+        begin(tiny_text, "reference").learners(max_memory_gb=1e-6).build("refused")
+    assert not Path("refused").exists()
