@@ -20,6 +20,11 @@ from report import DOCS, markdown_table
 from rlx.metrics import read_metrics
 
 RUNNER = ("token_runners.num_token_runners=1", "token_runners.torch_threads=1")
+BOLD = (
+    *("training.kl_coef=0", "training.epochs=2", "training.minibatch_sequences=64", "stop.iterations=150"),
+    "training.lr={start: 3.0e-4, end: 1.0e-4, env_steps: 265_000}",
+)
+"""16 steps an iteration that nothing holds back but clip and correction; those of the config are 4, with a KL penalty."""
 RUNS = {
     "sft": addition.RUNS["sft"],
     "age_0": ("0: turns are taken", "grpo", *RUNNER),
@@ -29,9 +34,11 @@ RUNS = {
         "at most 4, weights change in mid-sequence",
         *("grpo", *RUNNER, "training.max_age=4", "token_runners.on_new_weights=keep_cache"),
     ),
-    "uncorrected": (
-        "at most 4, neither clipped nor corrected",
-        *("grpo", *RUNNER, "training.max_age=4", "training.importance_cap=null", "training.clip_range=1000"),
+    "bold": ("at most 4, bold", "grpo", *RUNNER, "training.max_age=4", *BOLD),
+    "bold_uncorrected": (
+        "at most 4, bold, neither clipped nor corrected",
+        *("grpo", *RUNNER, "training.max_age=4", *BOLD),
+        *("training.importance_cap=null", "training.clip_range=1000"),
     ),
 }
 """Each run's title, its config, and what of it is set."""

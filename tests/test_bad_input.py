@@ -199,7 +199,7 @@ SETTINGS = {
     "old env version": ("environment.id=HalfCheetah-v2", "Did you mean HalfCheetah-v5 or HalfCheetah-v4?"),
     "env module missing": ("environment.id=no_module:Env", "there is no module no_module on the Python path"),
     "env class missing": (f"environment.id={MODULE}:Goood", f"{MODULE} has no Goood. Did you mean Good?"),
-    "env not callable": (f"environment.id={MODULE}:a_number", "that is a int, and must be a class or a factory"),
+    "env not callable": (f"environment.id={MODULE}:a_number", "of type int, and must be a class or a factory"),
     "env not set": ("environment.id=null", "environment.id is not set; give a gymnasium id such as CartPole-v1"),
     "env not installed": ("environment.id=phys2d/CartPole-v1", "it needs jax, which is not installed: pip install"),
     "cnn on numbers": ("model.encoder=cnn", "model.encoder=cnn needs images of 3 axes, not (4,)"),

@@ -34,9 +34,7 @@ def test_a_reply_that_is_a_text_is_told_how_to_be_one(tiny_text, caplog):
     made = of_guesses(tiny_text).environment(OfWords)
     with made.build() as algorithm:
         algorithm.sample()
-    said = (
-        "reply() of OfWords returned '1'; it must return a Reply of rlx.text.text_env, as in return Reply(text); what"
-    )
+    said = "reply() of OfWords returned '1'; it must return a Reply of rlx.text.text_env, as in return Reply(text)\n"
     assert said in caplog.text
 
 

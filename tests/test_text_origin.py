@@ -123,3 +123,21 @@ def test_a_build_that_comes_to_nothing_leaves_no_copies(tiny_text):
     with pytest.raises(ConfigError, match="need 13 MB"):
         begin(tiny_text, "reference").learners(max_memory_gb=1e-6).build("refused")
     assert not Path("refused").exists()
+
+
+def test_a_reward_model_that_is_trained_further_scores_as_it_did_when_the_run_began(tiny_text, tmp_path):
+    judged = tiny_text("reward_model", stop={"iterations": 1})
+    with judged.copy().build("judge") as run:
+        run.fit()
+    made = tiny_text("grpo", reward={"function": None, "model": "judge"})
+    with made.copy().stop(iterations=2).build("whole") as whole:
+        whole.fit()
+    with made.copy().stop(iterations=1).build("run") as run:
+        run.fit()
+    with judged.stop(iterations=2).build("judge", restore="judge") as again:
+        again.fit()
+    shutil.rmtree("judge/checkpoints/iter_000001")  # a name of the same files as in the run
+    assert main(["train", "--resume", "run", "--set", "stop.iterations=2"]) == 0
+    assert rows("run") == rows("whole")
+    shutil.rmtree("judge")
+    assert main(["train", "--resume", "run", "--set", "stop.iterations=3"]) == 0

@@ -235,7 +235,7 @@ class TextAlgorithm(Trainable):
 
     def restore(self, path: str | Path) -> None:
         """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models."""
-        if not is_origin(path, self.settings.model, self._fitted.model):
+        if not is_origin(path, self.settings, self._fitted):
             self._goes_on_from = Path(path)
             self._close_parts()
             self._build()
@@ -286,7 +286,7 @@ class TextAlgorithm(Trainable):
                 load = self._questions if self.generates(s) else self._examples
                 self._evaluation_rows = load(s.evaluation)
         self._fitted = copied = with_copies(s, self.run_dir)
-        with told_by_source(s.model, copied.model):
+        with told_by_source(s, copied):
             self._build_parts(copied)
 
     def _examples(self, section: Any) -> Sequence[Any]:
