@@ -24,7 +24,7 @@ BOLD = (
     *("training.kl_coef=0", "training.epochs=2", "training.minibatch_sequences=64", "stop.iterations=150"),
     "training.lr={start: 3.0e-4, end: 1.0e-4, env_steps: 265_000}",
 )
-"""16 steps an iteration that nothing holds back but clip and correction; those of the config are 4, with a KL penalty."""
+"""16 steps an iteration that clip and correction alone hold back; those of the config are 4, with a KL penalty."""
 RUNS = {
     "sft": addition.RUNS["sft"],
     "age_0": ("0: turns are taken", "grpo", *RUNNER),
