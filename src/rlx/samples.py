@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from rlx.text_rollouts import Rollout
 
 
-def sample_record(
+def sample_records(iteration: int, rollout: Rollout, count: int, ref_logp: Tensor | None) -> list[dict[str, Any]]:
+    """Return up to `count` completions as rows of samples.jsonl; ref_logp: of the rollout's rows [S, L], if known."""
+    logps = rollout.completions.split(rollout.completions.logp)
+    chosen = np.unique(np.linspace(0, len(logps) - 1, min(count, len(logps))).astype(int)).tolist()
+    return [_record(iteration, rollout, index, logps, ref_logp) for index in chosen]
+
+
+def _record(
     iteration: int, rollout: Rollout, index: int, logps: Sequence[np.ndarray], ref_logp: Tensor | None
 ) -> dict[str, Any]:
-    """Return one completion as a row of samples.jsonl; ref_logp: of the rollout's rows [S, L], if there is one."""
     completions = rollout.completions
     tokens, version = (completions.split(column)[index] for column in (completions.tokens, completions.version))
     drawn = np.ones(len(tokens), bool) if completions.drawn is None else completions.split(completions.drawn)[index]

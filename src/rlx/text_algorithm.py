@@ -11,13 +11,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rlx.errors import ConfigError
 from rlx.functional.aggregation import token_mean
-from rlx.functional.groups import has_spread
 from rlx.generation.request import Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.nets.flat import FlatParameters
@@ -25,7 +23,7 @@ from rlx.out_of_memory import out_of_memory_told
 from rlx.policy_distance import mismatch_kl, reference_kl
 from rlx.rollout.served_runners import ServedRunners
 from rlx.rollout.token_runners import TokenRunners
-from rlx.samples import sample_record
+from rlx.samples import sample_records
 from rlx.schedule import Schedule
 from rlx.text.order import order
 from rlx.text.prompts import Prompt, load_prompts
@@ -382,12 +380,8 @@ class TextAlgorithm(Trainable):
         metrics: Metrics = {} if self.runners is None else {"sync_bytes": self._sync_bytes}
         rollout, batch = self._rollout, self._batch
         if rollout is not None:
-            samples = self.settings.prompts.samples_per_prompt
-            spread = has_spread(rollout.batch.score, samples, rollout.batch.counts).view(-1, samples).any(1)
             metrics |= {
-                "score_mean": float(rollout.score[rollout.counts].mean()) if rollout.counts.any() else None,
-                "truncated_fraction": float((~rollout.completions.stopped).mean()),
-                "flat_groups_fraction": float((~spread).float().mean()),
+                **rollout.row(self.settings.prompts.samples_per_prompt),
                 "reward_failures": self.rollouts.reward_failures if self.rollouts is not None else 0,
                 **self._ages,
             }
@@ -400,12 +394,9 @@ class TextAlgorithm(Trainable):
     def _keep_samples(self) -> None:
         """Write some completions of this iteration into the run folder."""
         count, run, rollout = self.settings.reporting.samples_per_iteration, self.saves.run, self._rollout
-        if rollout is None or run is None or not count:
-            return
-        ref = None if self._batch is None else self._batch.tensors.get("ref_logp")
-        logps = rollout.completions.split(rollout.completions.logp)
-        chosen = np.unique(np.linspace(0, len(logps) - 1, min(count, len(logps))).astype(int))
-        run.write_samples([sample_record(self.iteration, rollout, int(index), logps, ref) for index in chosen])
+        if rollout is not None and run is not None and count:
+            ref = None if self._batch is None else self._batch.tensors.get("ref_logp")
+            run.write_samples(sample_records(self.iteration, rollout, count, ref))
 
     def _model_now(self) -> Any:
         policy = self.learners.local_policy

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from rlx.errors import EnvError, RewardError
+from rlx.functional.groups import has_spread
 from rlx.generation.request import Request, Sampling
 from rlx.metrics import Clock, Metrics
 from rlx.rollout.age import WhenOld
@@ -58,6 +59,15 @@ class Rollout:
     """Conversations whose environment failed."""
     last_failure: str = ""
     """What was wrong with the last of them, or of the rewards that failed."""
+
+    def row(self, samples: int) -> Metrics:
+        """Return an iteration's metrics, for groups of so many samples."""
+        spread = has_spread(self.batch.score, samples, self.batch.counts).view(-1, samples).any(1)
+        return {
+            "score_mean": float(self.score[self.counts].mean()) if self.counts.any() else None,
+            "truncated_fraction": float((~self.completions.stopped).mean()),
+            "flat_groups_fraction": float((~spread).float().mean()),
+        }
 
     def metrics(self) -> Metrics:
         """Return evaluation/ metrics, as of episodes."""

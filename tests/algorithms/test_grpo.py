@@ -215,7 +215,7 @@ def test_what_was_cut_gets_the_score_that_is_set_for_it(truncated_score, tiny_te
 
 def test_a_run_that_needs_more_than_there_may_be_is_refused_with_figures_and_cures(tiny_text):
     with pytest.raises(
-        ConfigError, match=r"the learner and the generator need .* on a device with 100 kB free .*set learners\."
+        ConfigError, match=r"the learner and the generator need .* on a device with 100 kB to take, .*set learners\."
     ) as refused:
         tiny_text("grpo", learners={"max_memory_gb": 0.0001, "torch_threads": 1}).build()
     assert "take a smaller model" in str(refused.value)
