@@ -51,7 +51,7 @@ class RayEngine:
         if self._owns_ray:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             quiet = {} if address else {"include_dashboard": False, "logging_level": logging.WARNING}
-            ray.init(address=address or "local", namespace=NAMESPACE, **{**quiet, **options})
+            ray.init(address=address, namespace=NAMESPACE, **{**quiet, **options})
         elif options:
             raise ConfigError(
                 f"Ray runs in this process already, so {', '.join(options)} cannot be set; leave it out, or call "
