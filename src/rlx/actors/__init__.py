@@ -22,7 +22,7 @@ from rlx.actors.handle import ActorHandle, Group
 from rlx.actors.interface import ActorState, Stall
 from rlx.actors.monitor import EventThread
 from rlx.actors.ref import Ref
-from rlx.actors.resources import Reservation, Resources
+from rlx.actors.resources import Pool, Reservation, Resources
 from rlx.actors.runtime import Runtime
 from rlx.actors.stream import Stream
 from rlx.actors.supervision import Restart
@@ -52,9 +52,6 @@ __all__ = [
 ]
 
 
-ENGINES = ("local", "inline", "ray")
-
-
 def runtime(
     engine: str = "local",
     *,
@@ -68,34 +65,22 @@ def runtime(
 
     engine: "local" gives every actor a process; its option is `preload=("numpy", "torch")`, the modules that are
     imported once and shared by all actors. "inline" runs actors in the caller's thread, for debugging; its option
-    `strict=True` pickles every message, which shows what would not survive the way to another process. "ray" has Ray
-    start the actors; its option is `address`, of a running cluster, where Ray is not to be started here.
+    `strict=True` pickles every message, which shows what would not survive the way to another process.
     system_timeout_s bounds what the runtime itself waits for (a start, a kill, a close), never a method.
     resources: what actors may ask for in all; what is 0 is as the machine, its cgroup and CUDA_VISIBLE_DEVICES have it.
     pending_timeout_s: how long an actor or a reservation may wait for resources; None is without end, with a warning.
     max_actors: how many may live at once.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine {engine!r} is not an actor engine; use {', '.join(map(repr, ENGINES))}.")
+    if engine not in ("inline", "local"):
+        raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local' or 'inline'.")
+    pool = Pool.of_this_machine(resources) if resources is not None else None
     events = EventThread("rlx-actor-events")
     if engine == "inline":
         from rlx.actors.engines.inline import InlineEngine
 
         opened = InlineEngine(**options)
-    elif engine == "ray":
-        try:
-            from rlx.actors.engines.ray import RayEngine
-        except ImportError as error:
-            raise ConfigError(f"engine 'ray' needs Ray ({error}): pip install 'rlx[ray]'.") from error
-
-        opened = RayEngine(system_timeout_s, **options)
     else:
         from rlx.actors.engines.local import LocalEngine
 
         opened = LocalEngine(events, system_timeout_s, **options)
-    try:
-        pool = None if resources is None else opened.pool(resources)
-    except BaseException:
-        opened.close(system_timeout_s)
-        raise
     return Runtime(opened, events, system_timeout_s, pool, pending_timeout_s, max_actors)

@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlx.actors.channel import Published, Staleness
+from rlx.actors.channel import Channel, InlineChannel
 from rlx.actors.future import Answer, Future
 from rlx.actors.ref import Ref
-from rlx.actors.resources import Pool, Resources
 from rlx.actors.stream import Stream
 
-
-class AnyChannel(Protocol):
-    """One publishes, and all who were given it as an argument read the newest version."""
-
-    name: str
-
-    def publish(self, value: Any, version: int | None = None) -> int:
-        """Make `value` the newest version, and return its number: `version`, or one more than the last, from 1 on."""
-        ...
-
-    def latest(self) -> Published | None:
-        """Return the newest version, the same object while there is no newer one; None before the first."""
-        ...
-
-    def readers(self) -> dict[str, Staleness]:
-        """Return how far behind each reader is, by its name."""
-        ...
-
-    def close(self) -> None:
-        """Let go of it."""
-        ...
+AnyChannel = Channel | InlineChannel
 
 
 class Slot(Protocol):
@@ -68,8 +47,6 @@ class ActorSpec:
     """Seconds that one call may run before `Listener.stalled` is told."""
     slot: Slot | None = None
     """Where the engine notes process and calls."""
-    resources: Resources = field(default_factory=Resources)
-    """What it was granted, for engines that place actors by it."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +145,6 @@ class Engine(Protocol):
 
     def slot(self, name: str) -> Slot:
         """Return where to note, for who looks from outside, what becomes of a new actor."""
-        ...
-
-    def pool(self, given: Resources) -> Pool:
-        """Return what actors may ask for in all; what `given` says goes before what is found."""
         ...
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> EngineActor:

@@ -8,12 +8,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from rlx.actors.future import Answer, Err
-
-if TYPE_CHECKING:
-    from rlx.actors.interface import Stall
+from rlx.actors.interface import Stall
 
 logger = logging.getLogger("rlx.actors")
 

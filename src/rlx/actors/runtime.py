@@ -94,8 +94,7 @@ class Runtime:
             name = self._check_name(name) if name else self._free_name(make)
             limits = concurrency, max_pending, stall_after_s
             slot = self._engine.slot(name)
-            asked = resources or (Resources() if reservation is None else reservation.total)
-            spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot, asked)
+            spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot)
             handle = self._actors[name] = ActorHandle(self, name)
             handle._watchers = Watchers(handle, name, self._events)
             life = handle._actor = ActorLife(self._engine, spec, handle._watchers, self._work, self.system_timeout_s)
@@ -286,7 +285,7 @@ class Runtime:
     def _machine(self) -> Pool:
         with self._lock:
             if self._pool is None:
-                self._pool = self._engine.pool(Resources())
+                self._pool = Pool.of_this_machine(Resources())
             return self._pool
 
     def _check_open(self) -> None:

@@ -24,7 +24,6 @@ from rlx.actors.engines import pickling
 from rlx.actors.future import Err, Future, Ok, Outcome
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Slot
 from rlx.actors.ref import Ref
-from rlx.actors.resources import Pool, Resources
 from rlx.actors.stream import Stream
 from rlx.errors import ActorDied
 
@@ -52,13 +51,9 @@ class InlineEngine:
         """Return the channel of that name."""
         return self._channels.setdefault(name, InlineChannel(name, self._strict))
 
-    def pool(self, given: Resources) -> Pool:
-        """Return what this machine has."""
-        return Pool.of_this_machine(given)
-
     def slot(self, name: str) -> Slot:
         """Nobody looks from outside."""
-        return NoSlot()
+        return _NoSlot()
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> InlineActor:
         """Make the actor now; what its __init__ raises is kept for `ready` and the calls."""
@@ -246,16 +241,14 @@ def _same(outcome: Outcome[Any]) -> Outcome[Any]:
     return outcome
 
 
-class NoSlot:
-    """A line of no board, of an engine that nobody looks at from outside."""
-
+class _NoSlot:
     serial = 0
 
     def sent(self) -> None:
-        """Note nothing."""
+        pass
 
     def update(self, **news: Any) -> None:
-        """Note nothing."""
+        pass
 
 
 def _items_of(result: Any, method: str) -> Iterator[Any] | AsyncIterator[Any]:
