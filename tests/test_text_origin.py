@@ -141,3 +141,43 @@ def test_a_reward_model_that_is_trained_further_scores_as_it_did_when_the_run_be
     assert rows("run") == rows("whole")
     shutil.rmtree("judge")
     assert main(["train", "--resume", "run", "--set", "stop.iterations=3"]) == 0
+
+
+def test_a_folder_that_is_not_of_rlx_is_left_alone(tiny_text, source):
+    Path("run/origin").mkdir(parents=True)
+    Path("run/origin/thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="run/origin is in the way: rlx keeps the models that a run begins with"):
+        begin(tiny_text, "reference").build("run")
+    with pytest.raises(ConfigError, match="nowhere"):
+        tiny_text("grpo", model=FROM_SOURCE | {"path": "nowhere"}).build("run")
+    assert Path("run/origin/thesis.txt").read_text() == "years of work"
+
+
+def test_of_two_that_are_built_for_one_folder_the_last_one_owns_it(tiny_text, source):
+    first = begin(tiny_text, "reference").build("run")
+    last = begin(tiny_text, "reference").build("run")
+    first.close()
+    with pytest.raises(ConfigError, match="nowhere"):
+        tiny_text("grpo", model=FROM_SOURCE | {"path": "nowhere"}).build("run")
+    with last:
+        last.fit()
+    assert Path("run/origin/path/config.json").is_file()
+    one = begin(tiny_text, "reference").build("other")
+    begin(tiny_text, "reference").build("other").close()
+    with one, pytest.raises(ConfigError, match="is gone: another run was built for other and closed; build this one"):
+        one.fit()
+
+
+def test_a_tokenizer_and_a_torn_checkpoint_of_a_reward_model_are_dealt_with(tiny_text, source):
+    shutil.copytree("source/model", "tok", ignore=lambda folder, names: [n for n in names if "token" not in n])
+    judged = tiny_text("reward_model", stop={"iterations": 2}, checkpointing={"interval": 1})
+    with judged.build("judge") as run:
+        run.fit()
+    newest = Path("judge/checkpoints/iter_000002/tensors.safetensors")
+    newest.write_bytes(newest.read_bytes()[:-100])
+    made = tiny_text("grpo", stop={"iterations": 1}, reward={"function": None, "model": "judge"})
+    with made.model(**FROM_SOURCE | {"tokenizer": "tok"}).build("run") as run:
+        run.fit()
+    assert [folder.name for folder in Path("run/origin/reward_model/checkpoints").iterdir()] == ["iter_000001"]
+    shutil.rmtree("tok")
+    assert load_text_policy("run").generate("1+2=", n=1)

@@ -114,6 +114,15 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
     )
 
 
+def newest_whole(folder: Path) -> tuple[str, Path] | None:
+    """Return the name of the newest checkpoint below `folder` that loads, and where it is; None where there is none."""
+    try:
+        path, _ = load_newest(folder)
+    except CheckpointError:
+        return None
+    return path.name, _present(path)
+
+
 def prune(folder: Path, keep: int, also: set[str]) -> None:
     """Delete all but the newest `keep` checkpoints below `folder` and those named in `also`.
 

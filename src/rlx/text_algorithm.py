@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -39,7 +40,7 @@ from rlx.text_building import (
     warn_of_context,
 )
 from rlx.text_models import EXPORT, build_model, build_policy, build_tokenizer, export_model, fitted
-from rlx.text_origin import as_begun, drop_copies, is_origin, told_by_source, with_copies
+from rlx.text_origin import as_begun, check_copies, drop_copies, is_origin, told_by_source, with_copies
 from rlx.text_rollouts import EVALUATION, Rollout, Rollouts
 from rlx.text_settings import TextSettings
 from rlx.trainable import Trainable
@@ -61,6 +62,7 @@ class TextAlgorithm(Trainable):
     preload: ClassVar[tuple[str, ...]] = ("numpy", "torch", "rlx.text_algorithm", "rlx.reward_models")
     with_value: ClassVar[bool] = False
     """Whether the policy has a value function."""
+    _owner = ""
 
     # What a subclass writes -------------------------------------------------------------------------------------
 
@@ -239,12 +241,18 @@ class TextAlgorithm(Trainable):
             self._build()
         super().restore(path)
 
+    def check_open(self) -> None:
+        """Raise RlxError where it was closed, ConfigError where the models that it was built with are gone."""
+        super().check_open()
+        if self.run_dir is not None:
+            check_copies(self._fitted, self.run_dir)
+
     def close(self) -> None:
         """End every process and file of this run; closing twice is fine."""
         self._close_parts()
         self._runtime.close()
         self.saves.close()
-        drop_copies(self.run_dir)
+        drop_copies(self.run_dir, self._owner)
 
     def finish(self) -> None:
         """Export the model into the run folder, as `fit` does at its end."""
@@ -259,6 +267,7 @@ class TextAlgorithm(Trainable):
                 part.close()
 
     def _build(self) -> None:
+        self._owner = uuid.uuid4().hex  # of the copies of models in the run folder
         s = as_begun(self.settings, self._goes_on_from, self.run_dir)
         self.position = 0
         self.numbers: dict[str, float] = {}  # what an algorithm keeps from iteration to iteration, as a KL coefficient
@@ -283,7 +292,7 @@ class TextAlgorithm(Trainable):
             if s.evaluation.source is not None:
                 load = self._questions if self.generates(s) else self._examples
                 self._evaluation_rows = load(s.evaluation)
-        self._fitted = copied = with_copies(s, self.run_dir)
+        self._fitted = copied = with_copies(s, self.run_dir, self._owner)
         with told_by_source(s, copied):
             self._build_parts(copied)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlx.checkpoint import STATE_FILE, list_checkpoints
+from rlx.checkpoint import STATE_FILE, newest_whole
 from rlx.errors import CheckpointError, ConfigError
 from rlx.run import holds_run
 from rlx.text_models import model_folder
@@ -22,8 +22,11 @@ from rlx.text_settings import TextSettings
 
 ORIGIN = "origin"
 """The folder of a run that holds them, each under the name of its setting."""
-MODELS = ("path", "reference_path", "value_path")
+MODELS = ("path", "reference_path", "value_path", "tokenizer")
 REWARD = "reward_model"
+OWNER = ".owner"
+"""The file in it by which rlx knows that it made it, and who: a folder of that name may be anybody's."""
+WEIGHTS = ".safetensors"
 OTHER_WEIGHTS = {".bin", ".h5", ".msgpack", ".gguf", ".pt", ".pth"}
 """Endings of files that hold the weights once more, beside safetensors."""
 
@@ -34,20 +37,37 @@ def as_begun(s: TextSettings, restored: Path | None, run: Path | None) -> TextSe
     return s if begun is None else _with_origins(s, begun)
 
 
-def with_copies(s: TextSettings, run: Path | None) -> TextSettings:
-    """Return the settings with copies of their models in the folder of a new run, which all its processes read."""
+def with_copies(s: TextSettings, run: Path | None, owner: str) -> TextSettings:
+    """Return the settings with copies of their models in the folder of a new run, which all its processes read.
+
+    owner: who may delete them again, of all that are built for this folder: the last one.
+    """
     if run is None or holds_run(run):
         return s
-    _keep_origin(s, run)
+    _keep_origin(s, run, owner)
     return _with_origins(s, run)
 
 
-def drop_copies(run: Path | None) -> None:
+def check_copies(s: TextSettings, run: Path) -> None:
+    """Raise ConfigError where copies that a run is about to begin with were deleted meanwhile."""
+    paths = [*(getattr(s.model, name) for name in MODELS), s.reward.model]
+    lost = [path for path in paths if path and _origin(run) in Path(path).parents and not Path(path).exists()]
+    if lost:
+        raise ConfigError(f"{lost[0]} is gone: another run was built for {run} and closed; build this one again.")
+
+
+def drop_copies(run: Path | None, owner: str) -> None:
     """Delete the copies again where no run has begun, as after a build that failed."""
-    if run is not None and not holds_run(run) and (run / ORIGIN).exists():
+    if run is not None and not holds_run(run) and _owner(run) == owner:
         shutil.rmtree(run / ORIGIN, ignore_errors=True)
         with contextlib.suppress(OSError):  # with logs in it, say
             run.rmdir()
+
+
+def _owner(run: Path) -> str | None:
+    """Return who made the copies in this folder; None where rlx has made none."""
+    file = run / ORIGIN / OWNER
+    return file.read_text() if file.is_file() else None
 
 
 @contextlib.contextmanager
@@ -69,7 +89,8 @@ def told_by_source(s: TextSettings, copies: TextSettings) -> Iterator[None]:
 def with_origin(m: TextModelSection, path: str | Path) -> TextModelSection:
     """Return the settings with the paths of the copies that a run, or the run of a checkpoint, has; any may lack."""
     origin = _origin(path)
-    return m.model_copy(update={name: str(origin / name) for name in MODELS if (origin / name).is_dir()})
+    kept = MODELS if (origin / OWNER).is_file() else ()
+    return m.model_copy(update={name: str(origin / name) for name in kept if (origin / name).is_dir()})
 
 
 def is_origin(path: str | Path, s: TextSettings, built: TextSettings) -> bool:
@@ -80,7 +101,7 @@ def is_origin(path: str | Path, s: TextSettings, built: TextSettings) -> bool:
     begun = _with_origins(s, path)
     same_models = all(
         getattr(begun.model, name) in (getattr(s.model, name), getattr(built.model, name))
-        or _versions(_folder(begun.model, name)) == _versions(_folder(built.model, name))
+        or _versions(_folder(begun.model, name), name) == _versions(_folder(built.model, name), name)
         for name in MODELS
     )
     rewards = [one.reward.model for one in (begun, s, built)]
@@ -96,46 +117,52 @@ def _with_origins(s: TextSettings, path: str | Path) -> TextSettings:
 
 
 def _origin(path: str | Path) -> Path:
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser().resolve()
     return (path.parent.parent if path.parent.name == "checkpoints" else path) / ORIGIN
 
 
-def _keep_origin(s: TextSettings, run: Path) -> None:
+def _keep_origin(s: TextSettings, run: Path, owner: str) -> None:
     """Copy every folder that these settings name a model by into the folder of a new run.
 
     A hub's models are in its cache. The copies appear by one rename, in the place of what an attempt before has left.
     CheckpointError where they cannot be written.
     """
-    temporary, name = run / f".{ORIGIN}.{os.getpid()}.tmp", ""
+    folders, judge = {name: _folder(s.model, name) for name in MODELS}, _newest(s.reward.model)
+    origin, temporary, name = run / ORIGIN, run / f".{ORIGIN}.{os.getpid()}.tmp", ""
+    is_needed = judge is not None or any(folders.values())
+    if is_needed and origin.exists() and _owner(run) is None:
+        raise ConfigError(
+            f"{origin} is in the way: rlx keeps the models that a run begins with under that name; rename it, or give "
+            "another run folder."
+        )
     try:
-        for left in (temporary, run / ORIGIN):
-            if left.exists():
-                shutil.rmtree(left)
-        for name in MODELS:
-            if (folder := _folder(s.model, name)) is not None:
+        for left in [*run.glob(f".{ORIGIN}.*.tmp"), *([origin] if _owner(run) else [])]:  # of a build before this one
+            shutil.rmtree(left)
+        for name, folder in folders.items():
+            if folder is not None:
                 (temporary / name).mkdir(parents=True)
-                for file in _files(folder):
+                for file in _files(folder, name):
                     shutil.copy2(file, temporary / name / file.name)  # with its time, by which `is_origin` knows it
-        if (checkpoint := _newest(s.reward.model)) is not None:
+        if judge is not None:
             name = REWARD
-            _keep_reward_model(checkpoint, temporary / REWARD)
-        if temporary.exists():
-            temporary.rename(run / ORIGIN)
+            _keep_reward_model(*judge, temporary / REWARD)
+        if is_needed:
+            (temporary / OWNER).write_text(owner)
+            temporary.rename(origin)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         setting = "reward.model" if name == REWARD else f"model.{name}"
         raise CheckpointError(
-            f"could not copy {setting} into {run / ORIGIN}, which the run goes on with: {error.strerror or error}."
+            f"could not copy {setting} into {origin}, which the run goes on with: {error.strerror or error}."
         ) from error
 
 
-def _keep_reward_model(checkpoint: Path, copy: Path) -> None:
-    """Keep of a run the checkpoint, the config, and what it began with itself; checkpoints are never written to."""
+def _keep_reward_model(name: str, checkpoint: Path, copy: Path) -> None:
+    """Keep of a run this checkpoint, the config, and what it began with itself; checkpoints are never written to."""
     run = checkpoint.parent.parent
-    parts = {f"checkpoints/{checkpoint.name}": checkpoint, ORIGIN: run / ORIGIN}
-    for name, folder in parts.items():
+    for kept, folder in {f"checkpoints/{name}": checkpoint, ORIGIN: run / ORIGIN}.items():
         if folder.is_dir():
-            shutil.copytree(folder, copy / name, copy_function=_link)
+            shutil.copytree(folder, copy / kept, copy_function=_link)
     if (run / "config.yaml").is_file():
         shutil.copy2(run / "config.yaml", copy)
 
@@ -148,35 +175,40 @@ def _link(file: str, copy: str) -> None:
         shutil.copy2(file, copy)
 
 
-def _newest(run: str | None) -> Path | None:
-    """Return the checkpoint that a run's newest is, or that is named; None where there is none, which is told later."""
+def _newest(run: str | None) -> tuple[str, Path] | None:
+    """Return name and place of a run's newest checkpoint, or of the one that is named; None where there is none."""
     if run is None:
         return None
-    folder = Path(run).expanduser()
-    if folder.parent.name == "checkpoints":
-        return folder
-    return next(reversed(list_checkpoints(folder / "checkpoints")), None)
+    folder = Path(run).expanduser().resolve()
+    return (folder.name, folder) if folder.parent.name == "checkpoints" else newest_whole(folder / "checkpoints")
 
 
 def _checkpoint(run: str | None) -> tuple[str, int] | None:
     """Return name and time of the newest checkpoint."""
     newest = _newest(run)
-    return None if newest is None else (newest.name, (newest / STATE_FILE).stat().st_mtime_ns)
+    return None if newest is None else (newest[0], (newest[1] / STATE_FILE).stat().st_mtime_ns)
 
 
 def _folder(m: TextModelSection, name: str) -> Path | None:
-    """Return the folder of a model that these settings name; None where a hub has it, or they name none."""
-    return None if (path := getattr(m, name)) is None else model_folder(path)
+    """Return the folder of a model or tokenizer of these settings; None where a hub has it, or they name none."""
+    if (path := getattr(m, name)) is None:
+        return None
+    folder = Path(path).expanduser() if name == "tokenizer" else model_folder(path)
+    return folder if folder is not None and folder.is_dir() else None
 
 
-def _files(folder: Path) -> list[Path]:
-    """Return the files of a model: those that hold its weights once more are left out."""
+def _files(folder: Path, name: str) -> list[Path]:
+    """Return the files of a model, its weights once, or of a tokenizer."""
     files = [file for file in folder.iterdir() if file.is_file()]
-    has_weights = any(file.suffix == ".safetensors" for file in files)
-    return [file for file in files if not (has_weights and file.suffix in OTHER_WEIGHTS)]
+    left_out: set[str] = set()
+    if name == "tokenizer":
+        left_out = {WEIGHTS, *OTHER_WEIGHTS}
+    elif any(file.suffix == WEIGHTS for file in files):
+        left_out = OTHER_WEIGHTS
+    return [file for file in files if file.suffix not in left_out]
 
 
-def _versions(folder: Path | None) -> set[tuple[str, int, int]]:
+def _versions(folder: Path | None, name: str) -> set[tuple[str, int, int]]:
     """Return name, size and time of a model's files."""
-    files = [] if folder is None else _files(folder)
+    files = [] if folder is None else _files(folder, name)
     return {(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files}

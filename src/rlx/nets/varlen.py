@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ LARGEST_HEAD, HEAD_MULTIPLE = 256, 8
 """Sizes of a head that flash attention, which is behind it, takes."""
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype, needed: set[str] = NEEDED) -> Kernel | None:
+def kernel_for(device: torch.device, dtype: torch.dtype, needed: Set[str] = NEEDED) -> Kernel | None:
     """Return varlen_attn where this torch has it with these arguments, and for this device and dtype; else None."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -27,13 +28,19 @@ def kernel_for(device: torch.device, dtype: torch.dtype, needed: set[str] = NEED
     return varlen_attn
 
 
-def installed(needed: set[str]) -> bool:
+def installed(needed: Set[str]) -> bool:
     """Return whether this torch has varlen_attn with these arguments."""
+    return _parameters() >= needed
+
+
+@functools.cache
+def _parameters() -> frozenset[str]:
+    """Return the names of its arguments, none where there is none; each layer of each pass asks."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return inspect.signature(varlen_attn).parameters.keys() >= needed
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def takes_heads(key_size: int, value_size: int) -> bool:
