@@ -29,7 +29,7 @@ STEPPING = ("rlx.learner.adam", "FlatAdam.step")
 ASKING = ("rlx.learner.learner", "Learner.evaluate")
 LOGGING = ("rlx.metrics", "JsonlWriter.write")
 SAVING = ("rlx.checkpoint", "_write_durably")
-RENAMING = ("rlx.checkpoint", "_replace")
+RENAMING = ("rlx.checkpoint", "replace_folder")
 
 ADAPTER = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
 PROCESSES = {"num_token_runners": 2, "torch_threads": 1}
