@@ -175,6 +175,17 @@ def test_a_killed_child_ends_a_run_without_restarts_with_a_sentence(mode, victim
     assert err.endswith("rlx: the run can go on from its last checkpoint: rlx train --resume run\n")
 
 
+def test_a_run_whose_reader_has_gone_goes_on():
+    """As `rlx train 2>&1 | head -1` has it."""
+    with Training("reporting.progress=plain", "stop.iterations=5") as training:
+        assert training.process.stderr.readline()
+        training.process.stderr.close()
+        training.process.stdout.close()
+        training.process.wait(DEADLINE_S)
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 5
+    assert load_checkpoint(list_checkpoints(Path("run/checkpoints"))[-1])["iteration"] == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["2 env runners", "2 learners"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import gc
 import logging
 import os
@@ -49,7 +50,8 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        print(prefix + self.format(record), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the reader of a pipe is gone, or the disk is full: the run goes on
+            print(prefix + self.format(record), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A display only keeps numbers in `update`; it draws at its own pace, so that fast
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -147,7 +148,8 @@ class PlainProgress(Progress):
 
     def _show(self) -> None:
         self._is_shown = True
-        print(plain_line(self), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the reader of a pipe is gone, or the disk is full: the run goes on
+            print(plain_line(self), file=sys.stderr, flush=True)
 
 
 class NotebookProgress(Progress):
