@@ -13,6 +13,9 @@ from rlx.errors import ConfigError
 from rlx.fitting import iterate
 from rlx.metrics import read_metrics
 from rlx.text_inference import load_text_policy
+from rlx.text_origin import told_by_source
+from rlx.text_sections import RewardSection, TextModelSection
+from rlx.text_settings import TextSettings
 
 ADAPTER = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
 EVALUATED = {"source": "rlx.envs.addition:rows", "kwargs": {"split": "eval"}, "num_rows": 4}
@@ -181,3 +184,18 @@ def test_a_tokenizer_and_a_torn_checkpoint_of_a_reward_model_are_dealt_with(tiny
     assert [folder.name for folder in Path("run/origin/reward_model/checkpoints").iterdir()] == ["iter_000001"]
     shutil.rmtree("tok")
     assert load_text_policy("run").generate("1+2=", n=1)
+
+
+def test_an_error_names_what_a_copy_was_made_from():
+    paths = {"path": "a", "reference_path": "b", "value_path": "c", "tokenizer": "d"}
+    sections = {"model": TextModelSection(**paths), "reward": RewardSection(model="e")}
+    made = TextSettings.model_construct(**sections)
+    copies = made.model_copy(
+        update={
+            "model": made.model.model_copy(update={name: f"/run/origin/{name}" for name in paths}),
+            "reward": made.reward.model_copy(update={"model": "/run/origin/reward_model"}),
+        }
+    )
+    told = " ".join([*(f"/run/origin/{name}" for name in paths), "/run/origin/reward_model"])
+    with pytest.raises(ConfigError, match=r"^a b c d e$"), told_by_source(made, copies):
+        raise ConfigError(told)

@@ -50,8 +50,7 @@ def with_copies(s: TextSettings, run: Path | None, owner: str) -> TextSettings:
 
 def check_copies(s: TextSettings, run: Path) -> None:
     """Raise ConfigError where copies that a run is about to begin with were deleted meanwhile."""
-    paths = [*(getattr(s.model, name) for name in MODELS), s.reward.model]
-    lost = [path for path in paths if path and _origin(run) in Path(path).parents and not Path(path).exists()]
+    lost = [path for path in _paths(s) if path and _origin(run) in Path(path).parents and not Path(path).exists()]
     if lost:
         raise ConfigError(f"{lost[0]} is gone: another run was built for {run} and closed; build this one again.")
 
@@ -77,13 +76,15 @@ def told_by_source(s: TextSettings, copies: TextSettings) -> Iterator[None]:
         yield
     except ConfigError as error:
         told = str(error)
-        names = [
-            (one.model.path, one.model.reference_path, one.model.value_path, one.reward.model) for one in (s, copies)
-        ]
-        for source, copy in zip(*names, strict=True):
+        for source, copy in zip(_paths(s), _paths(copies), strict=True):
             if source and copy and copy != source:
                 told = told.replace(copy, source)
         raise ConfigError(told) from error.__cause__
+
+
+def _paths(s: TextSettings) -> list[str | None]:
+    """Return all that is kept, by where these settings find it."""
+    return [*(getattr(s.model, name) for name in MODELS), s.reward.model]
 
 
 def with_origin(m: TextModelSection, path: str | Path) -> TextModelSection:
