@@ -1,5 +1,7 @@
 """The limits that end a run after an evaluation, and the signals that do."""
 
+import io
+import logging
 import signal
 
 import pytest
@@ -48,6 +50,37 @@ def test_a_signal_is_answered_in_its_own_words(number, said, caplog):
     with deferred_interrupt() as interrupted:
         assert not interrupted()
         signal.raise_signal(number)
-        assert interrupted() and [said in message for message in caplog.messages] == [True]
+        assert interrupted()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
+    assert [said in message for message in caplog.messages] == [True]
+
+
+class PressedWhileWriting(io.RawIOBase):
+    """A file whose first line is still being written when Ctrl-C comes."""
+
+    def __init__(self):
+        self.lines = []
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.lines.append(bytes(data).decode())
+        if len(self.lines) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return len(data)
+
+
+def test_a_signal_in_the_middle_of_a_line_of_the_log_is_answered_after_that_line(capsys):
+    file = PressedWhileWriting()
+    handler = logging.StreamHandler(io.TextIOWrapper(io.BufferedWriter(file), write_through=True))
+    logging.getLogger("rlx").addHandler(handler)
+    try:
+        with deferred_interrupt() as interrupted:
+            logging.getLogger("rlx").warning("a line")
+            assert interrupted()
+    finally:
+        logging.getLogger("rlx").removeHandler(handler)
+    assert [line.strip()[:28] for line in file.lines] == ["a line", "stopping after this iteratio"]
+    assert "Traceback" not in capsys.readouterr().err  # logging prints there what its own handlers raise

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any
 
 log = logging.getLogger("rlx")
@@ -27,17 +28,31 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    pressed = threading.Event()
+    pressed = False
+    # A handler runs between two steps of whatever the main thread does, and that may be writing a line of a log: a
+    # second line from within it would fail as a reentrant call. So a thread of its own writes, when it is its turn,
+    # and the handler does no more than `SimpleQueue.put`, which may interrupt itself.
+    answers: SimpleQueue[str | None] = SimpleQueue()
+    writer = threading.Thread(target=_write, args=(answers,), name="rlx-interrupts", daemon=True)
 
     def on_interrupt(signum: int, frame: Any) -> None:
-        if pressed.is_set():
+        nonlocal pressed
+        if pressed:
             raise KeyboardInterrupt
-        pressed.set()
-        log.warning("%s", ANSWERS[signal.Signals(signum)])
+        pressed = True
+        answers.put(ANSWERS[signal.Signals(signum)])
 
+    writer.start()
     previous = {number: signal.signal(number, on_interrupt) for number in ANSWERS}
     try:
-        yield pressed.is_set
+        yield lambda: pressed
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        answers.put(None)
+        writer.join(timeout=5)  # a full pipe behind stderr holds the line up, not the end of the run
+
+
+def _write(answers: SimpleQueue[str | None]) -> None:
+    while (answer := answers.get()) is not None:
+        log.warning("%s", answer)
