@@ -335,12 +335,9 @@ def _add_cluster(group: Any) -> None:
         "--out",
         metavar="FILE",
         type=Path,
-        default=Path("~/.rlx/cluster.key"),
         help="the file, never overwritten without --renew (default: ~/.rlx/cluster.key)",
     )
-    certs.add_argument(
-        "--days", metavar="N", type=_days, default=3650, help="how long the certificates are good (default: 3650)"
-    )
+    certs.add_argument("--days", metavar="N", type=_days, help="how long the certificates are good (default: 3650)")
     certs.add_argument("--renew", action="store_true", help="renew the certificates of FILE; copy it again afterwards")
 
 

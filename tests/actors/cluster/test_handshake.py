@@ -282,6 +282,22 @@ def test_nobody_who_listens_is_said_so(key):
     assert "nobody listens at {}:{}".format(*address) in refusal(address, key, Reason.NOBODY_LISTENS)
 
 
+def test_every_address_of_a_host_is_tried_within_the_deadline(open_door, key, closing, monkeypatch):
+    door, (host, port) = open_door(), ("127.0.0.3", 1)
+    silent = closing(socket.create_server((host, 0), backlog=0))
+    fill = [closing(socket.socket()) for _ in range(4)]  # its backlog: who comes now gets no answer
+    for sock in fill:
+        sock.setblocking(False)
+        sock.connect_ex(silent.getsockname())
+    stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    places = [(*stream, (host, port)), (*stream, silent.getsockname()), (*stream, door.address)]
+    monkeypatch.setattr(handshake.socket, "getaddrinfo", lambda *_, **__: places)
+    closing(connect(("head", port), key, Role.NODE, timeout_s=2.0))
+    assert door.next()[1] is Role.NODE
+    monkeypatch.undo()
+    assert "cannot be reached" in refusal(("." * 300, port), key, Reason.UNREACHABLE)
+
+
 @pytest.mark.parametrize("tls", [None, True])
 def test_another_kind_of_server_is_said_to_be_no_rlx_node(key, server, tls):
     address = server(lambda sock: (sock.recv(1), sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")))

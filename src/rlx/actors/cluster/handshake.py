@@ -81,14 +81,33 @@ def connect(
 
 
 def _dial(address: tuple[str, int], deadline: float) -> socket.socket:
+    """Return a TCP connection to the first of the host's addresses that takes one, each with its share of the time."""
     try:
-        return socket.create_connection(address, max(deadline - time.monotonic(), 0.001))
-    except TimeoutError:
-        raise Failure(Reason.TIMED_OUT) from None
-    except ConnectionRefusedError:
-        raise Failure(Reason.NOBODY_LISTENS) from None
+        places = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise Failure(Reason.UNREACHABLE, getattr(error, "strerror", None) or str(error)) from error
+    failure = Failure(Reason.UNREACHABLE, "it has no address")
+    for index, (family, kind, number, _, place) in enumerate(places):
+        timeout_s = max((deadline - time.monotonic()) / (len(places) - index), 0.001)
+        try:
+            return _connected(socket.socket(family, kind, number), place, timeout_s)
+        except TimeoutError:
+            failure = Failure(Reason.TIMED_OUT)
+        except ConnectionRefusedError:
+            failure = Failure(Reason.NOBODY_LISTENS)
+        except OSError as error:
+            failure = Failure(Reason.UNREACHABLE, error.strerror or str(error))
+    raise failure
+
+
+def _connected(sock: socket.socket, place: Any, timeout_s: float) -> socket.socket:
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(place)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def _introduce(sock: socket.socket, key: ClusterKey, role: Role, deadline: float, with_tls: bool) -> SecureSocket:

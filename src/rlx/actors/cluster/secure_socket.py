@@ -37,8 +37,8 @@ class SecureSocket:
 
     One thread may read while another writes. What cannot be done now raises BlockingIOError; every other failure is a
     ConnectionError. A write that raised must be repeated with the same bytes, more may follow them: it has been
-    encrypted already. A read may leave plain text behind that poll() does not see: look at `pending`, also right after
-    the connection has been handed over.
+    encrypted already; a read that an interrupt has cut short, with the same view. A read may leave text behind that
+    poll() does not see: look at `pending`, also right after the connection has been handed over.
     """
 
     def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None = None, server_side: bool = False) -> None:
@@ -60,7 +60,10 @@ class SecureSocket:
         self._text = memoryview(bytearray(CHUNK_BYTES + MAX_RECORD_BYTES))
         self._received: list[int] = []
         """How many bytes of records there are, as recv_into returned them."""
-        self._are_fed = False  # whole records, to OpenSSL
+        self._index, self._is_fed = (
+            0,
+            False,
+        )  # the record that is being decrypted, and whether OpenSSL has been given it
         self._start = self._end = 0  # of the text that has not been read
 
     @property
@@ -118,10 +121,19 @@ class SecureSocket:
 
     def recv_into(self, view: memoryview, nbytes: int = 0, flags: int = 0) -> int:
         """Read what there is, at most about a chunk; return how many bytes, 0 at the end of the stream."""
-        count = self._fill(nbytes or len(view))
-        start = self._start
-        view[:count] = self._text[start : start + count]
-        self._start = start + count  # no call from here to the return
+        view = view[:nbytes] if nbytes else view
+        if self._start == self._end:
+            place, count, whole, received = self._decrypt(view)
+            rest = received - whole  # no call from here to the return, or to where the text is kept
+            self._records[:rest] = self._records[whole:received]
+            self._received, self._index, self._is_fed = [rest], 0, False
+            if place is view:
+                return count
+            self._start, self._end = 0, count
+        count = min(len(view), self._end - self._start)
+        end = self._start + count
+        view[:count] = self._text[self._start : end]
+        self._start = end  # no call from here to the return
         return count
 
     def pending(self) -> int:
@@ -165,46 +177,45 @@ class SecureSocket:
             self._ciphertext.add(map(self._outgoing.read, (-1,)))  # type: ignore[arg-type]
         return self._ciphertext.flush()
 
-    def _fill(self, limit: int) -> int:
-        """Return how many bytes of text there are from `_start` on, at most `limit`; 0 at the end of the stream."""
-        if self._start == self._end:
-            with self._lock:
-                try:
-                    while not self._decrypt():
-                        hole = self._records[sum(self._received) :]
-                        self._received.extend(map(self._sock.recv_into, (hole,)))
-                        if self._received[-1] == 0:
-                            return 0
-                except (BlockingIOError, ConnectionError):
-                    raise
-                except OSError as error:
-                    raise self._broken(error) from error
-        return min(limit, self._end - self._start)
+    def _decrypt(self, view: memoryview) -> tuple[memoryview, int, int, int]:
+        """Decrypt all whole records into the view, or into `_text` where it is too small; wait for none.
 
-    def _decrypt(self) -> bool:
-        """Put the text of all whole records in the place of the text that has been read; False if there is none."""
+        Returns which of them, its bytes, and the bytes of whole and of all records. At the end of the stream no text.
+        """
+        with self._lock:
+            try:
+                received = sum(self._received)
+                while not (sizes := _text_sizes(self._records, received)):
+                    self._received.extend(map(self._sock.recv_into, (self._records[received:],)))
+                    if self._received[-1] == 0:
+                        return view, 0, 0, received
+                    received = sum(self._received)
+                count = sum(sizes)
+                place = view if count <= len(view) else self._text
+                return place, count, self._decrypt_records(sizes, place), received
+            except (BlockingIOError, ConnectionError):
+                raise
+            except OSError as error:
+                raise self._broken(error) from error
+
+    def _decrypt_records(self, sizes: list[int], place: memoryview) -> int:
+        """Decrypt the records with texts of these sizes, but for those that an interrupted call has; return the end."""
         assert self._tls is not None
-        count = sum(self._received)
-        sizes = _text_sizes(self._records, count)
-        whole = sum(sizes) + len(sizes) * (RECORD_HEADER.size + OVERHEAD_BYTES)
-        if not sizes:
-            return False
-        if not self._are_fed:
-            if not self._incoming.pending:  # else an interrupt came behind the next line
-                self._incoming.write(self._records[:whole])
-            self._are_fed = True
-        offset, left = 0, whole
-        for size in sizes:
-            left -= RECORD_HEADER.size + size + OVERHEAD_BYTES
-            is_to_do = self._incoming.pending > left  # else an interrupt came behind the next line
-            if is_to_do and self._tls.read(RECORD_BYTES, self._text[offset:]) != size:  # type: ignore[arg-type]
-                raise ConnectionAbortedError("a record of TLS is not of the kind that rlx writes")
-            offset += size
-        rest = count - whole
-        self._records[:rest] = self._records[whole:count]
-        self._received, self._are_fed = [rest], False
-        self._start, self._end = 0, offset
-        return True
+        start = offset = 0
+        for index, size in enumerate(sizes):
+            end = start + RECORD_HEADER.size + OVERHEAD_BYTES + size
+            if index >= self._index:
+                if index > self._index:
+                    self._index, self._is_fed = index, False
+                if not self._is_fed:
+                    if not self._incoming.pending:  # else an interrupt came behind the next line
+                        self._incoming.write(self._records[start:end])
+                    self._is_fed = True
+                is_to_do = self._incoming.pending  # else an interrupt came behind the next line
+                if is_to_do and self._tls.read(RECORD_BYTES, place[offset:]) != size:  # type: ignore[arg-type]
+                    raise ConnectionAbortedError("a record of TLS is not of the kind that rlx writes")
+            start, offset = end, offset + size
+        return start
 
     def _broken(self, error: OSError) -> ConnectionError:
         """Return the error as what a link expects; tells the other end first, if OpenSSL wants to."""
