@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import rlx
-from rlx import commands, inspection
+from rlx import cluster_commands, commands, inspection
 from rlx.errors import RlxError
 
 log = logging.getLogger("rlx")
+
+MAX_DAYS = 36500  # that certificates are made for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
     _add_config(group)
     _add_inspection(group)
+    _add_cluster(group)
     return parser
 
 
@@ -318,6 +321,26 @@ def _add_inspection(group: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 
+def _add_cluster(group: Any) -> None:
+    """Commands for clusters of machines."""
+    certs = _add_command(
+        group,
+        "certs",
+        cluster_commands.certs,
+        "Make the key file of a cluster, its token and certificates, which is copied to every machine. Whoever has it\n"
+        "owns them all. With --renew its certificates are made anew, under the same token.",
+        "rlx certs --out cluster.key",
+    )
+    certs.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the file, never overwritten without --renew (default: ~/.rlx/cluster.key)",
+    )
+    certs.add_argument("--days", metavar="N", type=_days, help="how long the certificates are good (default: 3650)")
+    certs.add_argument("--renew", action="store_true", help="renew the certificates of FILE; copy it again afterwards")
+
+
 def _add_runtime(parser: Any) -> None:
     parser.add_argument(
         "--runtime",
@@ -346,6 +369,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _days(text: str) -> int:
+    if (days := _positive(text)) > MAX_DAYS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_DAYS}")
+    return days
 
 
 if __name__ == "__main__":

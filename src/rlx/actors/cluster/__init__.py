@@ -1,0 +1,1 @@
+"""Machines that know each other: the cluster's key, connections that prove it, and who is let in."""
