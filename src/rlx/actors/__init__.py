@@ -65,20 +65,26 @@ def runtime(
 
     engine: "local" gives every actor a process; its option is `preload=("numpy", "torch")`, the modules that are
     imported once and shared by all actors. "inline" runs actors in the caller's thread, for debugging; its option
-    `strict=True` pickles every message, which shows what would not survive the way to another process.
+    `strict=True` pickles every message, which shows what would not survive the way to another process. "cluster" has
+    them on the machines of a cluster that `rlx start` has made; its options are `address`, HOST:PORT of the head, and
+    `token_file`, the cluster's key.
     system_timeout_s bounds what the runtime itself waits for (a start, a kill, a close), never a method.
     resources: what actors may ask for in all; what is 0 is as the machine, its cgroup and CUDA_VISIBLE_DEVICES have it.
     pending_timeout_s: how long an actor or a reservation may wait for resources; None is without end, with a warning.
     max_actors: how many may live at once.
     """
-    if engine not in ("inline", "local"):
-        raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local' or 'inline'.")
+    if engine not in ("inline", "local", "cluster"):
+        raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local', 'cluster' or 'inline'.")
     pool = Pool.of_this_machine(resources) if resources is not None else None
     events = EventThread("rlx-actor-events")
     if engine == "inline":
         from rlx.actors.engines.inline import InlineEngine
 
         opened = InlineEngine(**options)
+    elif engine == "cluster":
+        from rlx.actors.cluster.engine import ClusterEngine
+
+        opened = ClusterEngine(events, system_timeout_s, **options)
     else:
         from rlx.actors.engines.local import LocalEngine
 

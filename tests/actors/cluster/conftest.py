@@ -1,8 +1,12 @@
 """Keys, doors and connections for the tests of clusters."""
 
 import contextlib
+import json
 import queue
+import signal
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -85,3 +89,40 @@ def tls_pair(tcp_pair, key):
         return ends
 
     return pair
+
+
+class Daemon:
+    """A real daemon, as `rlx start` runs it."""
+
+    def __init__(self, key, name, head=None, **options):
+        settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
+        command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.news = json.loads(self.process.stdout.readline())
+
+    @property
+    def address(self):
+        return self.news["address"]
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE_S)
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def start(key):
+    """Starts daemons, which end with the module's tests."""
+    started = []
+
+    def start_one(name, head=None, **options):
+        started.append(Daemon(key, name, head, **options))
+        return started[-1]
+
+    yield start_one
+    for daemon in reversed(started):
+        if daemon.process.poll() is None:
+            daemon.end()
+        daemon.process.stdout.close()

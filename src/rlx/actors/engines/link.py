@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.reactor import READ, WRITE, Reactor
@@ -29,18 +30,15 @@ LONGEST_POLL_S = 3600.0  # more milliseconds than fit an int are refused
 class Link:
     """`take(frame)` is called for each frame in order, perhaps twice when an interrupt cut the first call short.
 
-    `lost(how)` is called once, in the reactor's thread, when nothing more can come.
+    `lost(how)` is called once, in the reactor's thread, when nothing more can come. `sock` does not block.
     """
 
-    def __init__(
-        self, reactor: Reactor, sock: socket.socket, take: Callable[[Frame], None], lost: Callable[[str], None]
-    ) -> None:
+    def __init__(self, reactor: Reactor, sock: Any, take: Callable[[Frame], None], lost: Callable[[str], None]) -> None:
         self._reactor, self._sock, self._take, self._lost = reactor, sock, take, lost
         # Bytes that a TLS socket has decrypted and nobody has read: the kernel does not tell of them.
         self._decrypted: Callable[[], int] = getattr(sock, "pending", int)
         self.heard_at = time.monotonic()
         """When something came last."""
-        self._sock.setblocking(False)
         self._fd, self._pid = self._sock.fileno(), os.getpid()
         self._reader, self._outbox = FrameReader(self._sock), Outbox(self._sock)
         self._poll = select.poll()

@@ -38,6 +38,7 @@ class LocalActor(ProcessActor):
         with contextlib.ExitStack() as undo:  # where descriptors have run out, none may be lost
             ours, self._far_end = socket.socketpair()
             undo.callback(self._far_end.close)
+            ours.setblocking(False)
             link = Link(engine.reactor, ours, self._take, self._lose_link)
             undo.callback(link.close)
             self._descriptors, self._descriptors_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
