@@ -18,9 +18,9 @@ from rlx.actors.engines.death import activity, describe
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.wire import Frame
-from rlx.actors.future import Answer, Err, Future, Ok, Outcome, nothing, wait
+from rlx.actors.future import Err, Future, Ok, Outcome, nothing, wait
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Stall
-from rlx.actors.stream import Stream
+from rlx.actors.stream import OpenStream, Stream
 from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, CallTimeout
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class LocalActor:
         self.gone: Future[None] = Future(spec.name, "end")
         self._lock = threading.Lock()  # of the order of frames, and of the moment after which no call is answered
         self._place: Future[None] | None = None  # settled by the next answer: somebody waits for it, to call on
-        self._pending: dict[int, Future[Any] | _OpenStream] = {}  # by call id, oldest first
+        self._pending: dict[int, Future[Any] | OpenStream] = {}  # by call id, oldest first
         self._calls = 0
         self._check_owner = engine.memory.arena.check_owner
         self._killed: str | None = None  # how the error of a wanted death describes it
@@ -127,7 +127,7 @@ class LocalActor:
                 elif answer is not None:
                     # Not a finalizer: it could come while this thread has the lock, and wait for it for ever.
                     drop = partial(self._engine.reactor.post, partial(self._cancel, call_id))
-                    self._pending[call_id] = _OpenStream(method, weakref.ref(answer, lambda _: drop()))
+                    self._pending[call_id] = OpenStream(method, weakref.ref(answer, lambda _: drop()))
                     answer.grant, answer.cancel = partial(self._grant, call_id), partial(self._cancel, call_id)
                 self._link.write(wire.encode(kind, call_id, text, message.message, places), urgent)
             except BaseException:  # an interrupt: written or not, nobody will ever ask for the answer
@@ -312,8 +312,8 @@ class LocalActor:
         else:
             raise ActorError(f"a frame has the kind {kind}, which no actor sends; close the link.")
 
-    def _take_item(self, stream: Future[Any] | _OpenStream, text: str, message: pickling.Message) -> None:
-        if not (isinstance(stream, _OpenStream) and text.isdecimal()):
+    def _take_item(self, stream: Future[Any] | OpenStream, text: str, message: pickling.Message) -> None:
+        if not (isinstance(stream, OpenStream) and text.isdecimal()):
             raise ActorError(f"a frame is item {text[:20]!r} of {stream.method}(), no stream; close the link.")
         stream.feed(int(text), partial(self._value, message, stream.method))
 
@@ -349,20 +349,3 @@ class LocalActor:
 
     def _on_no_start(self) -> None:
         self.die("was not started in time by the forkserver, which is stopped or still importing")
-
-
-class _OpenStream:
-    """A stream that the actor feeds; it does not keep the caller's end alive."""
-
-    def __init__(self, method: str, stream: weakref.ref[Stream[Any]]) -> None:
-        self.method, self._stream = method, stream
-
-    def feed(self, index: int, answer: Answer) -> None:
-        stream = self._stream()
-        if stream is not None:
-            stream.feed(index, answer)
-
-    def settle(self, answer: Answer) -> None:
-        stream = self._stream()
-        if stream is not None:
-            stream.finish(answer)
