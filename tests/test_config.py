@@ -137,7 +137,7 @@ def test_builder_errors_name_key_value_range_and_nearest_key():
     assert failure(c.training, seed=1) == (
         "training.seed is not a setting of Toy. Did you mean runtime.seed or evaluation.seed?"
     )
-    assert failure(c.runtime, engine="ray") == 'runtime.engine is "ray"; it must be one of local, inline.'
+    assert failure(c.runtime, engine="rey") == 'runtime.engine is "rey"; it must be one of local, inline, ray.'
     assert failure(c.stop, zzz=1) == (
         "stop.zzz is not a setting of Toy. It has iterations, env_steps, episode_return_mean, "
         "evaluation_return_mean, time_s."
@@ -593,7 +593,7 @@ def test_json_schema_accepts_what_to_dict_writes_and_refuses_what_the_config_ref
     jsonschema.Draft202012Validator.check_schema(schema)
     values = ToyConfig().training(lr={"start": 1, "end": 0.5, "env_steps": 10}).to_dict()
     jsonschema.validate(values, schema)
-    for section, wrong in [("training", {"lr": 0}), ("training", {"clp": 1}), ("runtime", {"engine": "ray"})]:
+    for section, wrong in [("training", {"lr": 0}), ("training", {"clp": 1}), ("runtime", {"engine": "rey"})]:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**values, section: wrong}, schema)
     lr = schema["$defs"]["ToyTraining"]["properties"]["lr"]

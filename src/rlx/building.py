@@ -11,7 +11,7 @@ from rlx import actors
 from rlx.actors.machine import cpu_count
 from rlx.learner.learner_group import LearnerGroup
 from rlx.rollout.runner_group import RunnerGroup
-from rlx.settings import Settings
+from rlx.settings import RuntimeSection, Settings
 
 GetRuntime = Callable[[], actors.Runtime]
 MAX_BACKOFF_S = 2.0
@@ -20,14 +20,17 @@ MAX_BACKOFF_S = 2.0
 class LazyRuntime:
     """The actor runtime, started by the first call: a run without actors starts none.
 
-    preload: modules that all actors need; where actors are processes they are imported once for all.
+    preload: modules that all actors need; where actors are processes of this machine they are imported once for all.
     """
 
-    def __init__(self, engine: str, run_dir: Path | None, preload: Sequence[str]) -> None:
-        self._engine = engine
-        self._options: dict[str, Any] = {"preload": preload} if engine == "local" else {}
-        if run_dir and engine == "local":
-            self._options["log_folder"] = run_dir / "logs"
+    def __init__(self, where: RuntimeSection, run_dir: Path | None, preload: Sequence[str]) -> None:
+        actors.check_engine(where.engine)
+        self._engine = where.engine
+        self._options: dict[str, Any] = {}
+        if where.engine == "local":
+            self._options = {"preload": preload} | ({"log_folder": run_dir / "logs"} if run_dir else {})
+        elif where.engine == "ray":
+            self._options = {"address": where.address}
         self._runtime: actors.Runtime | None = None
         self._is_closed = False
 

@@ -287,13 +287,25 @@ class ReportingSection(Section):
 class RuntimeSection(Section):
     """Where actors run, and the seed of all randomness."""
 
-    engine: Literal["local", "inline"] = "local"
-    """local: processes on this machine; inline: everything in the driver, for debugging."""
+    engine: Literal["local", "inline", "ray"] = "local"
+    """local: processes on this machine; inline: everything in the driver, for debugging; ray: on a Ray cluster."""
+    address: str | None = None
+    """With engine ray: that of a running cluster, as auto or 10.0.0.1:6379; null: Ray is started on this machine."""
     seed: int = Field(default=0, ge=0)
     """Seed that all random streams derive from."""
 
     def check(self, num_learners: int) -> None:
-        """Raise ConfigError where learners would have to meet within one thread: each waits for all others."""
+        """Raise ConfigError where learners would have to meet in one thread, or an address is nobody's."""
+        if self.address is not None and self.engine != "ray":
+            raise ConfigError(
+                f"runtime.address={self.address} is that of a Ray cluster, and runtime.engine is {self.engine}; set "
+                "engine to ray, or leave the address out."
+            )
+        if self.address is not None and num_learners > 1:
+            raise ConfigError(
+                f"learners.num_learners={num_learners} on the Ray cluster {self.address} may be on several machines, "
+                "where they do not find each other; set num_learners to 0 or 1, or leave runtime.address out."
+            )
         if self.engine == "inline" and num_learners > 1:
             raise ConfigError(
                 f"runtime.engine=inline has one process, in which learners.num_learners={num_learners} cannot learn "

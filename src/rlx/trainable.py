@@ -72,7 +72,7 @@ class Trainable(ABC):
         self.callbacks = Callbacks(s.callbacks.classes)
         self.saves = Saves(self, None if run_dir is None else Path(run_dir))
         self._goes_on_from = None if restore is None else Path(restore)
-        self._runtime = LazyRuntime(s.runtime.engine, self.run_dir, self.preload)
+        self._runtime = LazyRuntime(s.runtime, self.run_dir, self.preload)
         self._weights_are_stale = True
         self._clock = Clock(self.clock_parts)
         self._schedules: dict[str, Any] = {}  # those that were changed, as written

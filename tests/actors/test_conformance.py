@@ -1,4 +1,4 @@
-"""What every engine promises. A new engine joins by a line in ENGINES."""
+"""What every engine promises."""
 
 import asyncio
 import os
@@ -14,16 +14,26 @@ import torch
 from rlx import actors
 from rlx.actors import Err, Future, GroupFuture, Ok, Resources, Restart
 from rlx.actors.future import as_completed
-from rlx.errors import ActorDied, ActorError, CallTimeout, ConfigError, Infeasible, NotSupported, RemoteError
+from rlx.algorithms.ppo import PPOConfig
+from rlx.errors import (
+    ActorDied,
+    ActorError,
+    CallTimeout,
+    ConfigError,
+    Infeasible,
+    MissingExtra,
+    NotSupported,
+    RemoteError,
+)
+from tests.actors.engines import ALL, ENGINES, PROCESSES
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
-ENGINES = {"inline": ("inline", {}), "strict": ("inline", {"strict": True}), "local": ("local", {})}
-pytestmark = pytest.mark.timeout(60)
-T = 20.0  # a deadline, not a delay
+pytestmark = pytest.mark.timeout(180)
+T = 60.0  # a deadline, not a delay
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=ALL)
 def rt(request):
     engine, options = ENGINES[request.param]
     with actors.runtime(engine, **options) as runtime:
@@ -473,8 +483,7 @@ def test_private_names_are_not_methods(counter):
 
 
 def test_a_closed_runtime_refuses_and_its_actors_are_dead(rt):
-    name, options = next(v for k, v in ENGINES.items() if v[0] == ("local" if rt.capabilities else "inline"))
-    other = actors.runtime(name, **options)
+    other = actors.runtime("ray" if "machines" in rt.capabilities else "local" if rt.capabilities else "inline")
     actor, heard = other.spawn(Counter, 0), []
     actor.ready(T)
     other.monitor(actor, on_exit=lambda *a: heard.append(a))
@@ -488,8 +497,18 @@ def test_a_closed_runtime_refuses_and_its_actors_are_dead(rt):
 
 
 def test_an_unknown_engine_is_refused_by_name():
-    with pytest.raises(ConfigError, match="engine 'lcoal' is not an actor engine; use 'local' or 'inline'"):
+    with pytest.raises(ConfigError, match="engine 'lcoal' is not an actor engine; use 'local', 'inline', 'ray'"):
         actors.runtime("lcoal")
+
+
+def test_an_engine_that_is_not_installed_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        MissingExtra, match=r"^engine 'ray' needs Ray, which is not installed: pip install 'rlx\[ray\]'.$"
+    ):
+        actors.runtime("ray")
+    with pytest.raises(MissingExtra, match=r"pip install 'rlx\[ray\]'"):  # also where no actor will be needed
+        PPOConfig().environment("CartPole-v1").runtime(engine="ray").build()
 
 
 # What engine "inline" does with coroutines; other engines follow.
@@ -513,8 +532,7 @@ def test_coroutine_methods_run_to_the_end_in_one_loop_also_below_a_running_one(r
 
 # Messages: what goes through pickle on the engines that have it.
 
-PICKLING = ["strict", "local"]
-pickling_engines = pytest.mark.parametrize("rt", PICKLING, indirect=True)
+pickling_engines = pytest.mark.parametrize("rt", ["strict", *PROCESSES], indirect=True)
 
 
 @pickling_engines

@@ -14,18 +14,19 @@ import torch
 from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout, ObjectMemoryFull
+from tests.actors.engines import ALL, ENGINES, PROCESSES
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
-ENGINES = {"inline": ("inline", {}), "strict": ("inline", {"strict": True}), "local": ("local", {})}
 pytestmark = pytest.mark.timeout(60)
 T = 20.0  # a deadline, not a delay
 MIB = 2**20
 
-on_processes = pytest.mark.parametrize("rt", ["local"], indirect=True)
+on_processes = pytest.mark.parametrize("rt", PROCESSES, indirect=True)
+on_this_machine = pytest.mark.parametrize("rt", ["local"], indirect=True)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=ALL)
 def rt(request):
     engine, options = ENGINES[request.param]
     with actors.runtime(engine, **options) as runtime:
@@ -380,6 +381,8 @@ def test_a_call_knows_its_actor_and_that_nobody_has_cancelled_it(rt, concurrency
 @on_processes
 @pytest.mark.parametrize("concurrency", [None, 3])
 def test_a_running_method_sees_that_it_was_cancelled(rt, gate, concurrency):
+    if concurrency is None and "cancellation" not in rt.capabilities:
+        pytest.skip("needs the capability 'cancellation'")
     actor = rt.spawn(Source, concurrency=concurrency)
     running = actor.until_cancelled.call(gate[0])
     with open(gate[0]) as fifo:
@@ -442,7 +445,7 @@ def test_a_put_is_a_copy_of_what_the_value_was(rt, source):
     assert source.total.call(ref).result(T) == 0
 
 
-@on_processes
+@on_this_machine
 @pytest.mark.parametrize(
     "value", [np.zeros(4 * MIB, np.uint8), torch.zeros(MIB), b"x" * 4 * MIB], ids=["array", "tensor", "bytes"]
 )
@@ -463,7 +466,7 @@ def test_a_put_is_one_copy_for_all_and_free_when_ref_and_views_are_gone(rt, sour
     poll_until(gone)
 
 
-@on_processes
+@on_this_machine
 def test_a_long_body_travels_in_shared_memory(rt, source):
     before = rt._engine.memory.arena.reclaim()
     value = os.urandom(3 * MIB)

@@ -13,6 +13,7 @@ arguments are not changed after the call; an exception arrives as itself with th
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from rlx.actors.channel import Channel, Published, Staleness
@@ -22,11 +23,11 @@ from rlx.actors.handle import ActorHandle, Group
 from rlx.actors.interface import ActorState, Stall
 from rlx.actors.monitor import EventThread
 from rlx.actors.ref import Ref
-from rlx.actors.resources import Pool, Reservation, Resources
+from rlx.actors.resources import Reservation, Resources
 from rlx.actors.runtime import Runtime
 from rlx.actors.stream import Stream
 from rlx.actors.supervision import Restart
-from rlx.errors import ConfigError
+from rlx.errors import ConfigError, MissingExtra
 
 __all__ = [
     "ActorHandle",
@@ -47,9 +48,12 @@ __all__ = [
     "Staleness",
     "Stall",
     "Stream",
+    "check_engine",
     "current",
     "runtime",
 ]
+
+ENGINES = ("local", "inline", "cluster", "ray")
 
 
 def runtime(
@@ -67,15 +71,14 @@ def runtime(
     imported once and shared by all actors. "inline" runs actors in the caller's thread, for debugging; its option
     `strict=True` pickles every message, which shows what would not survive the way to another process. "cluster" has
     them on the machines of a cluster that `rlx start` has made; its options are `address`, HOST:PORT of the head, and
-    `token_file`, the cluster's key.
+    `token_file`, the cluster's key. "ray" has Ray start them; its option is `address`, of a running Ray cluster, where
+    Ray is not to be started here.
     system_timeout_s bounds what the runtime itself waits for (a start, a kill, a close), never a method.
     resources: what actors may ask for in all; what is 0 is as the machine, its cgroup and CUDA_VISIBLE_DEVICES have it.
     pending_timeout_s: how long an actor or a reservation may wait for resources; None is without end, with a warning.
     max_actors: how many may live at once.
     """
-    if engine not in ("inline", "local", "cluster"):
-        raise ConfigError(f"engine {engine!r} is not an actor engine; use 'local', 'cluster' or 'inline'.")
-    pool = Pool.of_this_machine(resources) if resources is not None else None
+    check_engine(engine)
     events = EventThread("rlx-actor-events")
     if engine == "inline":
         from rlx.actors.engines.inline import InlineEngine
@@ -85,8 +88,25 @@ def runtime(
         from rlx.actors.cluster.engine import ClusterEngine
 
         opened = ClusterEngine(events, system_timeout_s, **options)
+    elif engine == "ray":
+        from rlx.actors.engines.ray import RayEngine
+
+        opened = RayEngine(system_timeout_s, **options)
     else:
         from rlx.actors.engines.local import LocalEngine
 
         opened = LocalEngine(events, system_timeout_s, **options)
+    try:
+        pool = None if resources is None else opened.pool(resources)
+    except BaseException:
+        opened.close(system_timeout_s)
+        raise
     return Runtime(opened, events, system_timeout_s, pool, pending_timeout_s, max_actors)
+
+
+def check_engine(engine: str) -> None:
+    """Raise ConfigError for an engine that there is not, MissingExtra for one that is not installed."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine {engine!r} is not an actor engine; use {', '.join(map(repr, ENGINES))}.")
+    if engine == "ray" and find_spec("ray") is None:
+        raise MissingExtra("engine 'ray' needs Ray, which is not installed: pip install 'rlx[ray]'.")

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rlx.actors.channel import Channel, InlineChannel
+from rlx.actors.channel import Published, Staleness
 from rlx.actors.future import Answer, Future
 from rlx.actors.ref import Ref
+from rlx.actors.resources import Pool, Resources
 from rlx.actors.stream import Stream
 
-AnyChannel = Channel | InlineChannel
+
+class AnyChannel(Protocol):
+    """One publishes, and all who were given it as an argument read the newest version."""
+
+    name: str
+
+    def publish(self, value: Any, version: int | None = None) -> int:
+        """Make `value` the newest version, and return its number: `version`, or one more than the last, from 1 on."""
+        ...
+
+    def latest(self) -> Published | None:
+        """Return the newest version, the same object while there is no newer one; None before the first."""
+        ...
+
+    def readers(self) -> dict[str, Staleness]:
+        """Return how far behind each reader is, by its name."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
 
 
 class Slot(Protocol):
@@ -47,6 +68,10 @@ class ActorSpec:
     """Seconds that one call may run before `Listener.stalled` is told."""
     slot: Slot | None = None
     """Where the engine notes process and calls."""
+    resources: Resources = field(default_factory=Resources)
+    """What it was granted, for engines that place actors by it."""
+    place: Any = None
+    """Where the engine has set that aside, see `Reservation.set_aside`; None: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +154,9 @@ class Engine(Protocol):
     """A place for actors to live."""
 
     capabilities: frozenset[str]
-    """"processes": an actor has a process of its own, so a crash or a kill hits nobody else, and timeouts hold."""
+    """"processes": an actor has a process of its own, so a crash or a kill hits nobody else, and timeouts hold.
+    "machines": these are on any machine of a cluster. "stalls": `Listener.stalled` is told. "cancellation": a method
+    that runs alone in its actor can see that its call was taken back."""
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments as a message that can go to any number of actors; TypeError if they cannot go."""
@@ -145,6 +172,10 @@ class Engine(Protocol):
 
     def slot(self, name: str) -> Slot:
         """Return where to note, for who looks from outside, what becomes of a new actor."""
+        ...
+
+    def pool(self, given: Resources) -> Pool:
+        """Return what actors may ask for in all; what `given` says goes before what is found."""
         ...
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> EngineActor:

@@ -8,10 +8,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rlx.actors.future import Answer, Err
-from rlx.actors.interface import Stall
+
+if TYPE_CHECKING:
+    from rlx.actors.interface import Stall
 
 logger = logging.getLogger("rlx.actors")
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from rlx.actors import machine
 from rlx.actors.monitor import logger
@@ -96,6 +97,10 @@ class Pool:
             self._waiting.append(claim)
         self.grant_waiting()
         return claim
+
+    def reserve(self, bundles: Sequence[Resources], timeout_s: float | None) -> Reservation:
+        """Return all of `bundles` once they are granted together; CallTimeout otherwise."""
+        return Reservation.wait_for(self.claim("a reservation", bundles), timeout_s)
 
     def grant_waiting(self) -> None:
         """Grant what has become possible."""
@@ -230,6 +235,7 @@ class Reservation:
             for index, (want, devices) in enumerate(zip(claim.wants, claim.devices, strict=True))
         ]
         self._released = False
+        self._give_back: Callable[[], None] | None = None
 
     @classmethod
     def wait_for(cls, claim: Claim, timeout_s: float | None) -> Reservation:
@@ -249,6 +255,12 @@ class Reservation:
             raise
         return cls(claim)
 
+    def set_aside(self, places: Sequence[Any], give_back: Callable[[], None]) -> None:
+        """Have the actors of each bundle started at its place, until all is given back (for engines)."""
+        self._give_back = give_back
+        for bundle, place in zip(self._bundles, places, strict=True):
+            bundle.place = place
+
     def release(self) -> None:
         """Spawn nothing more from it; twice is fine."""
         self._released = True
@@ -260,6 +272,9 @@ class Reservation:
         """Return everything if it has been released and nobody draws from it any more."""
         if self._released and not any(bundle.in_use() for bundle in self._bundles):
             self._claim.release()
+            give_back, self._give_back = self._give_back, None
+            if give_back is not None:
+                give_back()
 
     def __getitem__(self, index: int) -> Bundle:
         return self._bundles[index]
@@ -280,6 +295,8 @@ class Bundle(Pool):
     def __init__(self, reservation: Reservation, name: str, total: Resources, devices: Mapping[str, float]) -> None:
         super().__init__(name, total, devices)
         self._reservation = reservation
+        self.place: Any = None
+        """Where the engine starts its actors; None: anywhere."""
 
     def give_back(self, claim: Claim) -> None:
         """Take back what the claim holds."""

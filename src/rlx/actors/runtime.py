@@ -94,7 +94,9 @@ class Runtime:
             name = self._check_name(name) if name else self._free_name(make)
             limits = concurrency, max_pending, stall_after_s
             slot = self._engine.slot(name)
-            spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot)
+            place, whole = (None, Resources()) if reservation is None else (reservation.place, reservation.total)
+            where = resources or whole, place
+            spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot, *where)
             handle = self._actors[name] = ActorHandle(self, name)
             handle._watchers = Watchers(handle, name, self._events)
             life = handle._actor = ActorLife(self._engine, spec, handle._watchers, self._work, self.system_timeout_s)
@@ -153,7 +155,7 @@ class Runtime:
         """
         self._check_open()
         timeout_s = self._pending_timeout_s if timeout_s is None else timeout_s
-        return Reservation.wait_for(self._machine.claim("a reservation", bundles), timeout_s)
+        return self._machine.reserve(bundles, timeout_s)
 
     # Data.
 
@@ -285,7 +287,7 @@ class Runtime:
     def _machine(self) -> Pool:
         with self._lock:
             if self._pool is None:
-                self._pool = Pool.of_this_machine(Resources())
+                self._pool = self._engine.pool(Resources())
             return self._pool
 
     def _check_open(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rlx.actors.future import Answer, Err, Future, nothing
 from rlx.errors import CallTimeout
@@ -128,3 +129,22 @@ class Stream(Generic[T]):
         if isinstance(outcome, Err):
             raise outcome.error
         return outcome.value
+
+
+class OpenStream:
+    """A stream as an engine keeps it until it has ended: it does not keep the caller's end alive."""
+
+    def __init__(self, method: str, stream: weakref.ref[Stream[Any]]) -> None:
+        self.method, self._stream = method, stream
+
+    def feed(self, index: int, answer: Answer) -> None:
+        """Add item number `index`."""
+        stream = self._stream()
+        if stream is not None:
+            stream.feed(index, answer)
+
+    def settle(self, answer: Answer) -> None:
+        """Say how the method ended."""
+        stream = self._stream()
+        if stream is not None:
+            stream.finish(answer)

@@ -35,7 +35,7 @@ PASSED_ON = ("RLX_", "OMP_", "MKL_", "TOKENIZERS_", "HF_", "CUDA_", "NCCL_", "GL
 class ClusterEngine(LocalEngine):
     """A link to the daemon of every node; what the local engine does beside them is done on the driver's machine."""
 
-    capabilities: frozenset[str] = frozenset({"processes"})
+    capabilities = LocalEngine.capabilities | {"machines"}
 
     def __init__(
         self,

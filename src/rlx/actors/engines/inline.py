@@ -24,6 +24,7 @@ from rlx.actors.engines import pickling
 from rlx.actors.future import Err, Future, Ok, Outcome
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Slot
 from rlx.actors.ref import Ref
+from rlx.actors.resources import Pool, Resources
 from rlx.actors.stream import Stream
 from rlx.errors import ActorDied
 
@@ -51,9 +52,13 @@ class InlineEngine:
         """Return the channel of that name."""
         return self._channels.setdefault(name, InlineChannel(name, self._strict))
 
+    def pool(self, given: Resources) -> Pool:
+        """Return what this machine has."""
+        return Pool.of_this_machine(given)
+
     def slot(self, name: str) -> Slot:
         """Nobody looks from outside."""
-        return _NoSlot()
+        return NoSlot()
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> InlineActor:
         """Make the actor now; what its __init__ raises is kept for `ready` and the calls."""
@@ -141,7 +146,7 @@ class InlineActor:
 
             def begin(*args: Any, **kwargs: Any) -> None:
                 nonlocal items
-                items = _items_of(getattr(self._instance, method)(*args, **kwargs), method)
+                items = items_of(getattr(self._instance, method)(*args, **kwargs), method)
 
             index = itertools.count()
 
@@ -241,17 +246,20 @@ def _same(outcome: Outcome[Any]) -> Outcome[Any]:
     return outcome
 
 
-class _NoSlot:
+class NoSlot:
+    """A line of no board, of an engine that nobody looks at from outside."""
+
     serial = 0
 
     def sent(self) -> None:
-        pass
+        """Note nothing."""
 
     def update(self, **news: Any) -> None:
-        pass
+        """Note nothing."""
 
 
-def _items_of(result: Any, method: str) -> Iterator[Any] | AsyncIterator[Any]:
+def items_of(result: Any, method: str) -> Iterator[Any] | AsyncIterator[Any]:
+    """Return what a stream's method has returned; TypeError if it yields nothing."""
     if not isinstance(result, Iterator | AsyncIterator):
         raise TypeError(
             f"{method}() returned a {type(result).__name__}; stream() needs a generator or an iterator: yield the "

@@ -33,6 +33,7 @@ from rlx.actors.interface import ActorSpec, Listener, Slot
 from rlx.actors.logs import Damper, LogFolder, LogFollower
 from rlx.actors.monitor import EventThread
 from rlx.actors.ref import Ref
+from rlx.actors.resources import Pool, Resources
 from rlx.errors import ActorError, NotSupported
 
 CLOSE_GRACE_S = 2.0  # for idle actors to end by themselves
@@ -48,7 +49,7 @@ Actor = TypeVar("Actor", bound=LocalActor)
 class LocalEngine:
     """A forkserver, the links to the actors it has forked, and the thread that reads them."""
 
-    capabilities: frozenset[str] = frozenset({"processes"})
+    capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation"})
     where = ""
     """In the text of a death, where it was: nothing on the reader's own machine."""
 
@@ -103,6 +104,10 @@ class LocalEngine:
             if name not in self._channels:
                 self._channels[name] = Channel.create(name, self.memory.limit_bytes)
             return self._channels[name]
+
+    def pool(self, given: Resources) -> Pool:
+        """Return what this machine has."""
+        return Pool.of_this_machine(given)
 
     def slot(self, name: str) -> Slot:
         """Return a new line of the board."""

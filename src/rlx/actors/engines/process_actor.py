@@ -17,9 +17,9 @@ from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.wire import Frame, Lent
-from rlx.actors.future import Answer, Err, Future, Ok, Outcome, nothing, wait
+from rlx.actors.future import Err, Future, Ok, Outcome, nothing, wait
 from rlx.actors.interface import ActorSpec, ActorState, Listener, Slot
-from rlx.actors.stream import Stream
+from rlx.actors.stream import OpenStream, Stream
 from rlx.errors import ActorBusy, ActorError, CallCancelled
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ProcessActor:
         self.gone: Future[None] = Future(spec.name, "end")
         self._lock = threading.Lock()  # of the order of frames, and of the moment after which no call is answered
         self._place: Future[None] | None = None  # settled by the next answer: somebody waits for it, to call on
-        self._pending: dict[int, Future[Any] | _OpenStream] = {}  # by call id, oldest first
+        self._pending: dict[int, Future[Any] | OpenStream] = {}  # by call id, oldest first
         self._calls = first_call
         self._end: Callable[[], Err] | None = None  # what every call gets from that moment on
         self._init_failed = False
@@ -109,7 +109,7 @@ class ProcessActor:
                 elif answer is not None:
                     # Not a finalizer: it could come while this thread has the lock, and wait for it for ever.
                     drop = partial(self._reactor.post, partial(self._cancel, call_id))
-                    self._pending[call_id] = _OpenStream(method, weakref.ref(answer, lambda _: drop()))
+                    self._pending[call_id] = OpenStream(method, weakref.ref(answer, lambda _: drop()))
                     answer.grant, answer.cancel = partial(self._grant, call_id), partial(self._cancel, call_id)
                 self._link.write(wire.encode(kind, call_id, text, message.message, places), urgent)
             except BaseException:  # an interrupt: written or not, nobody will ever ask for the answer
@@ -203,8 +203,8 @@ class ProcessActor:
         else:
             raise ActorError(f"a frame has the kind {kind}, which no actor sends; close the link.")
 
-    def _take_item(self, stream: Future[Any] | _OpenStream, text: str, message: pickling.Message) -> None:
-        if not (isinstance(stream, _OpenStream) and text.isdecimal()):
+    def _take_item(self, stream: Future[Any] | OpenStream, text: str, message: pickling.Message) -> None:
+        if not (isinstance(stream, OpenStream) and text.isdecimal()):
             raise ActorError(f"a frame is item {text[:20]!r} of {stream.method}(), no stream; close the link.")
         stream.feed(int(text), partial(self._value, message, stream.method))
 
@@ -237,20 +237,3 @@ class ProcessActor:
         if not self.ready.done():
             return "__init__" if self.pid is not None else None
         return next((waiting.method for waiting in self._pending.values()), None)
-
-
-class _OpenStream:
-    """A stream that the actor feeds; it does not keep the caller's end alive."""
-
-    def __init__(self, method: str, stream: weakref.ref[Stream[Any]]) -> None:
-        self.method, self._stream = method, stream
-
-    def feed(self, index: int, answer: Answer) -> None:
-        stream = self._stream()
-        if stream is not None:
-            stream.feed(index, answer)
-
-    def settle(self, answer: Answer) -> None:
-        stream = self._stream()
-        if stream is not None:
-            stream.finish(answer)

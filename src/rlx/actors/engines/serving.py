@@ -298,13 +298,14 @@ def leave(error: BaseException) -> NoReturn:
 
 def server_for(link: ActorLink, instance: Any, name: str, sheet: Timesheet, concurrency: int | None) -> Server:
     """Return the server that fits the object: by its `async def` methods, and how many calls may run at once."""
-    if _has_coroutines(type(instance)):
+    if has_coroutines(type(instance)):
         return TaskServer(link, instance, name, sheet, concurrency or TASKS)
     if concurrency is not None and concurrency > 1:
         return ThreadedServer(link, instance, name, sheet, concurrency)
     return Server(link, instance, name, sheet)
 
 
-def _has_coroutines(kind: type) -> bool:
+def has_coroutines(kind: type) -> bool:
+    """Return whether a class has `async def` methods, its own or inherited."""
     is_async: Callable[[Any], bool] = lambda m: inspect.iscoroutinefunction(m) or inspect.isasyncgenfunction(m)  # noqa: E731
     return any(is_async(method) for _, method in inspect.getmembers_static(kind))
