@@ -185,11 +185,15 @@ class Doorman:
 
     def close(self, timeout_s: float = TIMEOUT_S) -> None:
         """Let nobody in any more: close the listener and what is in the handshake; closing twice is fine."""
-        if not self._closing:
-            self._closing = True
-            os.eventfd_write(self._wake, 1)
+        self._closing = True
+        if self._wake < 0:
+            return
+        os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            wake, self._wake = self._wake, -1  # closed here, where nobody can be about to write to its number
+            os.close(wake)
 
     def _run(self) -> None:
         try:
@@ -203,12 +207,10 @@ class Doorman:
         except Exception:
             logger.exception("the cluster's port is closed, as its thread failed")
         finally:
-            self._closing = True
             for visitor in list(self._visitors):
                 self._dismiss(visitor)
             self._listener.close()
             self._selector.close()
-            os.close(self._wake)
 
     def _patience_s(self) -> float | None:
         times = [visitor.deadline for visitor in self._visitors][:1]
