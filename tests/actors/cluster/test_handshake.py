@@ -519,6 +519,22 @@ def test_a_connection_that_nobody_takes_is_closed_and_the_door_stays_open(key, c
         assert poll.poll(PATIENCE_S * 1e3) and ours.recv_into(memoryview(bytearray(1))) == 0
 
 
+def test_a_bug_that_somebody_finds_closes_the_door_for_nobody_else(open_door, key, closing, monkeypatch, caplog):
+    door = open_door()
+
+    def examine(*_):
+        raise ValueError("found")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "_examine", examine)
+        refusal(door.address, key, Reason.CLOSED, tls=False)
+    let_in(door, key, closing)
+    assert (
+        "a connection of 127.0.0.1 has failed in an unknown way" in caplog.text and "ValueError: found" in caplog.text
+    )
+
+
 def test_without_descriptors_the_door_waits_and_opens_again(open_door, key, closing, few_descriptors):
     door, noticed = open_door(), threading.Event()
 
