@@ -1,9 +1,11 @@
 """Who knows the token gets in, whatever others do at the door; nobody else learns anything, and nothing is parsed."""
 
 import contextlib
+import logging
 import os
 import pickle
 import random
+import resource
 import select
 import socket
 import ssl
@@ -90,6 +92,22 @@ def server(closing):
         return listener.getsockname()
 
     return start
+
+
+@pytest.fixture
+def few_descriptors():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 50, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.fixture
+def many_descriptors():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def passing_on(target, seen=None):
@@ -202,24 +220,28 @@ def test_what_was_recorded_opens_no_second_connection(open_door, key):
     assert door.admitted.empty()
 
 
-def test_a_door_that_repeats_what_it_has_heard_is_not_believed(open_door, key, server):
+def test_a_door_that_repeats_what_it_has_heard_is_not_believed(open_door, key, closing, server):
+    """It has the true door's certificate and not the token, so that it is the nonce alone that gives it away."""
     door, recorded = open_door(), []
 
-    def record(sock):  # what the true door said to another
-        with reach(door.address) as far:
+    def record(sock):
+        with (
+            key.server_context().wrap_socket(sock, server_side=True) as near,
+            key.client_context().wrap_socket(reach(door.address)) as far,
+        ):
             for _ in range(2):
-                far.sendall(receive(sock, FRAME.size))
+                far.sendall(receive(near, FRAME.size))
                 recorded.append(receive(far, FRAME.size))
-                sock.sendall(recorded[-1])
+                near.sendall(recorded[-1])
 
     def repeat(sock):
-        for answer in list(recorded):
-            receive(sock, FRAME.size)
-            sock.sendall(answer[: FRAME.size - 32] + answer[-32:])
+        with key.server_context().wrap_socket(sock, server_side=True) as near:
+            for answer in recorded:
+                receive(near, FRAME.size)
+                near.sendall(answer)
 
-    refusal(server(record), key, Reason.WRONG_TOKEN, tls=False)  # the addresses are not its own
-    recorded[1] = FRAME.pack(MAGIC, VERSION, Verdict.GOOD, recorded[1][-32:])
-    refusal(server(repeat), key, Reason.WRONG_TOKEN, tls=False)
+    closing(connect(server(record), key, Role.NODE, tls=True))  # the certificate is right
+    refusal(server(repeat), key, Reason.WRONG_TOKEN, tls=True)
 
 
 def test_the_proof_of_who_connects_is_not_that_of_the_door(key, server):
@@ -335,7 +357,7 @@ def test_an_error_of_the_handshake_is_an_actors_error_and_a_connections_and_surv
 
 
 @pytest.mark.parametrize("source", [ON_ANOTHER_ADDRESS, None])
-def test_a_thousand_half_open_connections_keep_nobody_out(open_door, key, closing, source):
+def test_a_thousand_half_open_connections_keep_nobody_out(open_door, key, closing, source, many_descriptors):
     door = open_door(timeout_s=300.0)
     for index in range(1000):
         sock = closing(reach(door.address, source))
@@ -363,12 +385,14 @@ def test_who_sends_a_byte_now_and_then_is_closed_at_the_deadline(open_door, key,
         slow.sendall(beginning)
         poll = select.poll()
         poll.register(slow, select.POLLIN)
-        closed = False
-        for byte in hello()[: FRAME.size - 1]:  # one is always missing
-            with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):
+            for byte in hello()[: FRAME.size - 1]:  # one is always missing
                 slow.send(bytes([byte]))
-            closed = closed or bool(poll.poll(20))
-        assert closed and receive(slow, 1) == b""
+                if poll.poll(100):
+                    break
+            else:
+                pytest.fail("every byte has bought it more time")
+        assert receive(slow, 1) == b""
     let_in(door, key, closing)
 
 
@@ -495,27 +519,62 @@ def test_a_connection_that_nobody_takes_is_closed_and_the_door_stays_open(key, c
         assert poll.poll(PATIENCE_S * 1e3) and ours.recv_into(memoryview(bytearray(1))) == 0
 
 
-def test_without_descriptors_the_door_waits_and_opens_again(open_door, key, closing, caplog):
+def test_a_bug_that_somebody_finds_closes_the_door_for_nobody_else(open_door, key, closing, monkeypatch, caplog):
     door = open_door()
-    sock = socket.socket()
-    spare = []
-    with contextlib.suppress(OSError):
-        while True:
-            spare.append(os.dup(0))
+
+    def examine(*_):
+        raise ValueError("found")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "_examine", examine)
+        refusal(door.address, key, Reason.CLOSED, tls=False)
+    let_in(door, key, closing)
+    assert (
+        "a connection of 127.0.0.1 has failed in an unknown way" in caplog.text and "ValueError: found" in caplog.text
+    )
+
+
+def test_without_descriptors_the_door_waits_and_opens_again(open_door, key, closing, few_descriptors):
+    door, noticed = open_door(), threading.Event()
+
+    class Listening(logging.Handler):
+        def emit(self, record):
+            if "takes no connections for now" in record.getMessage():
+                noticed.set()
+
+    listening = Listening()
+    handshake.logger.addHandler(listening)
+    sock, spare = closing(socket.socket()), []
+    sock.settimeout(PATIENCE_S)
     try:
-        sock.connect(door.address)  # accepting it takes a descriptor
-        sock.settimeout(0.3)
-        with pytest.raises(TimeoutError):
-            sock.sendall(hello())
-            sock.recv(1)
+        with pytest.raises(OSError):
+            while True:
+                spare.append(os.dup(0))
+        sock.connect(door.address)  # to accept it takes a descriptor
+        sock.sendall(hello())
+        assert noticed.wait(PATIENCE_S)
     finally:
+        handshake.logger.removeHandler(listening)
         for descriptor in spare:
             os.close(descriptor)
-    sock.settimeout(PATIENCE_S)
     assert frame(sock)[2] == Verdict.GOOD
-    sock.close()
     let_in(door, key, closing)
-    assert any("takes no connections for now" in record.getMessage() for record in caplog.records)
+
+
+def test_a_door_whose_thread_ends_before_it_is_woken_is_closed_all_the_same(key, monkeypatch):
+    before, wake = len(os.listdir("/proc/self/fd")), os.eventfd_write
+    listener = socket.create_server(("127.0.0.1", 0))
+    address, door = listener.getsockname(), handshake.Doorman(key, listener, lambda *_: None)
+
+    def wake_late(descriptor, value):
+        reach(address).close()  # has the thread look round, and see that it is to end
+        door._thread.join(PATIENCE_S)
+        wake(descriptor, value)
+
+    monkeypatch.setattr(os, "eventfd_write", wake_late)
+    door.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_closed_door_lets_go_of_everything(open_door, key):

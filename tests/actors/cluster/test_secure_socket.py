@@ -224,6 +224,21 @@ def test_bytes_that_were_changed_on_the_way_end_the_connection(tls_pair):
         ours.recv_into(memoryview(bytearray(100)))
 
 
+def test_what_is_no_record_is_refused_before_it_is_waited_for(tls_pair):
+    ours, theirs = tls_pair()
+    ours.send(b"good")
+    ours._sock.send(b"\x17\x03\x03\xff\xff")
+    view, got = memoryview(bytearray(100)), 0
+    with pytest.raises(ConnectionError, match="a record of TLS claims 65535 bytes"):
+        while True:
+            if not theirs.pending():
+                wait(theirs, select.POLLIN)
+            with contextlib.suppress(BlockingIOError):
+                got += theirs.recv_into(view)
+    assert got in (0, 4)  # by whether both came at once
+    assert theirs.pending()
+
+
 def test_every_error_of_the_kernel_is_a_connection_error(tls_pair):
     ours, _ = tls_pair()
     ours.close()

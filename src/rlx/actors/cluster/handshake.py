@@ -60,16 +60,13 @@ def connect(
     """
     deadline = time.monotonic() + timeout_s
     try:
-        if tls is None or not tls:
-            sock = _dial(address, deadline)
-            if tls is not None or protocol.is_loopback(sock):
-                try:
-                    return _introduce(sock, key, role, deadline, with_tls=False)
-                except Failure as failure:
-                    if tls is not None or failure.reason not in (Reason.TLS_NEEDED, Reason.WRONG_TOKEN):
-                        raise
-                    sock = _dial(address, deadline)
-        else:
+        sock = _dial(address, deadline)
+        if tls is False or (tls is None and protocol.is_loopback(sock)):
+            try:
+                return _introduce(sock, key, role, deadline, with_tls=False)
+            except Failure as failure:
+                if tls is False or failure.reason not in (Reason.TLS_NEEDED, Reason.WRONG_TOKEN):
+                    raise
             sock = _dial(address, deadline)
         return _introduce(sock, key, role, deadline, with_tls=True)
     except Failure as failure:
@@ -168,6 +165,7 @@ class Doorman:
         self._failures = _Failures(max_failures)
         self._visitors: dict[_Visitor, None] = {}  # oldest first, so by deadline, too
         self._paused_until: float | None = None
+        self._is_starved = False  # of descriptors, which has been logged
         self._closing = False
         listener.setblocking(False)
         key.server_context()  # made now and not while somebody waits
@@ -185,11 +183,15 @@ class Doorman:
 
     def close(self, timeout_s: float = TIMEOUT_S) -> None:
         """Let nobody in any more: close the listener and what is in the handshake; closing twice is fine."""
-        if not self._closing:
-            self._closing = True
-            os.eventfd_write(self._wake, 1)
+        self._closing = True
+        if self._wake < 0:
+            return
+        os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            wake, self._wake = self._wake, -1  # closed here, where nobody can be about to write to its number
+            os.close(wake)
 
     def _run(self) -> None:
         try:
@@ -203,12 +205,10 @@ class Doorman:
         except Exception:
             logger.exception("the cluster's port is closed, as its thread failed")
         finally:
-            self._closing = True
             for visitor in list(self._visitors):
                 self._dismiss(visitor)
             self._listener.close()
             self._selector.close()
-            os.close(self._wake)
 
     def _patience_s(self) -> float | None:
         times = [visitor.deadline for visitor in self._visitors][:1]
@@ -226,6 +226,7 @@ class Doorman:
                     self._pause(error)
                     return
                 continue  # that one is gone before it was let in
+            self._is_starved = False
             group = _group(address[0])
             if self._failures.are_too_many(group):
                 sock.close()
@@ -233,7 +234,7 @@ class Doorman:
             if len(self._visitors) >= self._max_in_handshake:
                 self._dismiss(self._most_dispensable())
             sock.setblocking(False)
-            plain_is_allowed = not self._tls_only and _is_loopback(sock)
+            plain_is_allowed = not self._tls_only and protocol.is_loopback(sock)
             steps = protocol.respond(sock, self._key, plain_is_allowed)
             visitor = _Visitor(sock, address[:2], group, time.monotonic() + self._timeout_s, steps)
             self._visitors[visitor] = None
@@ -242,7 +243,9 @@ class Doorman:
 
     def _pause(self, error: OSError) -> None:
         """Accept nobody for a moment; without it the thread would spin."""
-        logger.warning("the cluster's port takes no connections for now: %s", error.strerror)
+        if not self._is_starved:
+            logger.warning("the cluster's port takes no connections for now: %s", error.strerror)
+        self._is_starved = True
         if self._visitors:
             self._dismiss(self._most_dispensable())
         self._selector.unregister(self._listener)
@@ -271,8 +274,10 @@ class Doorman:
             self._failures.add(visitor.group, failure.reason + (f" ({failure.detail})" if failure.detail else ""))
             visitor.failed, visitor.steps = True, protocol.linger(visitor.sock)
             self._advance(visitor)
-        except OSError as error:  # it is gone
-            self._failures.add(visitor.group, str(error.strerror))
+        except Exception as error:
+            if not isinstance(error, OSError):  # else it is gone; and nobody may close the door for all by a bug
+                logger.exception("a connection of %s has failed in an unknown way", visitor.address[0])
+            self._failures.add(visitor.group, str(error))
             self._dismiss(visitor)
 
     def _hand_over(self, visitor: _Visitor, sock: SecureSocket, role: Role) -> None:
@@ -332,10 +337,3 @@ def _group(host: str) -> str:
     """Return who shares failures with this address: of IPv6, whose hosts choose theirs, the first half."""
     ip = protocol.plain_ip(host)
     return str(ip) if ip.version == 4 else f"{ip.exploded[:19]}::/64"
-
-
-def _is_loopback(sock: socket.socket) -> bool:
-    try:
-        return protocol.is_loopback(sock)
-    except OSError:  # it is gone, as the next step will see
-        return False

@@ -134,8 +134,11 @@ def plain_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def is_loopback(sock: socket.socket) -> bool:
-    """Return whether both ends are loopback addresses."""
-    return all(plain_ip(name[0]).is_loopback for name in (sock.getsockname(), sock.getpeername()))
+    """Return whether both ends are loopback addresses; False where the other one is gone."""
+    try:
+        return all(plain_ip(name[0]).is_loopback for name in (sock.getsockname(), sock.getpeername()))
+    except OSError:
+        return False
 
 
 def _examine(sock: SecureSocket, key: ClusterKey, channel_is_good: bool, channel: bytes) -> Generator[int, None, Role]:

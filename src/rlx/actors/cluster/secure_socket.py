@@ -60,10 +60,7 @@ class SecureSocket:
         self._text = memoryview(bytearray(CHUNK_BYTES + MAX_RECORD_BYTES))
         self._received: list[int] = []
         """How many bytes of records there are, as recv_into returned them."""
-        self._index, self._is_fed = (
-            0,
-            False,
-        )  # the record that is being decrypted, and whether OpenSSL has been given it
+        self._index, self._is_fed = 0, False  # of the records the one in work, and whether OpenSSL has got it
         self._start = self._end = 0  # of the text that has not been read
 
     @property
@@ -140,7 +137,10 @@ class SecureSocket:
         """Return about how many bytes can be read although poll() may not say so; 0 only where there are none."""
         if self._tls is None:
             return 0
-        return self._end - self._start or sum(_text_sizes(self._records, sum(self._received)))
+        try:
+            return self._end - self._start or sum(_text_sizes(self._records, sum(self._received)))
+        except ConnectionError:  # which the next read will raise
+            return 1
 
     def shutdown(self, how: int) -> None:
         """Shut the connection down, as sockets do. Without TLS's farewell: frames say themselves when they are torn."""
@@ -156,7 +156,7 @@ class SecureSocket:
         with self._lock:
             try:
                 if not self._is_encrypted:
-                    if not self._outgoing.pending:  # else an interrupt came between the work and this line's next
+                    if not self._outgoing.pending:  # else an interrupt came behind the write below
                         chunk = _beginning(buffers)
                         if not len(chunk):
                             return 0
