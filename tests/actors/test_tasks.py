@@ -13,22 +13,17 @@ import pytest
 from rlx import actors
 from rlx.actors import machine, tasks
 from rlx.errors import ActorDied, CallCancelled, CallTimeout, NotSupported
+from tests.actors.engines import ALL, opened
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-ENGINES = {
-    "inline": ("inline", {}),
-    "strict": ("inline", {"strict": True}),
-    "local": ("local", {"preload": ("numpy",)}),
-}
 pytestmark = pytest.mark.timeout(60)
 T = 20.0
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=ALL)
 def rt(request):
-    engine, options = ENGINES[request.param]
-    with actors.runtime(engine, **options) as runtime:
+    with opened(request.param) as runtime:
         yield runtime
 
 

@@ -40,6 +40,8 @@ from rlx.actors.engines.shared_memory import Borrowed, SharedMemory, Span, cut
 from rlx.errors import ActorError, NotSupported
 
 T = TypeVar("T")
+FOR_OTHERS = "other machines"
+"""The reader that passes versions on."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Channel:
         self._data = memory.memory.map(memory.start)
         self._publishing, self._reading = threading.Lock(), threading.Lock()
         self._publisher: Publisher | None = None
+        self._row_for_others: int | None = None
         self._last: weakref.ref[Published] | None = None
         self._last_count = 0
 
@@ -124,11 +127,20 @@ class Channel:
 
         A reader that keeps arrays of more versions than it has cells gets a copy.
         """
-        return self._newest(self._unpickled)
+        with self._reading:
+            if self._row is None:
+                self._row = self._row_for_creator()
+        return self._newest(self._row, self._unpickled)
 
     def latest_message(self) -> tuple[int, pickling.Message] | None:
-        """Return the newest version's number, and its value as it was pickled: views, as in `latest`."""
-        return self._newest(lambda entry, views: (entry.version, (views[0], views[1:])))
+        """Return the newest version's number, and its value as it was pickled: views, as in `latest`.
+
+        For who passes it on; among the readers it is FOR_OTHERS. Only in the process that created the channel.
+        """
+        with self._reading:
+            if self._row_for_others is None:
+                self._row_for_others = self._add_row(FOR_OTHERS)
+        return self._newest(self._row_for_others, lambda entry, views: (entry.version, (views[0], views[1:])))
 
     @property
     def count(self) -> int:
@@ -175,14 +187,12 @@ class Channel:
             ) from None
         return arrive, (self.name,)
 
-    def _newest(self, read: Callable[[Entry, list[memoryview]], T]) -> T | None:
-        """Return what `read` makes of the newest version; None before the first."""
+    def _newest(self, row_index: int, read: Callable[[Entry, list[memoryview]], T]) -> T | None:
+        """Return what `read` makes of the newest version, read in that row; None before the first."""
         if os.getpid() != self._pid:
             raise ActorError(f"channel {self.name!r} was attached by process {self._pid}; a fork of it cannot read.")
         with self._reading:
-            if self._row is None:
-                self._row = self._row_for_creator()
-            row = self._memory.row(self._row)
+            row = self._memory.row(row_index)
             while place := self._memory.words[NEWEST]:
                 # The first cell is kept for a moment: when all others are taken, the version is copied under it.
                 cell = next((index for index in range(1, CELLS) if not row[index]), 0)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlx.actors.channel import Channel, Staleness
 from rlx.actors.cluster import greeting
 from rlx.actors.cluster.credentials import DEFAULT_PATH, ClusterKey
 from rlx.actors.cluster.daemon import parse_address
 from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.cluster.membership import NodeInfo, Watch
-from rlx.actors.cluster.mirrors import Mirrors
+from rlx.actors.cluster.mirrors import MirroredChannel, Mirrors
 from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine, print_to_stderr
@@ -36,6 +37,7 @@ class ClusterEngine(LocalEngine):
     """A link to the daemon of every node; what the local engine does beside them is done on the driver's machine."""
 
     capabilities = LocalEngine.capabilities | {"machines"}
+    kind_of_channel = MirroredChannel
 
     def __init__(
         self,
@@ -88,6 +90,17 @@ class ClusterEngine(LocalEngine):
             self._spawned += 1
             number = self._spawned
         return nodes[number % len(nodes)].spawn(number, spec, Parcel(*made_of), listener)
+
+    def channel(self, name: str) -> Channel:
+        """Return the channel of that name; a version crosses to each machine once."""
+        channel = super().channel(name)
+        assert isinstance(channel, MirroredChannel)
+        channel.readers_elsewhere = self._readers
+        return channel
+
+    def _readers(self, name: str) -> dict[str, Staleness]:
+        answers = [node.readers(name) for node in self._nodes.values()]
+        return {reader: how for answer in answers for reader, how in answer.result(self.system_timeout_s).items()}
 
     def surroundings(self, spec: ActorSpec) -> dict[str, Any]:
         """Return what an actor's process is to look like: environment variables, working folder, module path."""

@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable
 
-from rlx.actors.channel import Channel
+from rlx.actors.channel import FOR_OTHERS, Channel, Staleness
 from rlx.actors.engines import wire
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.pickling import Message
@@ -14,6 +14,18 @@ from rlx.actors.engines.reactor import Reactor
 from rlx.actors.engines.wire import Frame
 
 LOOK_EVERY_S = 0.002  # at one number a channel
+
+
+class MirroredChannel(Channel):
+    """A channel that other machines have as well."""
+
+    readers_elsewhere: Callable[[str], dict[str, Staleness]] | None = None
+
+    def readers(self) -> dict[str, Staleness]:
+        """Return how far behind each reader is, on every machine, by its name."""
+        readers = super().readers()
+        readers.pop(FOR_OTHERS, None)
+        return readers | (self.readers_elsewhere(self.name) if self.readers_elsewhere is not None else {})
 
 
 class Mirrors:

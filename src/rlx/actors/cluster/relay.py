@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rlx.actors.channel import FOR_OTHERS
 from rlx.actors.cluster.heartbeat import Heartbeat, Patience
 from rlx.actors.cluster.mirrors import Mirrors
 from rlx.actors.engines import pickling, wire
@@ -69,6 +70,10 @@ class NodeEngine(LocalEngine):
             self.mirrors.take(frame, self.link)
         elif frame.kind == wire.SPAWN:
             self._spawn(frame)
+        elif frame.kind == wire.READERS:
+            readers = self.channel(frame.text).readers()
+            found = {name: dataclasses.astuple(how) for name, how in readers.items() if name != FOR_OTHERS}
+            self.link.write(wire.encode(wire.READERS, frame.call_id, json.dumps(found)))
         elif (actor := self.relayed.get(frame.call_id >> CALL_BITS)) is not None:
             actor.relay(frame)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rlx.actors.channel import Channel
+from rlx.actors.channel import Channel, Staleness
 from rlx.actors.cluster.heartbeat import Heartbeat
 from rlx.actors.cluster.relay import CALL_BITS
 from rlx.actors.engines import pickling, wire
@@ -15,7 +16,7 @@ from rlx.actors.engines.link import Link
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.process_actor import ProcessActor
 from rlx.actors.engines.wire import Frame, Lent
-from rlx.actors.future import Err, nothing, wait
+from rlx.actors.future import Err, Future, Ok, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener, Stall
 from rlx.actors.monitor import logger
 from rlx.errors import ActorDied, CallTimeout
@@ -31,6 +32,7 @@ class Node:
         """sock: to its daemon, which has answered the OPEN frame."""
         self.name, self.address = name, address
         self.actors: dict[int, RemoteActor] = {}
+        self._questions, self._asked = itertools.count(), dict[int, Future[dict[str, Staleness]]]()
         self.lost: str | None = None
         """Why it takes no more actors."""
         self._engine = engine
@@ -46,6 +48,16 @@ class Node:
         if self.lost is not None:  # meanwhile, or before
             self._engine.reactor.post(partial(actor.die, self._how()))
         return actor
+
+    def readers(self, channel: str) -> Future[dict[str, Staleness]]:
+        """Ask who reads the channel on this machine."""
+        number = next(self._questions)
+        answer: Future[dict[str, Staleness]] = Future(self.name, "readers")
+        self._asked[number] = answer
+        self.link.write(wire.encode(wire.READERS, number, channel))
+        if self.lost is not None:
+            answer.settle(lambda: Ok({}))
+        return answer
 
     def lose(self, how: str) -> None:
         """Nothing more comes from it; whatever it still does, nobody hears of it."""
@@ -63,6 +75,8 @@ class Node:
         self._engine.forget(self)
         for actor in list(self.actors.values()):
             actor.die(self._how())
+        for answer in list(self._asked.values()):
+            answer.settle(lambda: Ok({}))
 
     def _how(self) -> str:
         return f"was lost with its node {self.name} ({self.address}), which {self.lost}"
@@ -72,6 +86,9 @@ class Node:
             return
         if frame.kind == wire.PUBLISH:
             self._engine.mirrors.take(frame, self.link)
+        elif frame.kind == wire.READERS:
+            found = {name: Staleness(*how) for name, how in json.loads(frame.text).items()}
+            self._asked.pop(frame.call_id).settle(lambda: Ok(found))
         elif frame.kind == wire.PRINTED:
             self._engine.show(f"({self.name}) ", frame.text)
         elif (actor := self.actors.get(frame.call_id >> CALL_BITS)) is not None:

@@ -50,6 +50,7 @@ class LocalEngine:
     """A forkserver, the links to the actors it has forked, and the thread that reads them."""
 
     capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation"})
+    kind_of_channel: type[Channel] = Channel
     where = ""
     """In the text of a death, where it was: nothing on the reader's own machine."""
 
@@ -102,7 +103,7 @@ class LocalEngine:
         """Return the channel of that name; its versions share the memory of one process."""
         with self._lock:
             if name not in self._channels:
-                self._channels[name] = Channel.create(name, self.memory.limit_bytes)
+                self._channels[name] = self.kind_of_channel.create(name, self.memory.limit_bytes)
             return self._channels[name]
 
     def pool(self, given: Resources) -> Pool:
