@@ -353,6 +353,10 @@ def test_an_actor_whose_init_always_raises_is_tried_three_times(rt):
 
 
 def test_resources_are_waited_for_in_order(rt):
+    if "resources" not in rt.capabilities:
+        with pytest.raises(NotSupported, match="a cluster has what its nodes have"):
+            another(rt, resources=Resources(gpu=1))
+        return
     with another(rt, resources=Resources(gpu=1)) as other:
         first = other.spawn(Counter, 0, resources=Resources(gpu=1))
         second = other.spawn(Counter, 5, resources=Resources(gpu=1))

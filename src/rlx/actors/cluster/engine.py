@@ -20,6 +20,7 @@ from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.cluster.membership import NodeInfo, Watch
 from rlx.actors.cluster.mirrors import MirroredChannel, Mirrors
+from rlx.actors.cluster.placement import ClusterPool
 from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine, print_to_stderr
@@ -27,7 +28,8 @@ from rlx.actors.engines.memory import Parcel
 from rlx.actors.future import Future, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener
 from rlx.actors.monitor import EventThread, logger
-from rlx.errors import ActorError
+from rlx.actors.resources import Pool, Resources
+from rlx.errors import ActorError, NotSupported
 
 PASSED_ON = ("RLX_", "OMP_", "MKL_", "TOKENIZERS_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_")
 """Beginnings of the names of the driver's environment variables that its actors on other machines get."""
@@ -36,7 +38,7 @@ PASSED_ON = ("RLX_", "OMP_", "MKL_", "TOKENIZERS_", "HF_", "CUDA_", "NCCL_", "GL
 class ClusterEngine(LocalEngine):
     """A link to the daemon of every node; what the local engine does beside them is done on the driver's machine."""
 
-    capabilities = LocalEngine.capabilities | {"machines"}
+    capabilities = LocalEngine.capabilities - {"resources"} | {"machines"}
     kind_of_channel = MirroredChannel
 
     def __init__(
@@ -61,6 +63,7 @@ class ClusterEngine(LocalEngine):
         self._nodes: dict[int, Node] = {}  # by incarnation
         self._tell_of_nodes: list[Callable[[], None]] = []
         self._spawned = 0
+        self._pool: ClusterPool | None = None
         self._placing = threading.Lock()
         self._head_lost: str | None = None
         self._opening = {"preload": list(preload), "system_timeout_s": system_timeout_s, "object_memory": object_memory}
@@ -77,19 +80,38 @@ class ClusterEngine(LocalEngine):
             self.close(system_timeout_s)
             raise
 
+    def pool(self, given: Resources) -> Pool:
+        """Return what the nodes have together; it follows them as they join and leave."""
+        if given:
+            raise NotSupported("a cluster has what its nodes have; give `rlx start` --cpu, --gpu or --memory instead.")
+        with self._placing:
+            if self._pool is None:
+                self._pool = ClusterPool({number: node.info for number, node in self._nodes.items()})
+            return self._pool
+
     def spawn(self, spec: ActorSpec, listener: Listener) -> RemoteActor:  # type: ignore[override]
-        """Have a node start the actor: the next one in turn."""
+        """Have a node start the actor: the one where its resources are, or the one with the fewest actors."""
         made_of = pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
         with self._placing:
-            if self.closing:
-                raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
-            nodes = [node for node in self._nodes.values() if node.lost is None]
-            if not nodes:
-                why = self._head_lost or "no node of the cluster is left; start one with `rlx start`"
-                raise ActorError(f"actor {spec.name} cannot be started: {why}.")
+            node = self._choose(spec)
             self._spawned += 1
             number = self._spawned
-        return nodes[number % len(nodes)].spawn(number, spec, Parcel(*made_of), listener)
+            node.expected += 1
+        return node.spawn(number, spec, Parcel(*made_of), listener)
+
+    def _choose(self, spec: ActorSpec) -> Node:
+        if self.closing:
+            raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
+        nodes = [node for node in self._nodes.values() if node.lost is None]
+        if not nodes:
+            why = self._head_lost or "no node of the cluster is left; start one with `rlx start`"
+            raise ActorError(f"actor {spec.name} cannot be started: {why}.")
+        if spec.place is None:
+            return min(nodes, key=lambda node: node.expected)
+        node = self._nodes.get(spec.place)
+        if node is None:
+            raise ActorError(f"actor {spec.name} cannot be started: the node where its resources were has left.")
+        return node
 
     def channel(self, name: str) -> Channel:
         """Return the channel of that name; a version crosses to each machine once."""
@@ -121,6 +143,9 @@ class ClusterEngine(LocalEngine):
         self.mirrors.remove(node.link)
         with self._placing:
             self._nodes = {number: other for number, other in self._nodes.items() if other is not node}
+            pool = self._pool
+        if pool is not None:
+            pool.remove(node.info.incarnation)
         self._note_change()
 
     def close(self, timeout_s: float) -> None:
@@ -165,7 +190,10 @@ class ClusterEngine(LocalEngine):
             sock.close()
             raise
         with self._placing:
-            self._nodes[number] = Node(self, info.name, info.address, sock)
+            self._nodes[number] = Node(self, info, sock)
+            pool = self._pool
+        if pool is not None:
+            pool.add(number, info)
         self._note_change()
 
     def _note_change(self) -> None:

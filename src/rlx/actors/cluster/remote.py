@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlx.actors.channel import Channel, Staleness
 from rlx.actors.cluster.heartbeat import Heartbeat
+from rlx.actors.cluster.membership import NodeInfo
 from rlx.actors.cluster.relay import CALL_BITS
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.link import Link
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 class Node:
     """One machine of the cluster. All but `spawn` and `close` runs in the reactor's thread."""
 
-    def __init__(self, engine: ClusterEngine, name: str, address: str, sock: Any) -> None:
+    def __init__(self, engine: ClusterEngine, info: NodeInfo, sock: Any) -> None:
         """sock: to its daemon, which has answered the OPEN frame."""
-        self.name, self.address = name, address
+        self.info, self.name, self.address = info, info.name, info.address
+        self.expected = 0
+        """Actors that live here or are on their way."""
         self.actors: dict[int, RemoteActor] = {}
         self._questions, self._asked = itertools.count(), dict[int, Future[dict[str, Staleness]]]()
         self.lost: str | None = None
@@ -58,6 +61,11 @@ class Node:
         if self.lost is not None:
             answer.settle(lambda: Ok({}))
         return answer
+
+    def remove(self, number: int) -> None:
+        """An actor has ended."""
+        if self.actors.pop(number, None) is not None:
+            self.expected -= 1
 
     def lose(self, how: str) -> None:
         """Nothing more comes from it; whatever it still does, nobody hears of it."""
@@ -155,7 +163,7 @@ class RemoteActor(ProcessActor):
         if self.gone.done():
             return
         self._reactor.clear_deadline(self.ready)
-        self._node.actors.pop(self._number, None)
+        self._node.remove(self._number)
         died: Callable[[], Err] = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
         self._listener.exited(self._end or died)  # first: who hears of the death from a call may call again at once
         with self._lock:

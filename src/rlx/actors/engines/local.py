@@ -49,7 +49,7 @@ Actor = TypeVar("Actor", bound=LocalActor)
 class LocalEngine:
     """A forkserver, the links to the actors it has forked, and the thread that reads them."""
 
-    capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation"})
+    capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation", "resources"})
     kind_of_channel: type[Channel] = Channel
     where = ""
     """In the text of a death, where it was: nothing on the reader's own machine."""
