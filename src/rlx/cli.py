@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -36,15 +37,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # so that environment.id=my_module:MyEnv finds the user's file, as python -m would
     try:
         with _console_log(options.log_level):
-            return options.command(options) or 0
+            code = options.command(options) or 0
+            sys.stdout.flush()
+            return code
     except RlxError as error:
         return commands.report(error)
     except BrokenPipeError:  # `rlx ps | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print(f"rlx: {error.filename or 'the output'} cannot be written: the disk is full; make room.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rlx: interrupted", file=sys.stderr)
         return commands.INTERRUPTED
+
+
+def _drop_output() -> None:
+    """Have the interpreter's flush at the end find somewhere to write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ConsoleHandler(logging.Handler):
