@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import queue
 import signal
 import socket
@@ -94,10 +95,11 @@ def tls_pair(tcp_pair, key):
 class Daemon:
     """A real daemon, as `rlx start` runs it."""
 
-    def __init__(self, key, name, head=None, **options):
+    def __init__(self, key, name, head=None, home=None, **options):
         settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
         command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        env = os.environ | {"HOME": str(home or key.path.parent)}  # projects are kept there
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         self.news = json.loads(self.process.stdout.readline())
 
     @property

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.actors import machine
-from rlx.actors.cluster import greeting
+from rlx.actors.cluster import greeting, project
 from rlx.actors.cluster.credentials import ClusterKey
 from rlx.actors.cluster.handshake import Doorman, Role, connect
 from rlx.actors.cluster.heartbeat import Patience
@@ -29,9 +30,10 @@ from rlx.actors.cluster.relay import NodeEngine
 from rlx.actors.engines import wire
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.monitor import EventThread, logger
-from rlx.errors import RlxError
+from rlx.errors import ActorError, RlxError
 
 CLOSE_TIMEOUT_S = 10.0
+PROJECT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class NodeDaemon:
         try:
             settings = json.loads(greeting.receive(sock, CLOSE_TIMEOUT_S).text)
             patience = Patience(**settings["patience"])
-            engine = NodeEngine(events, self.info.name, sock, settings, patience, self._on_end)
+            folder = _project(sock, settings.get("project"))
+            engine = NodeEngine(events, self.info.name, sock, settings, patience, self._on_end, folder)
         except Exception as error:
             logger.warning("a driver got no place here: %s", error)
             with contextlib.suppress(RlxError, OSError):  # it is gone
@@ -129,6 +132,21 @@ class NodeDaemon:
     def _refuse(self, why: str) -> None:
         self.refused = why
         self.ended.set()
+
+
+def _project(sock: Any, digest: str | None) -> Path | None:
+    """Return the folder of the driver's project, which it sends where this machine has never had it."""
+    if digest is None:
+        return None
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ActorError(f"{digest[:80]!r} is no SHA-256 of a project")
+    home = Path.home() / ".rlx" / "projects"
+    folder = project.known(digest, home)
+    if folder is None:
+        greeting.send(sock, wire.PROJECT, {}, CLOSE_TIMEOUT_S)
+        frame = greeting.receive(sock, PROJECT_TIMEOUT_S)
+        folder = project.unpack(bytes(frame.open(None)[0]), digest, home)
+    return folder
 
 
 def parse_address(text: str) -> tuple[str, int]:

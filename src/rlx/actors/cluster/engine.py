@@ -21,6 +21,7 @@ from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.cluster.membership import NodeInfo, Watch
 from rlx.actors.cluster.mirrors import MirroredChannel, Mirrors
 from rlx.actors.cluster.placement import ClusterPool
+from rlx.actors.cluster.project import Project
 from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine, print_to_stderr
@@ -56,6 +57,7 @@ class ClusterEngine(LocalEngine):
 
         Returns when all nodes that belong to the cluster now are linked.
         """
+        project = Project.around(Path.cwd())
         self._head, self._key, self._address = parse_address(address), ClusterKey.load(token_file), address
         super().__init__(events, system_timeout_s, (), object_memory, log_folder)
         self.patience = patience or Patience()
@@ -67,6 +69,9 @@ class ClusterEngine(LocalEngine):
         self._placing = threading.Lock()
         self._head_lost: str | None = None
         self._opening = {"preload": list(preload), "system_timeout_s": system_timeout_s, "object_memory": object_memory}
+        self._project = project
+        if self._project is not None:
+            self._opening |= {"project": self._project.digest, "root": str(self._project.root)}
         self._opening["patience"] = dataclasses.asdict(self.patience)
         self._linking = EventThread("rlx-cluster-links")  # connecting waits
         first: Future[None] = Future("cluster", "nodes")
@@ -184,6 +189,9 @@ class ClusterEngine(LocalEngine):
         try:
             greeting.send(sock, wire.OPEN, self._opening, self.system_timeout_s)
             answer = greeting.receive(sock, self.system_timeout_s)
+            if answer.kind == wire.PROJECT and self._project is not None:
+                greeting.send(sock, wire.PROJECT, {}, self.system_timeout_s, self._project.archive())
+                answer = greeting.receive(sock, self.system_timeout_s)
             if answer.kind != wire.OPEN:
                 raise ActorError(f"it takes no actors: {json.loads(answer.text)}")
         except BaseException:

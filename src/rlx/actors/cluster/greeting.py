@@ -1,4 +1,4 @@
-"""The first frame each way on a connection between driver and node, before a reactor serves it."""
+"""The first frames each way on a connection between driver and node, before a reactor serves it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlx.errors import ActorError
 READ, WRITE = 1, 4
 
 
-def send(sock: Any, kind: int, what: Any, timeout_s: float) -> None:
-    """Write one frame with `what` as JSON; ActorError when the other end takes it not in time."""
+def send(sock: Any, kind: int, what: Any, timeout_s: float, data: bytes = b"") -> None:
+    """Write one frame with `what` as JSON and `data` behind; ActorError when the other end takes it not in time."""
     outbox, deadline = Outbox(sock), time.monotonic() + timeout_s
-    outbox.add(wire.encode(kind, 0, json.dumps(what)))
+    outbox.add(wire.encode(kind, 0, json.dumps(what), (data, ())))
     while not outbox.flush():
         _wait(sock, WRITE, deadline)
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rlx.actors.channel import FOR_OTHERS
+from rlx.actors.cluster import project
 from rlx.actors.cluster.heartbeat import Heartbeat, Patience
 from rlx.actors.cluster.mirrors import Mirrors
 from rlx.actors.engines import pickling, wire
@@ -42,14 +45,18 @@ class NodeEngine(LocalEngine):
         settings: dict[str, Any],
         patience: Patience,
         ended: Callable[[NodeEngine], None],
+        folder: Path | None,
     ) -> None:
-        """sock: to the driver, authenticated. settings: what its OPEN frame says: system_timeout_s, preload, path."""
+        """sock: to the driver, authenticated. settings: what its OPEN frame says: system_timeout_s, preload, root.
+
+        folder: the driver's project on this machine, whose folder is `root` there.
+        """
         preload, timeout_s = settings["preload"], settings["system_timeout_s"]
         super().__init__(events, timeout_s, preload, settings.get("object_memory"), show=self._print)
         self.where = f" on {name}"
         self.memory.arena.wait_s = MEMORY_WAIT_S
         self.relayed: dict[int, RelayedActor] = {}
-        self._ended = ended
+        self._ended, self._project_folder, self._root = ended, folder, settings.get("root")
         self.link = Link(self.reactor, sock, self._take, self._lose_driver)
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._heart = Heartbeat(self.reactor, self.link, patience, self._note_silence, self._lose_driver)
@@ -82,7 +89,11 @@ class NodeEngine(LocalEngine):
         name, limits = asked["name"], (asked["threads"], asked["concurrency"])
         spec = ActorSpec(name, object, (), {}, {}, *limits, stall_after_s=asked["stall_after_s"])
         settings = {"threads": asked["threads"], "concurrency": asked["concurrency"]}
-        settings |= {"env": os.environ | asked["env"], "cwd": _folder(asked["cwd"]), "path": asked["path"]}
+        settings |= {
+            "env": os.environ | asked["env"],
+            "cwd": self._here(asked["cwd"]),
+            "path": self._path(asked["path"]),
+        }
         parcel = Parcel(frame.open(None), tuple(map(self.channel, asked["channels"])))
 
         def make(number: int) -> RelayedActor:
@@ -97,6 +108,16 @@ class NodeEngine(LocalEngine):
             if first >> CALL_BITS not in self.relayed:  # else it is buried, and told of
                 self.link.write(wire.encode(wire.EXITED, first, f"{name}{self.where} could not be started: {error}"))
             logger.warning("%s could not be started: %s", name, error)
+
+    def _here(self, cwd: str) -> str:
+        """Return the driver's working folder as it is here, or this process' own."""
+        cwd = project.translate(cwd, self._root, self._project_folder)
+        return cwd if os.path.isdir(cwd) else os.getcwd()
+
+    def _path(self, path: list[str]) -> list[str]:
+        """Return where modules are looked for: where the driver does, as far as it is here, then where this does."""
+        there = [project.translate(entry, self._root, self._project_folder) for entry in path]
+        return list(dict.fromkeys([*(entry for entry in there if not entry or os.path.exists(entry)), *sys.path]))
 
     def _print(self, text: str) -> None:
         self.link.write(wire.encode(wire.PRINTED, 0, text))
@@ -183,8 +204,3 @@ class RelayedActor(LocalActor):
 
 def _never(error: Answer) -> None:
     raise ActorError("the failure of a one-way call is the driver's to hear.")
-
-
-def _folder(cwd: str) -> str:
-    """Return the driver's working folder if there is one of that name here, else this process' own."""
-    return cwd if os.path.isdir(cwd) else os.getcwd()

@@ -145,8 +145,8 @@ class LocalEngine:
             far_ends = actor.start(json.dumps(settings), parcel, self.system_timeout_s)
             order = {"do": "spawn", "actor": number, "name": name, "object_memory": self.memory.limit_bytes}
             self._order(self.system_timeout_s, far_ends, **order)
-        except BaseException:
-            actor.abandon()
+        except BaseException as error:
+            actor.abandon(error)
             raise
         finally:
             actor.close_far_ends()

@@ -71,9 +71,9 @@ class LocalActor(ProcessActor):
         self._memory.close_fds()
         os.close(self._log)
 
-    def abandon(self) -> None:
+    def abandon(self, error: BaseException) -> None:
         """The spawn has failed: have the reactor clean up."""
-        self._reactor.post(partial(self.die, "could not be started"))
+        self._reactor.post(partial(self.die, f"could not be started ({error})"))
 
     def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Kill the process and return when it is gone."""

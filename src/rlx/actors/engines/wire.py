@@ -30,6 +30,7 @@ STARTED, EXITED, STALLED, PRINTED = range(23, 27)  # from a node: process id; wh
 PUBLISH, PING = range(27, 29)  # both ways: JSON + a version of a channel; nothing
 JOIN, NODES = range(29, 31)  # to the head, from it: JSON
 READERS = 31  # of a channel, to a node: its name; from it: JSON
+PROJECT = 32  # from a node: it needs the files of the project; to it: these
 
 MAGIC = b"rx\x02"  # and the version
 SHARED_BODY = 0x80  # set in the kind: the body is empty, and the last buffer is it
