@@ -41,6 +41,9 @@ class Worker:
         published = (channel or self.channel).latest()
         return None if published is None else (published.version, published.value.sum().item())
 
+    def say(self, text):
+        print(text, flush=True)
+
     def pause(self):
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -140,7 +143,7 @@ def test_a_node_that_is_silent_counts_as_lost_and_is_fenced(start, open_runtime)
     assert ended.wait(T)
     errors = [call.exception(T) for call in calls]
     (error,) = [error for error in errors if error is not None]
-    assert isinstance(error, ActorDied) and "b-of-silence" in str(error) and "has been silent for 1 s" in str(error)
+    assert isinstance(error, ActorDied) and "b-of-silence" in str(error) and "silent for 1 s in add()" in str(error)
     other.process.send_signal(signal.SIGCONT)
     (living,) = [worker for worker, error in zip(workers, errors, strict=True) if error is None]
     assert living.add.call().result(T) == 2  # nothing that the fenced one says is taken
@@ -175,6 +178,22 @@ def test_without_its_head_a_runtime_ends_with_a_sentence(start, open_runtime):
             worker.add.call().result(T)
     with pytest.raises(ActorError, match=r"the head of the cluster .* closed its link"):
         rt.spawn(Worker)
+
+
+def test_what_an_actor_has_printed_is_kept_by_the_driver_also_of_a_node_that_is_lost(start, key, tmp_path, capfd):
+    head = start("a-of-lines")
+    options = {"address": head.address, "token_file": key.path, "preload": ("numpy",), "log_folder": tmp_path}
+    with actors.runtime("cluster", **options) as rt:
+        worker = rt.spawn(Worker, name="worker/0")
+        worker.say.call("first words").result(T)
+        worker.say.call("last words").result(T)
+        (file,) = tmp_path.iterdir()
+        while "last words" not in file.read_text():  # until the timeout of this test
+            worker.add.call().result(T)
+        head.process.send_signal(signal.SIGKILL)
+        error = worker.pause.call().exception(T)
+        assert str(error).endswith("The last lines that it wrote:\n  first words\n  last words")
+    assert capfd.readouterr().err.count("[worker/0] last words") == 1
 
 
 def test_no_cluster_no_runtime(key, other_key, head):

@@ -24,7 +24,7 @@ from rlx.actors.cluster.placement import ClusterPool
 from rlx.actors.cluster.project import Project
 from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import pickling, wire
-from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine, print_to_stderr
+from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.future import Future, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener
@@ -133,11 +133,6 @@ class ClusterEngine(LocalEngine):
         """Return what an actor's process is to look like: environment variables, working folder, module path."""
         env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         return {"env": env | spec.env, "cwd": os.getcwd(), "path": [*map(str, sys.path)]}
-
-    def show(self, prefix: str, lines: str) -> None:
-        """Print what actors of another machine have printed."""
-        text = "".join(f"{prefix}{line}" for line in lines.splitlines(keepends=True))
-        self.events.post(print_to_stderr, text)
 
     def when_nodes_change(self, tell: Callable[[], None]) -> None:
         """Call `tell()` whenever a node has joined or is gone, in the thread of callbacks; it must return soon."""

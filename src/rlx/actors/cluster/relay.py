@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.wire import Frame
 from rlx.actors.future import Answer, Err, Future, nothing
 from rlx.actors.interface import ActorSpec, Listener, Stall
+from rlx.actors.logs import Damper
 from rlx.actors.monitor import EventThread, logger
 from rlx.errors import ActorError, ObjectMemoryFull
 
@@ -52,7 +53,7 @@ class NodeEngine(LocalEngine):
         folder: the driver's project on this machine, whose folder is `root` there.
         """
         preload, timeout_s = settings["preload"], settings["system_timeout_s"]
-        super().__init__(events, timeout_s, preload, settings.get("object_memory"), show=self._print)
+        super().__init__(events, timeout_s, preload, settings.get("object_memory"), damper=_Forwarder(self._print))
         self.where = f" on {name}"
         self.memory.arena.wait_s = MEMORY_WAIT_S
         self.relayed: dict[int, RelayedActor] = {}
@@ -119,8 +120,8 @@ class NodeEngine(LocalEngine):
         there = [project.translate(entry, self._root, self._project_folder) for entry in path]
         return list(dict.fromkeys([*(entry for entry in there if not entry or os.path.exists(entry)), *sys.path]))
 
-    def _print(self, text: str) -> None:
-        self.link.write(wire.encode(wire.PRINTED, 0, text))
+    def _print(self, name: str, text: str) -> None:
+        self.link.write(wire.encode(wire.PRINTED, 0, name, (text.encode("utf-8", "backslashreplace"), ())))
 
     def _note_silence(self, silent_s: float) -> None:
         logger.warning("the driver has been silent for %.0f s", silent_s)
@@ -130,6 +131,24 @@ class NodeEngine(LocalEngine):
         self._heart.stop()
         self.link.finish(self.link.close)
         self._ended(self)
+
+
+class _Forwarder(Damper):
+    """Sends what actors print to the driver, who keeps it, and holds back floods."""
+
+    def __init__(self, send: Callable[[str, str], None]) -> None:
+        self._send = send
+
+    def feed(self, name: str, lines: Sequence[str]) -> None:
+        """Send new lines."""
+        self._send(name, "".join(f"{line}\n" for line in lines))
+
+    def skip(self, name: str, count: int) -> None:
+        """Say that bytes came too fast to be read."""
+        self._send(name, f"({count:,} bytes were printed too fast to be sent to the driver)\n")
+
+    def flush(self, everything: bool = False) -> float | None:
+        """Nothing is held back here."""
 
 
 class RelayedActor(LocalActor):

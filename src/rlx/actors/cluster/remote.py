@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from rlx.actors.cluster.heartbeat import Heartbeat
 from rlx.actors.cluster.membership import NodeInfo
 from rlx.actors.cluster.relay import CALL_BITS
 from rlx.actors.engines import pickling, wire
+from rlx.actors.engines.death import describe
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.process_actor import ProcessActor
@@ -98,9 +101,15 @@ class Node:
             found = {name: Staleness(*how) for name, how in json.loads(frame.text).items()}
             self._asked.pop(frame.call_id).settle(lambda: Ok(found))
         elif frame.kind == wire.PRINTED:
-            self._engine.show(f"({self.name}) ", frame.text)
+            self._keep_lines(frame)
         elif (actor := self.actors.get(frame.call_id >> CALL_BITS)) is not None:
             actor.take(frame)
+
+    def _keep_lines(self, frame: Frame) -> None:
+        """Put what an actor has printed into its log, which is followed like that of an actor of this machine."""
+        for actor in self.actors.values():
+            if actor.name == frame.text:
+                actor.keep_lines(bytes(frame.open(None)[0]))
 
     def _note_silence(self, silent_s: float) -> None:
         logger.warning(
@@ -117,6 +126,8 @@ class RemoteActor(ProcessActor):
         super().__init__(engine, spec, listener, node.link, first)
         self._cluster, self._node, self._number, self._first_call = engine, node, number, first
         self._channels: set[str] = set()  # those that it knows
+        self.name, self._log = spec.name, engine.logs.open(spec.name)
+        engine.follow(spec.name)
         self.slot = spec.slot or engine.slot(spec.name)
         self.slot.update(pid=0, sent=0)
 
@@ -154,14 +165,21 @@ class RemoteActor(ProcessActor):
         """A frame has come from it, or of it."""
         self._take(frame)
 
-    def die(self, how: str) -> None:
-        """It has ended, and its node with it."""
-        pid, place = self.pid or "unknown: not started", self._node.name
-        self._bury(f"{self._name} (pid {pid} on {place}) {how}")
+    def keep_lines(self, lines: bytes) -> None:
+        """It has printed these."""
+        with contextlib.suppress(OSError):  # the disk is full, say: a run does not end for its log
+            os.write(self._log, lines)
 
-    def _bury(self, text: str) -> None:
-        if self.gone.done():
-            return
+    def die(self, how: str) -> None:
+        """It has ended, and nobody there can say more."""
+        if not self.gone.done():
+            tail = self._cluster.bury(0, self.name)
+            with self._lock:
+                method, waiting = self._current_method(), len(self._pending) - 1
+            self._end_with(describe(self.name, self.pid, how, method, waiting, 0, tail, f" on {self._node.name}"))
+
+    def _end_with(self, text: str) -> None:
+        os.close(self._log)
         self._reactor.clear_deadline(self.ready)
         self._node.remove(self._number)
         died: Callable[[], Err] = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
@@ -179,8 +197,9 @@ class RemoteActor(ProcessActor):
         elif kind == wire.EXITED:
             if self._engine.closing:
                 self.die("was closed with its runtime")
-            else:
-                self._bury(text)
+            elif not self.gone.done():
+                self._cluster.bury(0, self.name)
+                self._end_with(text)
         else:
             super()._take_news(kind, text, message)
 

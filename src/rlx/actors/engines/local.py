@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,9 +62,9 @@ class LocalEngine:
         preload: Sequence[str] = ("numpy", "torch"),
         object_memory: int | None = None,
         log_folder: Path | None = None,
-        show: Callable[[str], None] | None = None,
+        damper: Damper | None = None,
     ) -> None:
-        """show: gets what actors print, whole lines, in the thread of `events`; None prints it to stderr."""
+        """damper: what gets the lines that actors print; by default one that prints them to stderr, but no floods."""
         if sys.platform != "linux":
             raise NotSupported(f"engine 'local' needs Linux and this is {sys.platform}; use engine 'inline'.")
         if isinstance(preload, str):
@@ -78,9 +79,7 @@ class LocalEngine:
         self.memory = DriverMemory(object_memory or default_object_memory())
         self._folder = RuntimeFolder.create(log_folder)
         self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
-        self._follower = LogFollower(
-            self.logs, Damper(self.logs, lambda text: events.post(show or print_to_stderr, text))
-        )
+        self._follower = LogFollower(self.logs, damper or Damper(self.logs, partial(events.post, _print_to_stderr)))
         self._channels: dict[str, Channel] = {}
         self._start_forkserver(preload)
         self.reactor = Reactor()
@@ -141,7 +140,7 @@ class LocalEngine:
                 ) from error
         try:
             settings |= {"folder": str(self._folder.path), "serial": actor.slot.serial}
-            self._follow_in(self._follower.follow(name))
+            self.follow(name)
             far_ends = actor.start(json.dumps(settings), parcel, self.system_timeout_s)
             order = {"do": "spawn", "actor": number, "name": name, "object_memory": self.memory.limit_bytes}
             self._order(self.system_timeout_s, far_ends, **order)
@@ -202,6 +201,10 @@ class LocalEngine:
             lines = [f"(its log cannot be read: {error})"]
         self.logs.close(name)
         return lines
+
+    def follow(self, name: str) -> None:
+        """Show what comes into the actor's log from now on."""
+        self._follow_in(self._follower.follow(name))
 
     def new_oom_kills(self) -> int:
         """Return how many processes have lacked memory since the last look."""
@@ -294,7 +297,6 @@ class LocalEngine:
             actor.die(f"was ended because {why}")
 
 
-def print_to_stderr(text: str) -> None:
-    """Show what actors have printed."""
+def _print_to_stderr(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
