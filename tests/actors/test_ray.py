@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -401,6 +402,15 @@ def test_an_address_without_a_cluster_is_an_error_that_names_the_setting(monkeyp
     with pytest.raises(ConfigError, match=f"there is no Ray cluster at runtime.address={address} ") as caught:
         actors.runtime("ray", address=address)
     assert "\n" not in str(caught.value)
+
+
+def test_who_listens_and_is_no_cluster_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("rlx.actors.engines.ray_cluster.JOIN_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"runtime.address={address} \(.* not answered as Ray does within 1 s\)"):
+            actors.runtime("ray", address=address)
 
 
 def test_the_programs_own_handler_of_sigterm_is_put_back(monkeypatch):
