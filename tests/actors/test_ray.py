@@ -12,6 +12,7 @@ import time
 import cloudpickle
 import numpy as np
 import pytest
+import torch
 
 from rlx import actors
 from rlx.actors import Err, Resources, Restart
@@ -26,6 +27,10 @@ from rlx.rollout.text_envs import TextEnvs
 from tests.rollout.scripted_env import Talkative
 
 pytest.importorskip("ray", reason="needs the extra rlx[ray]")
+from rlx.actors.engines import pickling
+from rlx.actors.engines.ray_data import Parcel
+from rlx.actors.engines.ray_host import VALUE, LoopHost
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
 T = 20.0  # a deadline, not a delay
 
@@ -50,6 +55,11 @@ class Holder:
 
     def publish(self, value):
         return self.channel.publish(value)
+
+    def own(self):
+        import ray
+
+        return ray.put(1).owner_address()
 
     def count_looks(self, looks):
         asked, look = [], self.channel._look
@@ -111,7 +121,7 @@ class Noting:
     def __init__(self):
         self.begun = []
 
-    def begin(self, number, value=None):
+    def begin(self, number):
         self.begun.append(number)
 
     def all(self):
@@ -128,7 +138,13 @@ class Noting:
 
 class Tasks:
     def __init__(self):
-        self.event = asyncio.Event()
+        self.event, self.begun = asyncio.Event(), []
+
+    def begin(self, number):
+        self.begun.append(number)
+
+    def all(self):
+        return self.begun
 
     async def wait(self):
         await self.event.wait()
@@ -136,9 +152,6 @@ class Tasks:
 
     async def set(self):
         self.event.set()
-
-    def nothing(self):
-        pass
 
 
 class Inheriting(Tasks):
@@ -199,10 +212,15 @@ def test_readers_of_a_channel_see_the_newest_version_whoever_publishes(rt):
 
 
 def test_a_value_outlives_the_actor_that_published_it(rt):
+    import ray
+
     channel = rt.channel("of an actor")
     publisher, reader = rt.spawn(Holder, channel), rt.spawn(Holder, channel)
     assert publisher.publish.call(np.ones(200_000)).result(T) == 1
+    owner = publisher.own.call().result(T)
+    _, _, (reference,), _ = ray.get(channel._board.newest.remote(channel.name, ("nobody", None), 0, 0.0))
     rt.kill(publisher)
+    assert reference.owner_address() != owner  # Ray forgets an object with its owner, be it in a moment or in a minute
     version, value = reader.take.call().result(T)
     assert version == 1 and value.sum() == 200_000
 
@@ -258,14 +276,19 @@ def test_calls_before_an_actor_of_several_threads_is_made_wait_for_that(rt, pipe
     assert [call.result(T) for call in calls] == ["made"] * 3
 
 
-def test_calls_to_threads_begin_in_their_order_however_large_they_are(rt):
-    actor, large = rt.spawn(Noting, concurrency=2), np.ones(300_000)
-    for number in range(30):
-        actor.begin.send(number, None if number % 3 else large)
-    actor.begin.call(30).result(T)
-    poll(lambda: len(actor.all.call().result(T)) == 31)
-    begun = actor.all.call().result(T)
-    assert all(abs(number - place) < 2 for place, number in enumerate(begun))  # two threads note what has begun
+@pytest.mark.parametrize("made", [Noting, Tasks])
+def test_calls_that_come_in_any_order_begin_by_their_numbers(made):
+    async def bring(numbers):
+        host = LoopHost("host", {}, torch.get_num_threads(), 1)
+        calls = [asyncio.ensure_future(host.run(n, "begin", *Parcel(((n,), {}), "it").arguments)) for n in numbers]
+        await asyncio.sleep(0)
+        await host.make(*Parcel((made, (), {}), "it").arguments)
+        await asyncio.gather(*calls)
+        kind, _, message = await host.run(len(numbers) + 1, "all", *Parcel(((), {}), "it").arguments)
+        assert kind == VALUE
+        return pickling.loads(message)
+
+    assert asyncio.run(bring([3, 1, 4, 2])) == [1, 2, 3, 4]
 
 
 def test_a_call_that_runs_in_a_thread_hears_that_it_was_cancelled_and_one_that_has_not_begun_never_runs(rt, pipe):
@@ -284,7 +307,7 @@ def test_a_call_that_runs_in_a_thread_hears_that_it_was_cancelled_and_one_that_h
 def test_a_task_that_is_cancelled_says_so_and_inherited_coroutines_are_tasks(rt):
     actor = rt.spawn(Inheriting)
     waiting, cancelled = actor.wait.call(), actor.wait.call()
-    actor.nothing.call().result(T)
+    actor.all.call().result(T)
     assert cancelled.cancel()
     with pytest.raises(CallCancelled, match=r"wait\(\) was cancelled while it ran"):
         cancelled.result(T)
