@@ -280,10 +280,8 @@ def test_calls_before_an_actor_of_several_threads_is_made_wait_for_that(rt, pipe
 def test_calls_that_come_in_any_order_begin_by_their_numbers(made):
     async def bring(numbers):
         host = LoopHost("host", {}, torch.get_num_threads(), 1)
-        calls = [asyncio.ensure_future(host.run(n, "begin", *Parcel(((n,), {}), "it").arguments)) for n in numbers]
-        await asyncio.sleep(0)
         await host.make(*Parcel((made, (), {}), "it").arguments)
-        await asyncio.gather(*calls)
+        await asyncio.gather(*(host.run(n, "begin", *Parcel(((n,), {}), "it").arguments) for n in numbers))
         kind, _, message = await host.run(len(numbers) + 1, "all", *Parcel(((), {}), "it").arguments)
         assert kind == VALUE
         return pickling.loads(message)

@@ -268,7 +268,7 @@ def test_a_closed_stream_of_an_async_generator_has_run_its_finally(rt, tmp_path)
 
 def test_async_generators_and_plain_ones_of_an_async_actor_are_streams_too(rt):
     actor = rt.spawn(Waiter)
-    assert list(actor.count.stream(20, credits=3)) == list(range(20))
+    assert list(actor.count.stream(300, credits=8)) == list(range(300))
     assert list(actor.plain_count.stream(20, credits=1)) == list(range(20))
     rt.kill(actor)
 
