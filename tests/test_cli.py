@@ -330,3 +330,12 @@ def test_a_reader_that_stops_reading_is_no_error():
     )
     os.close(writing)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "rlx.cli", "list"], stdout=full, stderr=subprocess.PIPE, timeout=30
+        )
+    assert process.returncode == 1
+    assert process.stderr.decode() == "rlx: the output cannot be written: the disk is full; make room.\n"

@@ -137,7 +137,7 @@ def test_builder_errors_name_key_value_range_and_nearest_key():
     assert failure(c.training, seed=1) == (
         "training.seed is not a setting of Toy. Did you mean runtime.seed or evaluation.seed?"
     )
-    assert failure(c.runtime, engine="rey") == 'runtime.engine is "rey"; it must be one of local, inline, ray.'
+    assert failure(c.runtime, engine="rey") == 'runtime.engine is "rey"; it must be one of local, inline, cluster, ray.'
     assert failure(c.stop, zzz=1) == (
         "stop.zzz is not a setting of Toy. It has iterations, env_steps, episode_return_mean, "
         "evaluation_return_mean, time_s."

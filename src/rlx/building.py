@@ -31,6 +31,10 @@ class LazyRuntime:
             self._options = {"preload": preload} | ({"log_folder": run_dir / "logs"} if run_dir else {})
         elif where.engine == "ray":
             self._options = {"address": where.address}
+        elif where.engine == "cluster":
+            self._options = {"address": where.address, "preload": preload}
+            self._options |= {} if where.token_file is None else {"token_file": where.token_file}
+            self._options |= {"log_folder": run_dir / "logs"} if run_dir else {}
         self._runtime: actors.Runtime | None = None
         self._is_closed = False
 

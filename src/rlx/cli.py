@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import rlx
-from rlx import commands, inspection
+from rlx import cluster_commands, commands, inspection
 from rlx.errors import RlxError
 
 log = logging.getLogger("rlx")
+
+MAX_DAYS = 36500  # that certificates are made for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,15 +37,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # so that environment.id=my_module:MyEnv finds the user's file, as python -m would
     try:
         with _console_log(options.log_level):
-            return options.command(options) or 0
+            code = options.command(options) or 0
+            sys.stdout.flush()
+            return code
     except RlxError as error:
         return commands.report(error)
     except BrokenPipeError:  # `rlx ps | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print(f"rlx: {error.filename or 'the output'} cannot be written: the disk is full; make room.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rlx: interrupted", file=sys.stderr)
         return commands.INTERRUPTED
+
+
+def _drop_output() -> None:
+    """Have the interpreter's flush at the end find somewhere to write."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ConsoleHandler(logging.Handler):
@@ -83,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
     _add_config(group)
     _add_inspection(group)
+    _add_cluster(group)
     return parser
 
 
@@ -318,6 +335,26 @@ def _add_inspection(group: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 
 
+def _add_cluster(group: Any) -> None:
+    """Commands for clusters of machines."""
+    certs = _add_command(
+        group,
+        "certs",
+        cluster_commands.certs,
+        "Make the key file of a cluster, its token and certificates, which is copied to every machine. Whoever has it\n"
+        "owns them all. With --renew its certificates are made anew, under the same token.",
+        "rlx certs --out cluster.key",
+    )
+    certs.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="the file, never overwritten without --renew (default: ~/.rlx/cluster.key)",
+    )
+    certs.add_argument("--days", metavar="N", type=_days, help="how long the certificates are good (default: 3650)")
+    certs.add_argument("--renew", action="store_true", help="renew the certificates of FILE; copy it again afterwards")
+
+
 def _add_runtime(parser: Any) -> None:
     parser.add_argument(
         "--runtime",
@@ -346,6 +383,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _days(text: str) -> int:
+    if (days := _positive(text)) > MAX_DAYS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_DAYS}")
+    return days
 
 
 if __name__ == "__main__":

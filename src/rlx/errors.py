@@ -14,6 +14,7 @@ RlxError
     ├── ActorBusy      it has as many unanswered calls as it may, and finishes none
     ├── CallTimeout    no reply within the deadline; the call goes on           (also a TimeoutError)
     ├── CallCancelled  the call was cancelled before it ran
+    ├── HandshakeError two machines do not become one cluster: says why         (also a ConnectionError)
     ├── ObjectMemoryFull   no shared memory for a message: says who holds how much
     └── Infeasible     it asks for resources that this runtime does not have, whoever ends
 
@@ -81,6 +82,14 @@ class CallTimeout(ActorError, TimeoutError):
 
 class CallCancelled(ActorError):
     """The call was cancelled before it ran."""
+
+
+class HandshakeError(ActorError, ConnectionError):
+    """A connection to another machine of the cluster did not come about; `reason` is the why in one word."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ObjectMemoryFull(ActorError):

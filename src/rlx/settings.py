@@ -287,23 +287,37 @@ class ReportingSection(Section):
 class RuntimeSection(Section):
     """Where actors run, and the seed of all randomness."""
 
-    engine: Literal["local", "inline", "ray"] = "local"
-    """local: processes on this machine; inline: everything in the driver, for debugging; ray: on a Ray cluster."""
+    engine: Literal["local", "inline", "cluster", "ray"] = "local"
+    """local: processes on this machine; inline: everything in the driver, for debugging; cluster: on the machines that
+    `rlx start` has made a cluster; ray: on a Ray cluster."""
     address: str | None = None
-    """With engine ray: that of a running cluster, as auto or 10.0.0.1:6379; null: Ray is started on this machine."""
+    """With engine cluster: HOST:PORT of its head. With engine ray: that of a running cluster, as auto or 10.0.0.1:6379;
+    null: Ray is started on this machine."""
+    token_file: str | None = None
+    """With engine cluster: the file with its key; null: where `rlx start` puts it."""
     seed: int = Field(default=0, ge=0)
     """Seed that all random streams derive from."""
 
     def check(self, num_learners: int) -> None:
         """Raise ConfigError where learners would have to meet in one thread, or an address is nobody's."""
-        if self.address is not None and self.engine != "ray":
+        if self.engine == "cluster" and self.address is None:
             raise ConfigError(
-                f"runtime.address={self.address} is that of a Ray cluster, and runtime.engine is {self.engine}; set "
-                "engine to ray, or leave the address out."
+                "runtime.engine=cluster needs runtime.address, HOST:PORT of the cluster's head, as `rlx start --head` "
+                "prints it."
+            )
+        if self.address is not None and self.engine not in ("cluster", "ray"):
+            raise ConfigError(
+                f"runtime.address={self.address} is that of a cluster, and runtime.engine is {self.engine}; set "
+                "engine to cluster or ray, or leave the address out."
+            )
+        if self.token_file is not None and self.engine != "cluster":
+            raise ConfigError(
+                f"runtime.token_file={self.token_file} is read with runtime.engine=cluster, and it is {self.engine}; "
+                "leave it out."
             )
         if self.address is not None and num_learners > 1:
             raise ConfigError(
-                f"learners.num_learners={num_learners} on the Ray cluster {self.address} may be on several machines, "
+                f"learners.num_learners={num_learners} on the cluster {self.address} may be on several machines, "
                 "where they do not find each other; set num_learners to 0 or 1, or leave runtime.address out."
             )
         if self.engine == "inline" and num_learners > 1:

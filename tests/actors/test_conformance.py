@@ -25,7 +25,7 @@ from rlx.errors import (
     NotSupported,
     RemoteError,
 )
-from tests.actors.engines import ALL, ENGINES, PROCESSES
+from tests.actors.engines import ALL, PROCESSES, another, opened
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
@@ -35,8 +35,7 @@ T = 60.0  # a deadline, not a delay
 
 @pytest.fixture(scope="module", params=ALL)
 def rt(request):
-    engine, options = ENGINES[request.param]
-    with actors.runtime(engine, **options) as runtime:
+    with opened(request.param) as runtime:
         yield runtime
 
 
@@ -354,8 +353,11 @@ def test_an_actor_whose_init_always_raises_is_tried_three_times(rt):
 
 
 def test_resources_are_waited_for_in_order(rt):
-    name, options = next(v for k, v in ENGINES.items() if v[0] == ("local" if rt.capabilities else "inline"))
-    with actors.runtime(name, resources=Resources(gpu=1), **options) as other:
+    if "resources" not in rt.capabilities:
+        with pytest.raises(NotSupported, match="a cluster has what its nodes have"):
+            another(rt, resources=Resources(gpu=1))
+        return
+    with another(rt, resources=Resources(gpu=1)) as other:
         first = other.spawn(Counter, 0, resources=Resources(gpu=1))
         second = other.spawn(Counter, 5, resources=Resources(gpu=1))
         call = second.variable.call("CUDA_VISIBLE_DEVICES")
@@ -483,7 +485,7 @@ def test_private_names_are_not_methods(counter):
 
 
 def test_a_closed_runtime_refuses_and_its_actors_are_dead(rt):
-    other = actors.runtime("ray" if "machines" in rt.capabilities else "local" if rt.capabilities else "inline")
+    other = another(rt)
     actor, heard = other.spawn(Counter, 0), []
     actor.ready(T)
     other.monitor(actor, on_exit=lambda *a: heard.append(a))
@@ -497,7 +499,9 @@ def test_a_closed_runtime_refuses_and_its_actors_are_dead(rt):
 
 
 def test_an_unknown_engine_is_refused_by_name():
-    with pytest.raises(ConfigError, match="engine 'lcoal' is not an actor engine; use 'local', 'inline', 'ray'"):
+    with pytest.raises(
+        ConfigError, match="engine 'lcoal' is not an actor engine; use 'local', 'inline', 'cluster', 'ray'"
+    ):
         actors.runtime("lcoal")
 
 

@@ -13,22 +13,17 @@ import pytest
 from rlx import actors
 from rlx.actors import machine, tasks
 from rlx.errors import ActorDied, CallCancelled, CallTimeout, NotSupported
+from tests.actors.engines import ALL, opened
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-ENGINES = {
-    "inline": ("inline", {}),
-    "strict": ("inline", {"strict": True}),
-    "local": ("local", {"preload": ("numpy",)}),
-}
 pytestmark = pytest.mark.timeout(60)
 T = 20.0
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=ALL)
 def rt(request):
-    engine, options = ENGINES[request.param]
-    with actors.runtime(engine, **options) as runtime:
+    with opened(request.param) as runtime:
         yield runtime
 
 
@@ -105,7 +100,7 @@ def test_an_exception_arrives_as_itself_with_its_traceback(rt):
     with pytest.raises(LookupError, match="no 7") as caught:
         rt.submit(fail, 7).result(T)
     assert "task_worker/" in "".join(caught.value.__notes__)
-    if rt.capabilities:
+    if "processes" in rt.capabilities:
         assert 'raise LookupError(f"no {number}")' in "".join(caught.value.__notes__)
     assert rt.submit(square, 2).result(T) == 4
 
@@ -150,7 +145,7 @@ def test_a_task_that_submits_is_refused_in_a_sentence(rt):
 
 
 def test_an_argument_that_cannot_be_sent_is_refused_at_submit(rt):
-    if rt.capabilities:
+    if "processes" in rt.capabilities:
         with pytest.raises(TypeError, match=r"arguments\[0\]\[1\] is a _thread.lock"):
             rt.submit(square, threading.Lock())
         assert rt.submit(square, 2).result(T) == 4

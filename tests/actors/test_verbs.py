@@ -14,7 +14,7 @@ import torch
 from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout, ObjectMemoryFull
-from tests.actors.engines import ALL, ENGINES, PROCESSES
+from tests.actors.engines import ALL, PROCESSES, opened
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
@@ -28,8 +28,7 @@ on_this_machine = pytest.mark.parametrize("rt", ["local"], indirect=True)
 
 @pytest.fixture(scope="module", params=ALL)
 def rt(request):
-    engine, options = ENGINES[request.param]
-    with actors.runtime(engine, **options) as runtime:
+    with opened(request.param) as runtime:
         yield runtime
 
 

@@ -53,7 +53,7 @@ __all__ = [
     "runtime",
 ]
 
-ENGINES = ("local", "inline", "ray")
+ENGINES = ("local", "inline", "cluster", "ray")
 
 
 def runtime(
@@ -69,8 +69,10 @@ def runtime(
 
     engine: "local" gives every actor a process; its option is `preload=("numpy", "torch")`, the modules that are
     imported once and shared by all actors. "inline" runs actors in the caller's thread, for debugging; its option
-    `strict=True` pickles every message, which shows what would not survive the way to another process. "ray" has Ray
-    start the actors; its option is `address`, of a running cluster, where Ray is not to be started here.
+    `strict=True` pickles every message, which shows what would not survive the way to another process. "cluster" has
+    them on the machines of a cluster that `rlx start` has made; its options are `address`, HOST:PORT of the head, and
+    `token_file`, the cluster's key. "ray" has Ray start them; its option is `address`, of a running Ray cluster, where
+    Ray is not to be started here.
     system_timeout_s bounds what the runtime itself waits for (a start, a kill, a close), never a method.
     resources: what actors may ask for in all; what is 0 is as the machine, its cgroup and CUDA_VISIBLE_DEVICES have it.
     pending_timeout_s: how long an actor or a reservation may wait for resources; None is without end, with a warning.
@@ -82,6 +84,10 @@ def runtime(
         from rlx.actors.engines.inline import InlineEngine
 
         opened = InlineEngine(**options)
+    elif engine == "cluster":
+        from rlx.actors.cluster.engine import ClusterEngine
+
+        opened = ClusterEngine(events, system_timeout_s, **options)
     elif engine == "ray":
         from rlx.actors.engines.ray import RayEngine
 

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,11 +32,16 @@ from rlx.actors.engines.channel_memory import (
     TAKEN_COUNT,
     TAKEN_VERSION,
     ChannelMemory,
+    Entry,
     fence,
 )
 from rlx.actors.engines.publisher import Publisher, checked
 from rlx.actors.engines.shared_memory import Borrowed, SharedMemory, Span, cut
 from rlx.errors import ActorError, NotSupported
+
+T = TypeVar("T")
+FOR_OTHERS = "other machines"
+"""The reader that passes versions on."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Channel:
         self._data = memory.memory.map(memory.start)
         self._publishing, self._reading = threading.Lock(), threading.Lock()
         self._publisher: Publisher | None = None
+        self._row_for_others: int | None = None
         self._last: weakref.ref[Published] | None = None
         self._last_count = 0
 
@@ -107,7 +113,10 @@ class Channel:
         One copy; readers take it when they ask next. ActorError if another process publishes on this channel.
         ObjectMemoryFull when readers have kept too much for too long.
         """
-        message = pickling.dumps(value, f"the value of channel {self.name!r}")
+        return self.publish_message(pickling.dumps(value, f"the value of channel {self.name!r}"), version)
+
+    def publish_message(self, message: pickling.Message, version: int | None = None) -> int:
+        """Like `publish`, of a value that has been pickled already."""
         with self._publishing:
             if self._publisher is None:
                 self._publisher = Publisher(self._memory)
@@ -118,16 +127,25 @@ class Channel:
 
         A reader that keeps arrays of more versions than it has cells gets a copy.
         """
-        if os.getpid() != self._pid:
-            raise ActorError(f"channel {self.name!r} was attached by process {self._pid}; a fork of it cannot read.")
         with self._reading:
             if self._row is None:
                 self._row = self._row_for_creator()
-            while place := self._memory.words[NEWEST]:
-                published = self._take(self._memory.row(self._row), place)
-                if published is not None:
-                    return published
-            return None
+        return self._newest(self._row, self._unpickled)
+
+    def latest_message(self) -> tuple[int, pickling.Message] | None:
+        """Return the newest version's number, and its value as it was pickled: views, as in `latest`.
+
+        For who passes it on; among the readers it is FOR_OTHERS. Only in the process that created the channel.
+        """
+        with self._reading:
+            if self._row_for_others is None:
+                self._row_for_others = self._add_row(FOR_OTHERS)
+        return self._newest(self._row_for_others, lambda entry, views: (entry.version, (views[0], views[1:])))
+
+    @property
+    def count(self) -> int:
+        """How many versions have been published; a look at one number."""
+        return self._memory.words[COUNT]
 
     def readers(self) -> dict[str, Staleness]:
         """Return how far behind each reader is, by its name."""
@@ -169,22 +187,34 @@ class Channel:
             ) from None
         return arrive, (self.name,)
 
-    def _take(self, row: memoryview, place: int) -> Published | None:
-        """Return the version at `place`; None if it ceased to be the newest before it was claimed."""
-        # The first cell is kept for a moment: when all others are taken, the version is copied under its protection.
-        cell = next((index for index in range(1, CELLS) if not row[index]), 0)
-        base = Borrowed.of(self._data, row, cell, 0)
-        row[cell] = place
-        fence()
-        if self._memory.words[NEWEST] != place:
+    def _newest(self, row_index: int, read: Callable[[Entry, list[memoryview]], T]) -> T | None:
+        """Return what `read` makes of the newest version, read in that row; None before the first."""
+        if os.getpid() != self._pid:
+            raise ActorError(f"channel {self.name!r} was attached by process {self._pid}; a fork of it cannot read.")
+        with self._reading:
+            row = self._memory.row(row_index)
+            while place := self._memory.words[NEWEST]:
+                # The first cell is kept for a moment: when all others are taken, the version is copied under it.
+                cell = next((index for index in range(1, CELLS) if not row[index]), 0)
+                base = Borrowed.of(self._data, row, cell, 0)
+                row[cell] = place
+                fence()
+                if self._memory.words[NEWEST] == place:  # else it ceased to be the newest before it was claimed
+                    entry = self._memory.read_entry(base.data, place)
+                    found = read(entry, cut(base, entry.parts) if cell else _copy(base, entry.parts))
+                    row[TAKEN_COUNT], row[TAKEN_VERSION], row[TAKEN_AT] = (
+                        entry.count,
+                        entry.version,
+                        time.monotonic_ns(),
+                    )
+                    return found
             return None
-        entry = self._memory.read_entry(base.data, place)
+
+    def _unpickled(self, entry: Entry, views: list[memoryview]) -> Published:
         published = self._last() if self._last is not None else None
         if published is None or entry.count != self._last_count:
-            views = cut(base, entry.parts) if cell else _copy(base, entry.parts)
             published = Published(entry.version, pickle.loads(views[0], buffers=views[1:]), entry.published_ns / 1e9)
             self._last, self._last_count = weakref.ref(published), entry.count
-        row[TAKEN_COUNT], row[TAKEN_VERSION], row[TAKEN_AT] = entry.count, entry.version, time.monotonic_ns()
         return published
 
     def _row_for_creator(self) -> int:

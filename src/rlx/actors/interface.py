@@ -155,8 +155,9 @@ class Engine(Protocol):
 
     capabilities: frozenset[str]
     """"processes": an actor has a process of its own, so a crash or a kill hits nobody else, and timeouts hold.
-    "machines": these are on any machine of a cluster. "stalls": `Listener.stalled` is told. "cancellation": a method
-    that runs alone in its actor can see that its call was taken back."""
+    "machines": these are on any machine of a cluster. "stalls": `Listener.stalled` is told. "resources":
+    `runtime(resources=...)` may say what there is. "cancellation": a method that runs alone in its actor can see that
+    its call was taken back."""
 
     def pack(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments as a message that can go to any number of actors; TypeError if they cannot go."""

@@ -47,6 +47,7 @@ class ActorLife:
         self.ready: Future[None] = Future(spec.name, "__init__")
         self.supervisor: Supervisor | None = None
         self._engine, self._spec, self._watchers, self._work = engine, spec, watchers, work
+        self._given_env = spec.env
         self._kill_timeout_s = timeout_s
         self._claim: Claim | None = None
         self._lock = threading.RLock()  # re-entered where an inline actor runs held calls that end it
@@ -191,7 +192,7 @@ class ActorLife:
         """Start once the claim is granted, which it keeps to its end; fail if that takes longer than timeout_s."""
         self._claim = claim
         self._note(resources=str(claim))
-        if any(want.gpu for want in claim.wants) and "CUDA_VISIBLE_DEVICES" in self._spec.env:
+        if any(want.gpu for want in claim.wants) and "CUDA_VISIBLE_DEVICES" in self._given_env:
             raise ValueError(f"actor {self.name} has CUDA_VISIBLE_DEVICES in env and asks for GPUs; leave one out.")
         if claim.granted:
             self._start_granted()
@@ -237,7 +238,10 @@ class ActorLife:
         if not self._watchers.hear_of_restarts:  # who does knows better what to say of it
             logger.warning("actor %s is started again (restart %d)", self.name, self.incarnation)
         try:
-            self.start()
+            if self._claim is not None and self._claim.is_lost:  # with its machine: it needs another one
+                self.start_with(self._claim.anew(), None)
+            else:
+                self.start()
         except Exception as error:  # there is no process to be had
             self.fail(error)
 
@@ -354,7 +358,8 @@ class ActorLife:
 
     def _start_granted(self) -> None:
         assert self._claim is not None
-        self._spec = dataclasses.replace(self._spec, env=self._spec.env | self._claim.environment())
+        env, place = self._given_env | self._claim.environment(), self._claim.places[0]
+        self._spec = dataclasses.replace(self._spec, env=env, place=self._spec.place if place is None else place)
         with self._lock:
             if self._end is None:
                 self._phase = "starting"

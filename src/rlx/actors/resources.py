@@ -15,6 +15,7 @@ from rlx.actors.monitor import logger
 from rlx.errors import ActorError, CallTimeout, Infeasible
 
 WAIT_WARNING_S = 5.0  # until the log says what somebody waits for
+STRATEGIES = ("spread", "pack", "strict_spread", "strict_pack")
 EPSILON = 1e-9  # so that three thirds of a GPU are one
 Amounts = dict[str, float]
 Devices = tuple[str, ...]
@@ -34,6 +35,8 @@ class Resources:
     """Bytes."""
     custom: Mapping[str, float] = field(default_factory=dict)
     """Anything else that is scarce: {"license": 1}."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """On a cluster: what the machine must be labelled with; {"node": NAME} names it."""
 
     def __post_init__(self) -> None:
         for name, amount in self.amounts().items():
@@ -49,10 +52,11 @@ class Resources:
         return {"cpu": self.cpu, "gpu": self.gpu, "memory": self.memory, **self.custom}
 
     def __bool__(self) -> bool:
-        return any(self.amounts().values())
+        return any(self.amounts().values()) or bool(self.labels)
 
     def __str__(self) -> str:
-        return ", ".join(_amount(name, amount) for name, amount in self.amounts().items() if amount) or "nothing"
+        amounts = [_amount(name, amount) for name, amount in self.amounts().items() if amount]
+        return ", ".join([*amounts, *(f"{name}={value}" for name, value in self.labels.items())]) or "nothing"
 
 
 class Pool:
@@ -86,32 +90,33 @@ class Pool:
         )
         return cls("this runtime", total, dict.fromkeys(names, 1.0), no_gpu)
 
-    def claim(self, holder: str, wants: Sequence[Resources]) -> Claim:
-        """Return a claim to all of `wants` or nothing, granted or waiting; Infeasible if that can never be."""
-        claim = Claim(self, holder, wants)
+    def claim(self, holder: str, wants: Sequence[Resources], strategy: str = "spread") -> Claim:
+        """Return a claim to all of `wants` or nothing, granted or waiting; Infeasible if that can never be.
+
+        strategy: one of STRATEGIES, which says how they lie on the machines of a cluster.
+        """
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy={strategy!r} of {holder} is not one of {', '.join(STRATEGIES)}.")
+        claim = Claim(self, holder, wants, strategy)
         with self._lock:
             if self._closed is not None:
                 raise ActorError(f"{holder} cannot have {claim}: {self._closed}.")
-            if _place(self.total.amounts(), self._devices, wants) is None:
-                raise Infeasible(f"{holder} asks for {claim}, {self._shortage(wants)}.")
+            if not self._could_fit(claim):
+                raise Infeasible(f"{holder} asks for {claim}, {self._shortage(claim)}.")
             self._waiting.append(claim)
         self.grant_waiting()
         return claim
 
-    def reserve(self, bundles: Sequence[Resources], timeout_s: float | None) -> Reservation:
+    def reserve(self, bundles: Sequence[Resources], timeout_s: float | None, strategy: str = "pack") -> Reservation:
         """Return all of `bundles` once they are granted together; CallTimeout otherwise."""
-        return Reservation.wait_for(self.claim("a reservation", bundles), timeout_s)
+        return Reservation.wait_for(self.claim("a reservation", bundles, strategy), timeout_s)
 
     def grant_waiting(self) -> None:
         """Grant what has become possible."""
         granted: list[Claim] = []
         with self._lock:
-            while self._waiting:
-                placed = _place(self._free, self._free_devices, self._waiting[0].wants)
-                if placed is None:
-                    break
+            while self._waiting and self._fit(self._waiting[0]):
                 claim = self._waiting.popleft()
-                claim.devices = placed
                 self._book(claim, -1)
                 self._holding.append(claim)
                 granted.append(claim)
@@ -148,11 +153,25 @@ class Pool:
                 return None
             first = self._waiting[0]
             asked = _sum(claim.wants)
-            short = [name for name, amount in asked.items() if amount > self._free[name] + EPSILON] or list(asked)
+            short = [name for name, amount in asked.items() if amount > self._free_of(name) + EPSILON] or list(asked)
             holders = [f"{one.holder} ({one})" for one in self._holding if any(_sum(one.wants).get(n) for n in short)]
-            free = ", ".join(f"{_amount(n, self._free[n])} of {self.total.amounts()[n]:g} free" for n in short)
+            free = ", ".join(f"{_amount(n, self._free_of(n))} of {self.total.amounts()[n]:g} free" for n in short)
         text = f"waits for {claim}: {free}; held by {', '.join(holders) or 'nobody'}"
         return text if claim is first else f"{text}; {first.holder} ({first}) is first in the queue"
+
+    def _could_fit(self, claim: Claim) -> bool:
+        """Whether there is enough for it once nobody else holds anything. The lock is the caller's, as below."""
+        return place(self.total.amounts(), self._devices, claim.wants) is not None
+
+    def _fit(self, claim: Claim) -> bool:
+        """Say where the claim's wants would lie now, in the claim; False if there is no room."""
+        placed = place(self._free, self._free_devices, claim.wants)
+        if placed is not None:
+            claim.devices, claim.places = placed, [None] * len(placed)
+        return placed is not None
+
+    def _free_of(self, name: str) -> float:
+        return self._free[name]
 
     def _book(self, claim: Claim, sign: int) -> None:
         for name, amount in _sum(claim.wants).items():
@@ -161,8 +180,8 @@ class Pool:
             for device in devices:
                 self._free_devices[device] = round(self._free_devices[device] + sign * min(want.gpu, 1.0), 9)
 
-    def _shortage(self, wants: Sequence[Resources]) -> str:
-        total = self.total.amounts()
+    def _shortage(self, claim: Claim) -> str:
+        total, wants = self.total.amounts(), claim.wants
         short = [name for name, amount in _sum(wants).items() if amount > total.get(name, 0) + EPSILON]
         if not short:
             return f"which does not fit on the GPUs of {self.name}, because a share of a GPU lies on one device"
@@ -173,11 +192,15 @@ class Pool:
 class Claim:
     """What one holder asked for: waiting, then granted, then released."""
 
-    def __init__(self, pool: Pool, holder: str, wants: Sequence[Resources]) -> None:
+    def __init__(self, pool: Pool, holder: str, wants: Sequence[Resources], strategy: str) -> None:
         self.holder = holder
-        self.wants = list(wants)
+        self.wants, self.strategy = list(wants), strategy
         self.devices: list[Devices] = []
         """The GPUs of each of `wants`, once granted."""
+        self.places: list[Any] = []
+        """The machine of each, as the engine calls it; None where there is one only."""
+        self.is_lost = False
+        """Whether one of these machines is gone."""
         self._pool = pool
         self._lock = threading.Lock()
         self._decision: list[Exception | None] = []
@@ -208,6 +231,11 @@ class Claim:
         """Return what it waits for and who holds it, None if it does not wait."""
         return self._pool.waiting_for(self)
 
+    def anew(self) -> Claim:
+        """Give back what was granted and claim the same once more; Infeasible if that can never be any more."""
+        self.release()
+        return self._pool.claim(self.holder, self.wants, self.strategy)
+
     def release(self) -> None:
         """Give back what was granted, or step out of the queue; twice is fine."""
         self._pool.give_back(self)
@@ -234,6 +262,8 @@ class Reservation:
             Bundle(self, f"bundle {index} of the reservation", want, dict.fromkeys(devices, min(want.gpu, 1.0)))
             for index, (want, devices) in enumerate(zip(claim.wants, claim.devices, strict=True))
         ]
+        for bundle, at in zip(self._bundles, claim.places, strict=True):
+            bundle.place = at
         self._released = False
         self._give_back: Callable[[], None] | None = None
 
@@ -304,7 +334,7 @@ class Bundle(Pool):
         self._reservation.return_unused()
 
 
-def _place(free: Amounts, free_devices: Mapping[str, float], wants: Sequence[Resources]) -> list[Devices] | None:
+def place(free: Amounts, free_devices: Mapping[str, float], wants: Sequence[Resources]) -> list[Devices] | None:
     """Return the GPUs for each of `wants`, None if they do not all fit.
 
     Whole devices go first, then the larger shares; a share goes where it leaves the least, so that whole devices

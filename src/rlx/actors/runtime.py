@@ -148,14 +148,18 @@ class Runtime:
         advice = f"the nearest are {', '.join(near)}" if near else f"there are {len(names)}, see state()"
         raise ActorError(f"there is no actor named {name!r}; {advice}.")
 
-    def reserve(self, bundles: Sequence[Resources], timeout_s: float | None = None) -> Reservation:
+    def reserve(
+        self, bundles: Sequence[Resources], timeout_s: float | None = None, strategy: str = "pack"
+    ) -> Reservation:
         """Return all of these resources, for actors to draw from, once they are free together; none before.
 
+        strategy: where they lie on a cluster. "pack" fills one machine after another, "spread" distributes them;
+        "strict_pack" has them on one machine, "strict_spread" each on another; Infeasible says where that cannot be.
         Waits for timeout_s, by default for the runtime's pending_timeout_s; CallTimeout says who holds what is short.
         """
         self._check_open()
         timeout_s = self._pending_timeout_s if timeout_s is None else timeout_s
-        return self._machine.reserve(bundles, timeout_s)
+        return self._machine.reserve(bundles, timeout_s, strategy)
 
     # Data.
 

@@ -19,10 +19,20 @@ _STATES = {
 
 
 def describe(
-    name: str, pid: int | None, how: str, method: str | None, waiting: int, oom_kills: int, log: Sequence[str]
+    name: str,
+    pid: int | None,
+    how: str,
+    method: str | None,
+    waiting: int,
+    oom_kills: int,
+    log: Sequence[str],
+    where: str,
 ) -> str:
-    """Return one sentence on what ended the actor `name` and when, and below it the last lines that it wrote."""
-    sentence = f"{name} (pid {pid or 'unknown: not started'}) {how}"
+    """Return one sentence on what ended the actor `name` and when, and below it the last lines that it wrote.
+
+    where: " on" and the machine, where it is not the reader's.
+    """
+    sentence = f"{name} (pid {pid or 'unknown: not started'}{where}) {how}"
     if method is not None:
         sentence += f" in {method}()"
     if waiting > 0:

@@ -32,7 +32,7 @@ from rlx.errors import ActorDied
 class InlineEngine:
     """Actors as plain objects of this process."""
 
-    capabilities: frozenset[str] = frozenset()
+    capabilities: frozenset[str] = frozenset({"resources"})
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.reactor import READ, WRITE, Reactor
@@ -29,13 +30,15 @@ LONGEST_POLL_S = 3600.0  # more milliseconds than fit an int are refused
 class Link:
     """`take(frame)` is called for each frame in order, perhaps twice when an interrupt cut the first call short.
 
-    `lost(how)` is called once, in the reactor's thread, when nothing more can come.
+    `lost(how)` is called once, in the reactor's thread, when nothing more can come. `sock` does not block.
     """
 
-    def __init__(self, reactor: Reactor, take: Callable[[Frame], None], lost: Callable[[str], None]) -> None:
-        self._reactor, self._take, self._lost = reactor, take, lost
-        self._sock, self.far_end = socket.socketpair()
-        self._sock.setblocking(False)
+    def __init__(self, reactor: Reactor, sock: Any, take: Callable[[Frame], None], lost: Callable[[str], None]) -> None:
+        self._reactor, self._sock, self._take, self._lost = reactor, sock, take, lost
+        # Bytes that a TLS socket has decrypted and nobody has read: the kernel does not tell of them.
+        self._decrypted: Callable[[], int] = getattr(sock, "pending", int)
+        self.heard_at = time.monotonic()
+        """When something came last."""
         self._fd, self._pid = self._sock.fileno(), os.getpid()
         self._reader, self._outbox = FrameReader(self._sock), Outbox(self._sock)
         self._poll = select.poll()
@@ -83,6 +86,11 @@ class Link:
             self._flush(parts)
 
     @property
+    def _unfinished(self) -> bool:
+        """Whether there is something to read of which poll() does not know."""
+        return self._reader.unfinished or self._decrypted() > 0
+
+    @property
     def is_full(self) -> bool:
         """Whether writers are to wait: the actor has left much unread."""
         return self._room is not None
@@ -109,7 +117,7 @@ class Link:
                 patience_s = LONGEST_POLL_S
                 if deadline is not None:
                     patience_s = min(patience_s, max(0.0, deadline - time.monotonic()))
-                if not self._reader.unfinished and not self._poll.poll(patience_s * 1e3):
+                if not self._unfinished and not self._poll.poll(patience_s * 1e3):
                     if deadline is not None and time.monotonic() >= deadline:
                         return
                 elif not self._read():
@@ -163,7 +171,7 @@ class Link:
             self._arm()
             if self._ending:
                 self._reactor.post(self._finish)
-            elif self._reader.unfinished:  # an interrupt has left frames that the socket does not tell of
+            elif self._unfinished:  # an interrupt has left frames that the socket does not tell of
                 self._reactor.post(lambda: self._on_ready(READ))
 
     def _read(self) -> bool:
@@ -171,6 +179,7 @@ class Link:
         try:
             frames = self._reader.frames
             more = bool(frames) or self._reader.read()
+            self.heard_at = time.monotonic()
             frames = self._reader.frames
             while frames:
                 self._take(frames[0])
@@ -194,6 +203,8 @@ class Link:
             self._leader = threading.get_ident()
         try:
             more = self._read()
+            while more and self._decrypted():
+                more = self._read()
         except BlockingIOError:
             return  # a leader was faster
         finally:

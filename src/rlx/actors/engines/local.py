@@ -16,9 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlx.actors.board import Board, RuntimeFolder
 from rlx.actors.channel import Channel
@@ -43,11 +43,16 @@ BOOT = (
     "from rlx.actors.engines.forkserver import main; main(*rest)"
 )
 
+Actor = TypeVar("Actor", bound=LocalActor)
+
 
 class LocalEngine:
     """A forkserver, the links to the actors it has forked, and the thread that reads them."""
 
-    capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation"})
+    capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation", "resources"})
+    kind_of_channel: type[Channel] = Channel
+    where = ""
+    """In the text of a death, where it was: nothing on the reader's own machine."""
 
     def __init__(
         self,
@@ -56,7 +61,9 @@ class LocalEngine:
         preload: Sequence[str] = ("numpy", "torch"),
         object_memory: int | None = None,
         log_folder: Path | None = None,
+        show: Callable[[str], None] | None = None,
     ) -> None:
+        """show: gets what actors print, whole lines, in the thread of `events`; None prints it to stderr."""
         if sys.platform != "linux":
             raise NotSupported(f"engine 'local' needs Linux and this is {sys.platform}; use engine 'inline'.")
         if isinstance(preload, str):
@@ -71,7 +78,9 @@ class LocalEngine:
         self.memory = DriverMemory(object_memory or default_object_memory())
         self._folder = RuntimeFolder.create(log_folder)
         self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
-        self._follower = LogFollower(self.logs, Damper(self.logs, lambda text: events.post(_print_to_stderr, text)))
+        self._follower = LogFollower(
+            self.logs, Damper(self.logs, lambda text: events.post(show or print_to_stderr, text))
+        )
         self._channels: dict[str, Channel] = {}
         self._start_forkserver(preload)
         self.reactor = Reactor()
@@ -94,7 +103,7 @@ class LocalEngine:
         """Return the channel of that name; its versions share the memory of one process."""
         with self._lock:
             if name not in self._channels:
-                self._channels[name] = Channel.create(name, self.memory.limit_bytes)
+                self._channels[name] = self.kind_of_channel.create(name, self.memory.limit_bytes)
             return self._channels[name]
 
     def pool(self, given: Resources) -> Pool:
@@ -107,36 +116,34 @@ class LocalEngine:
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> LocalActor:
         """Ask the forkserver for a process, and put its first frame into its socket."""
-        parcel = Parcel(
-            *pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        made_of = pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        settings = {"env": os.environ | spec.env, "cwd": os.getcwd(), "path": [*map(str, sys.path)]}
+        settings |= {"threads": spec.threads, "concurrency": spec.concurrency}
+        return self.start(
+            spec.name, settings, Parcel(*made_of), lambda number: LocalActor(self, number, spec, listener)
         )
+
+    def start(self, name: str, settings: dict[str, Any], parcel: Parcel, make: Callable[[int], Actor]) -> Actor:
+        """Return what `make(number)` returns, an actor, with its process on the way."""
         with self._lock:
             if self._lost is not None:
-                raise ActorError(f"actor {spec.name} cannot be started: {self._lost}; open a new runtime.")
+                raise ActorError(f"actor {name} cannot be started: {self._lost}; open a new runtime.")
             if self.closing:  # in another thread, which ends those that it has seen here
-                raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
+                raise ActorError(f"actor {name} cannot be started: this runtime is closed.")
             self._count += 1
             number = self._count
             try:
-                actor = self._actors[number] = LocalActor(self, number, spec, listener)
+                actor = self._actors[number] = make(number)
             except OSError as error:
                 raise ActorError(
-                    f"actor {spec.name} cannot be started ({error}); it takes files, descriptors and memory of this "
+                    f"actor {name} cannot be started ({error}); it takes files, descriptors and memory of this "
                     f"process: end other actors, or raise the limit (`ulimit -n`, `df`, `free`)."
                 ) from error
         try:
-            settings = {
-                "env": os.environ | spec.env,
-                "cwd": os.getcwd(),
-                "path": [*map(str, sys.path)],
-                "threads": spec.threads,
-                "concurrency": spec.concurrency,
-                "folder": str(self._folder.path),
-                "serial": actor.slot.serial,
-            }
-            self._follow_in(self._follower.follow(spec.name))
+            settings |= {"folder": str(self._folder.path), "serial": actor.slot.serial}
+            self._follow_in(self._follower.follow(name))
             far_ends = actor.start(json.dumps(settings), parcel, self.system_timeout_s)
-            order = {"do": "spawn", "actor": number, "name": spec.name, "object_memory": self.memory.limit_bytes}
+            order = {"do": "spawn", "actor": number, "name": name, "object_memory": self.memory.limit_bytes}
             self._order(self.system_timeout_s, far_ends, **order)
         except BaseException:
             actor.abandon()
@@ -287,6 +294,7 @@ class LocalEngine:
             actor.die(f"was ended because {why}")
 
 
-def _print_to_stderr(text: str) -> None:
+def print_to_stderr(text: str) -> None:
+    """Show what actors have printed."""
     sys.stderr.write(text)
     sys.stderr.flush()

@@ -34,7 +34,7 @@ Board = ray.remote(ray_host.Board)
 class RayEngine:
     """A part in this process' Ray, which the first engine starts, or joins."""
 
-    capabilities: frozenset[str] = frozenset({"processes", "machines"})
+    capabilities: frozenset[str] = frozenset({"processes", "machines", "resources"})
 
     def __init__(self, system_timeout_s: float, address: str | None = None, **options: Any) -> None:
         """address: of a running cluster, as ray.init takes it; None starts Ray here. options: of ray.init."""

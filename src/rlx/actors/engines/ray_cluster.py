@@ -149,22 +149,22 @@ class ClusterPool(Pool):
         )
         super().__init__("the Ray cluster", total, {f"GPU {index}": 1.0 for index in range(int(total.gpu))})
 
-    def claim(self, holder: str, wants: Sequence[Resources]) -> Claim:
+    def claim(self, holder: str, wants: Sequence[Resources], strategy: str = "spread") -> Claim:
         """Return a claim, as every pool does; Infeasible also where no machine has all that one actor asks for."""
         for want in wants:
             asked = want.amounts().items()
             if not any(all(amount <= one.amounts().get(name, 0) for name, amount in asked) for one in self._machines):
                 machines = "; ".join(map(str, self._machines))
                 raise Infeasible(f"{holder} asks for {want}, and no machine of {self.name} has that: {machines}.")
-        return super().claim(holder, wants)
+        return super().claim(holder, wants, strategy)
 
-    def reserve(self, bundles: Sequence[Resources], timeout_s: float | None) -> Reservation:
+    def reserve(self, bundles: Sequence[Resources], timeout_s: float | None, strategy: str = "pack") -> Reservation:
         """Return a reservation, as every pool does, for which Ray has set the bundles aside in a placement group."""
-        reservation = super().reserve(bundles, timeout_s)
+        reservation = super().reserve(bundles, timeout_s, strategy)
         wanted = [index for index, bundle in enumerate(bundles) if bundle]  # Ray sets nothing aside for nothing
         if not wanted:
             return reservation
-        group = placement_group([_bundle(bundles[index]) for index in wanted], strategy="PACK")
+        group = placement_group([_bundle(bundles[index]) for index in wanted], strategy=strategy.upper())
         try:
             _wait_for(group, " + ".join(map(str, bundles)), timeout_s)
         except BaseException:

@@ -24,6 +24,12 @@ SPAWN, CALL, SEND, STREAM = range(4)  # JSON + what to make; method (STREAM: cre
 CANCEL, CREDIT, STOP = range(4, 7)  # of a call: nothing; number of items more; nothing
 # From the actor.
 READY, INIT_FAILED, REPLY, ERROR, SEND_FAILED, CANCELLED, ITEM = range(10, 17)  # errors: traceback + the exception
+# Between machines, where one link carries the frames of many actors, told apart by the call id (rlx.actors.cluster).
+OPEN, KILL, CHANNEL = range(20, 23)  # to a node: JSON; how the death is to be described; the name of a channel
+STARTED, EXITED, STALLED, PRINTED = range(23, 27)  # from a node: process id; why; JSON; lines
+PUBLISH, PING = range(27, 29)  # both ways: JSON + a version of a channel; nothing
+JOIN, NODES = range(29, 31)  # to the head, from it: JSON
+READERS = 31  # of a channel, to a node: its name; from it: JSON
 
 MAGIC = b"rx\x02"  # and the version
 SHARED_BODY = 0x80  # set in the kind: the body is empty, and the last buffer is it

@@ -1,0 +1,209 @@
+"""Actors on the machines of a cluster, behind the interface of all engines: the driver's side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlx.actors.channel import Channel, Staleness
+from rlx.actors.cluster import greeting
+from rlx.actors.cluster.credentials import DEFAULT_PATH, ClusterKey
+from rlx.actors.cluster.daemon import parse_address
+from rlx.actors.cluster.handshake import Role, connect
+from rlx.actors.cluster.heartbeat import Patience
+from rlx.actors.cluster.membership import NodeInfo, Watch
+from rlx.actors.cluster.mirrors import MirroredChannel, Mirrors
+from rlx.actors.cluster.placement import ClusterPool
+from rlx.actors.cluster.remote import Node, RemoteActor
+from rlx.actors.engines import pickling, wire
+from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine, print_to_stderr
+from rlx.actors.engines.memory import Parcel
+from rlx.actors.future import Future, nothing, wait
+from rlx.actors.interface import ActorSpec, Listener
+from rlx.actors.monitor import EventThread, logger
+from rlx.actors.resources import Pool, Resources
+from rlx.errors import ActorError, NotSupported
+
+PASSED_ON = ("RLX_", "OMP_", "MKL_", "TOKENIZERS_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_")
+"""Beginnings of the names of the driver's environment variables that its actors on other machines get."""
+
+
+class ClusterEngine(LocalEngine):
+    """A link to the daemon of every node; what the local engine does beside them is done on the driver's machine."""
+
+    capabilities = LocalEngine.capabilities - {"resources"} | {"machines"}
+    kind_of_channel = MirroredChannel
+
+    def __init__(
+        self,
+        events: EventThread,
+        system_timeout_s: float,
+        address: str,
+        token_file: str | Path = DEFAULT_PATH,
+        preload: Sequence[str] = ("numpy", "torch"),
+        object_memory: int | None = None,
+        log_folder: Path | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        """address: HOST:PORT of the head's daemon. token_file: the cluster's key.
+
+        Returns when all nodes that belong to the cluster now are linked.
+        """
+        self._head, self._key, self._address = parse_address(address), ClusterKey.load(token_file), address
+        super().__init__(events, system_timeout_s, (), object_memory, log_folder)
+        self.patience = patience or Patience()
+        self.mirrors = Mirrors(self.reactor, self.channel)
+        self._nodes: dict[int, Node] = {}  # by incarnation
+        self._tell_of_nodes: list[Callable[[], None]] = []
+        self._spawned = 0
+        self._pool: ClusterPool | None = None
+        self._placing = threading.Lock()
+        self._head_lost: str | None = None
+        self._opening = {"preload": list(preload), "system_timeout_s": system_timeout_s, "object_memory": object_memory}
+        self._opening["patience"] = dataclasses.asdict(self.patience)
+        self._linking = EventThread("rlx-cluster-links")  # connecting waits
+        first: Future[None] = Future("cluster", "nodes")
+        self._watch: Watch | None = None
+        try:
+            sock = connect(self._head, self._key, Role.VIEWER)
+            changed = lambda nodes: self._linking.post(self._follow, nodes, first)  # noqa: E731
+            self._watch = Watch(self.reactor, sock, self.patience, changed, self._lose_head)
+            first.result(system_timeout_s)
+        except BaseException:
+            self.close(system_timeout_s)
+            raise
+
+    def pool(self, given: Resources) -> Pool:
+        """Return what the nodes have together; it follows them as they join and leave."""
+        if given:
+            raise NotSupported("a cluster has what its nodes have; give `rlx start` --cpu, --gpu or --memory instead.")
+        with self._placing:
+            if self._pool is None:
+                self._pool = ClusterPool({number: node.info for number, node in self._nodes.items()})
+            return self._pool
+
+    def spawn(self, spec: ActorSpec, listener: Listener) -> RemoteActor:  # type: ignore[override]
+        """Have a node start the actor: the one where its resources are, or the one with the fewest actors."""
+        made_of = pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        with self._placing:
+            node = self._choose(spec)
+            self._spawned += 1
+            number = self._spawned
+            node.expected += 1
+        return node.spawn(number, spec, Parcel(*made_of), listener)
+
+    def _choose(self, spec: ActorSpec) -> Node:
+        if self.closing:
+            raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
+        nodes = [node for node in self._nodes.values() if node.lost is None]
+        if not nodes:
+            why = self._head_lost or "no node of the cluster is left; start one with `rlx start`"
+            raise ActorError(f"actor {spec.name} cannot be started: {why}.")
+        if spec.place is None:
+            return min(nodes, key=lambda node: node.expected)
+        node = self._nodes.get(spec.place)
+        if node is None:
+            raise ActorError(f"actor {spec.name} cannot be started: the node where its resources were has left.")
+        return node
+
+    def channel(self, name: str) -> Channel:
+        """Return the channel of that name; a version crosses to each machine once."""
+        channel = super().channel(name)
+        assert isinstance(channel, MirroredChannel)
+        channel.readers_elsewhere = self._readers
+        return channel
+
+    def _readers(self, name: str) -> dict[str, Staleness]:
+        answers = [node.readers(name) for node in self._nodes.values()]
+        return {reader: how for answer in answers for reader, how in answer.result(self.system_timeout_s).items()}
+
+    def surroundings(self, spec: ActorSpec) -> dict[str, Any]:
+        """Return what an actor's process is to look like: environment variables, working folder, module path."""
+        env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        return {"env": env | spec.env, "cwd": os.getcwd(), "path": [*map(str, sys.path)]}
+
+    def show(self, prefix: str, lines: str) -> None:
+        """Print what actors of another machine have printed."""
+        text = "".join(f"{prefix}{line}" for line in lines.splitlines(keepends=True))
+        self.events.post(print_to_stderr, text)
+
+    def when_nodes_change(self, tell: Callable[[], None]) -> None:
+        """Call `tell()` whenever a node has joined or is gone, in the thread of callbacks; it must return soon."""
+        self._tell_of_nodes.append(tell)
+
+    def forget(self, node: Node) -> None:
+        """The node is gone."""
+        self.mirrors.remove(node.link)
+        with self._placing:
+            self._nodes = {number: other for number, other in self._nodes.items() if other is not node}
+            pool = self._pool
+        if pool is not None:
+            pool.remove(node.info.incarnation)
+        self._note_change()
+
+    def close(self, timeout_s: float) -> None:
+        """End the idle actors, then the links, upon which nodes kill the rest."""
+        deadline = time.monotonic() + timeout_s
+        with self._placing:
+            self.closing = True
+        actors = [actor for node in self._nodes.values() for actor in list(node.actors.values())]
+        idle = [actor for actor in actors if actor.stop()]
+        grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
+        wait([actor.gone for actor in idle], len(idle), grace - time.monotonic())
+        self._linking.close(max(0.1, deadline - time.monotonic()))
+        if self._watch is not None:
+            self.reactor.post(self._watch.close)
+        for node in self._nodes.values():
+            self.reactor.post(lambda node=node: node.lose("was closed with its runtime"))
+        wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))
+        super().close(max(0.1, deadline - time.monotonic()))
+
+    def _follow(self, infos: list[NodeInfo], first: Future[None]) -> None:
+        """Link the nodes that have joined, give up those that have left. In a thread of its own, for it waits."""
+        present = {info.incarnation: info for info in infos}
+        for number, node in list(self._nodes.items()):
+            if number not in present:
+                self.reactor.post(lambda node=node: node.lose("has left the cluster"))
+        for number, info in present.items():
+            if number not in self._nodes and not self.closing:
+                try:
+                    self._link(number, info)
+                except (ActorError, OSError) as error:
+                    logger.warning("node %s belongs to the cluster and cannot be used from here: %s", info, error)
+        first.settle(nothing)
+
+    def _link(self, number: int, info: NodeInfo) -> None:
+        sock = connect(parse_address(info.address), self._key, Role.DRIVER)
+        try:
+            greeting.send(sock, wire.OPEN, self._opening, self.system_timeout_s)
+            answer = greeting.receive(sock, self.system_timeout_s)
+            if answer.kind != wire.OPEN:
+                raise ActorError(f"it takes no actors: {json.loads(answer.text)}")
+        except BaseException:
+            sock.close()
+            raise
+        with self._placing:
+            self._nodes[number] = Node(self, info, sock)
+            pool = self._pool
+        if pool is not None:
+            pool.add(number, info)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        for tell in self._tell_of_nodes:
+            self.events.post(tell)
+
+    def _lose_head(self, how: str) -> None:
+        """Without the head nobody knows who belongs to the cluster: the run ends, and can be resumed."""
+        if not self.closing:
+            self._head_lost = f"the head of the cluster ({self._address}) {how}"
+            logger.error("%s; all actors of this runtime end with it", self._head_lost)
+            for node in list(self._nodes.values()):
+                node.lose(f"belongs to no cluster any more: the head ({self._address}) {how}")

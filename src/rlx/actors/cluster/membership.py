@@ -1,0 +1,237 @@
+"""Which machines belong to a cluster: nodes tell the head that they are there, and the head tells who asks.
+
+The head keeps a connection to each of them. One that is silent for too long has left; when it comes back it joins
+anew, as another incarnation, and what it did for a driver before is not taken from it any more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlx.actors.cluster.heartbeat import Heartbeat, Patience
+from rlx.actors.engines import wire
+from rlx.actors.engines.link import Link
+from rlx.actors.engines.reactor import Reactor
+from rlx.actors.engines.wire import Frame
+from rlx.actors.monitor import logger
+
+REJOIN_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What a node says of itself."""
+
+    name: str
+    address: str
+    """HOST:PORT of its daemon, as others reach it."""
+    cpu: float
+    gpu: int
+    memory: int
+    """Bytes."""
+    labels: dict[str, str] = field(default_factory=dict)
+    incarnation: int = 0
+    """Given by the head: the how manieth node that has joined this is."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.address})"
+
+
+class _Peer:
+    """One connection, its sign of life, and what it says."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: Any,
+        patience: Patience,
+        take: Callable[[_Peer, Frame], None],
+        lost: Callable[[_Peer, str], None],
+    ) -> None:
+        self._take, self._lost, self._is_lost = take, lost, False
+        self.link = Link(reactor, sock, self._on_frame, self.lose)
+        self._heart = Heartbeat(reactor, self.link, patience, lambda silent_s: None, self.lose)
+
+    def open(self) -> None:
+        """Begin to listen. Only in the reactor's thread, as all else."""
+        self.link.open()
+        self._heart.start()
+
+    def tell(self, kind: int, what: Any) -> None:
+        self.link.write(wire.encode(kind, 0, json.dumps(what)))
+
+    def lose(self, how: str) -> None:
+        """It is gone, or has to go."""
+        if not self._is_lost:
+            self._is_lost = True
+            self._heart.stop()
+            self.link.finish(self.link.close)
+            self._lost(self, how)
+
+    def _on_frame(self, frame: Frame) -> None:
+        if frame.kind != wire.PING:
+            self._take(self, frame)
+
+
+class Head:
+    """Keeps the list."""
+
+    def __init__(self, own: NodeInfo, patience: Patience) -> None:
+        """own: the node on the head's machine, which is the first of them."""
+        self._patience, self._reactor, self._joined = patience, Reactor(), 1
+        self._own = dataclasses.replace(own, incarnation=1)
+        self._nodes: dict[_Peer, NodeInfo] = {}
+        self._viewers: set[_Peer] = set()
+
+    def serve_node(self, sock: Any) -> None:
+        """Take in a node behind an authenticated socket."""
+        self._serve(sock, self._take_node, self._lose_node)
+
+    def serve_viewer(self, sock: Any) -> None:
+        """Tell who is behind an authenticated socket of all nodes, now and at every change."""
+        peer = self._serve(sock, lambda peer, frame: None, lambda peer, how: self._viewers.discard(peer))
+
+        def welcome() -> None:
+            self._viewers.add(peer)
+            self._tell([peer])
+
+        self._reactor.post(welcome)
+
+    def close(self, timeout_s: float) -> None:
+        """End all connections."""
+        done = threading.Event()
+
+        def end() -> None:
+            for peer in [*self._nodes, *self._viewers]:
+                peer.lose("was closed")
+            done.set()
+
+        self._reactor.post(end)
+        done.wait(timeout_s)
+        self._reactor.close(timeout_s)
+
+    def _serve(self, sock: Any, take: Callable[[_Peer, Frame], None], lost: Callable[[_Peer, str], None]) -> _Peer:
+        peer = _Peer(self._reactor, sock, self._patience, take, lost)
+        self._reactor.post(peer.open)
+        return peer
+
+    def _take_node(self, peer: _Peer, frame: Frame) -> None:
+        if frame.kind != wire.JOIN:
+            peer.lose("sent what no node sends")
+            return
+        self._joined += 1
+        info = NodeInfo(**json.loads(frame.text) | {"incarnation": self._joined})
+        taken = [other for other in [self._own, *self._nodes.values()] if other.name == info.name]
+        if taken and taken[0].address != info.address:
+            peer.tell(wire.EXITED, f"there is a node {taken[0]} already; start this one with another --name")
+            return
+        for other in [other for other, known in self._nodes.items() if known.name == info.name]:
+            other.lose("has joined anew")  # its connection is dead, and nobody has noticed yet
+        self._nodes[peer] = info
+        logger.info("node %s has joined", info)
+        self._tell(self._viewers)
+
+    def _lose_node(self, peer: _Peer, how: str) -> None:
+        info = self._nodes.pop(peer, None)
+        if info is not None:
+            logger.warning("node %s %s; it does not belong to the cluster any more", info, how)
+            self._tell(self._viewers)
+
+    def _tell(self, viewers: Sequence[_Peer] | set[_Peer]) -> None:
+        nodes = [dataclasses.asdict(node) for node in [self._own, *self._nodes.values()]]
+        for viewer in viewers:
+            viewer.tell(wire.NODES, nodes)
+
+
+class Watch:
+    """The list of nodes, as the head tells it, in the reactor's thread."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: Any,
+        patience: Patience,
+        changed: Callable[[list[NodeInfo]], None],
+        lost: Callable[[str], None],
+    ) -> None:
+        """sock: to the head, authenticated. changed: is called at once, and at every change."""
+        self._peer = _Peer(
+            reactor,
+            sock,
+            patience,
+            lambda peer, frame: changed([NodeInfo(**node) for node in json.loads(frame.text)]),
+            lambda peer, how: lost(how),
+        )
+        reactor.post(self._peer.open)
+
+    def close(self) -> None:
+        """Hear no more of it. In the reactor's thread."""
+        self._peer.lose("is not listened to any more")
+
+
+class Membership:
+    """A node's place in the cluster; where the head is gone it knocks again until it is back."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        connect: Callable[[], Any],
+        own: NodeInfo,
+        patience: Patience,
+        refused: Callable[[str], None],
+    ) -> None:
+        """connect: returns an authenticated socket to the head. refused: hears why the head does not want it."""
+        self._reactor, self._connect, self._own, self._patience = reactor, connect, own, patience
+        self._refused = refused
+        self._closed = threading.Event()
+        self._lost = threading.Event()
+        self._peer: _Peer | None = None
+
+    def join(self) -> None:
+        """Join; raises what connecting raises, this first time."""
+        self._enter(self._connect())
+        threading.Thread(target=self._keep, name="rlx-node-membership", daemon=True).start()
+
+    def close(self) -> None:
+        """Leave."""
+        self._closed.set()
+        self._lost.set()
+        peer = self._peer
+        if peer is not None:
+            self._reactor.post(lambda: peer.lose("is left"))
+
+    def _enter(self, sock: Any) -> None:
+        self._lost.clear()
+        peer = self._peer = _Peer(self._reactor, sock, self._patience, self._take, self._on_lost)
+
+        def begin() -> None:
+            peer.open()
+            peer.tell(wire.JOIN, dataclasses.asdict(self._own))
+
+        self._reactor.post(begin)
+
+    def _take(self, peer: _Peer, frame: Frame) -> None:
+        if frame.kind == wire.EXITED:
+            self._closed.set()
+            self._refused(json.loads(frame.text))
+
+    def _on_lost(self, peer: _Peer, how: str) -> None:
+        if not self._closed.is_set():
+            logger.warning("the head %s; knocking until it is back", how)
+        self._lost.set()
+
+    def _keep(self) -> None:
+        while True:
+            self._lost.wait()
+            if self._closed.wait(REJOIN_EVERY_S):
+                return
+            try:
+                self._enter(self._connect())
+            except Exception:  # it is not back yet; whatever is wrong was said when it was lost
+                continue
+            logger.warning("the head is back")

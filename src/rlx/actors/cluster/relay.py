@@ -1,0 +1,190 @@
+"""A node's side: one driver's actors on this machine, whose frames pass between the driver's link and theirs.
+
+Nothing of what passes is unpickled here: that is done in the actors' processes, and by the driver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rlx.actors.channel import FOR_OTHERS
+from rlx.actors.cluster.heartbeat import Heartbeat, Patience
+from rlx.actors.cluster.mirrors import Mirrors
+from rlx.actors.engines import pickling, wire
+from rlx.actors.engines.link import Link
+from rlx.actors.engines.local import LocalEngine
+from rlx.actors.engines.local_actor import LocalActor
+from rlx.actors.engines.memory import Parcel
+from rlx.actors.engines.wire import Frame
+from rlx.actors.future import Answer, Err, Future, nothing
+from rlx.actors.interface import ActorSpec, Listener, Stall
+from rlx.actors.monitor import EventThread, logger
+from rlx.errors import ActorError, ObjectMemoryFull
+
+CALL_BITS = 40
+"""Bits of a call id that count an actor's calls; those above are the actor's number."""
+MEMORY_WAIT_S = 0.5  # in the thread that serves everybody
+
+
+class NodeEngine(LocalEngine):
+    """The local engine, driven from another machine. It ends with the driver's link, and `ended` is called once."""
+
+    def __init__(
+        self,
+        events: EventThread,
+        name: str,
+        sock: Any,
+        settings: dict[str, Any],
+        patience: Patience,
+        ended: Callable[[NodeEngine], None],
+    ) -> None:
+        """sock: to the driver, authenticated. settings: what its OPEN frame says: system_timeout_s, preload, path."""
+        preload, timeout_s = settings["preload"], settings["system_timeout_s"]
+        super().__init__(events, timeout_s, preload, settings.get("object_memory"), show=self._print)
+        self.where = f" on {name}"
+        self.memory.arena.wait_s = MEMORY_WAIT_S
+        self.relayed: dict[int, RelayedActor] = {}
+        self._ended = ended
+        self.link = Link(self.reactor, sock, self._take, self._lose_driver)
+        self.mirrors = Mirrors(self.reactor, self.channel)
+        self._heart = Heartbeat(self.reactor, self.link, patience, self._note_silence, self._lose_driver)
+
+    def begin(self) -> None:
+        """Tell the driver that it may send."""
+        self.reactor.post(self._begin)
+
+    def _begin(self) -> None:
+        self.link.open()
+        self.link.write(wire.encode(wire.OPEN))
+        self._heart.start()
+
+    def _take(self, frame: Frame) -> None:
+        if frame.kind == wire.PING:
+            return
+        if frame.kind == wire.PUBLISH:
+            self.mirrors.take(frame, self.link)
+        elif frame.kind == wire.SPAWN:
+            self._spawn(frame)
+        elif frame.kind == wire.READERS:
+            readers = self.channel(frame.text).readers()
+            found = {name: dataclasses.astuple(how) for name, how in readers.items() if name != FOR_OTHERS}
+            self.link.write(wire.encode(wire.READERS, frame.call_id, json.dumps(found)))
+        elif (actor := self.relayed.get(frame.call_id >> CALL_BITS)) is not None:
+            actor.relay(frame)
+
+    def _spawn(self, frame: Frame) -> None:
+        first, asked = frame.call_id, json.loads(frame.text)
+        name, limits = asked["name"], (asked["threads"], asked["concurrency"])
+        spec = ActorSpec(name, object, (), {}, {}, *limits, stall_after_s=asked["stall_after_s"])
+        settings = {"threads": asked["threads"], "concurrency": asked["concurrency"]}
+        settings |= {"env": os.environ | asked["env"], "cwd": _folder(asked["cwd"]), "path": asked["path"]}
+        parcel = Parcel(frame.open(None), tuple(map(self.channel, asked["channels"])))
+
+        def make(number: int) -> RelayedActor:
+            actor = self.relayed[first >> CALL_BITS] = RelayedActor(self, number, spec, first)
+            return actor
+
+        try:
+            for channel in asked["channels"]:
+                self.mirrors.add(channel, self.link)
+            self.start(name, settings, parcel, make)
+        except Exception as error:
+            if first >> CALL_BITS not in self.relayed:  # else it is buried, and told of
+                self.link.write(wire.encode(wire.EXITED, first, f"{name}{self.where} could not be started: {error}"))
+            logger.warning("%s could not be started: %s", name, error)
+
+    def _print(self, text: str) -> None:
+        self.link.write(wire.encode(wire.PRINTED, 0, text))
+
+    def _note_silence(self, silent_s: float) -> None:
+        logger.warning("the driver has been silent for %.0f s", silent_s)
+
+    def _lose_driver(self, how: str) -> None:
+        """There is nobody left to work for."""
+        self._heart.stop()
+        self.link.finish(self.link.close)
+        self._ended(self)
+
+
+class RelayedActor(LocalActor):
+    """An actor of this machine whose callers are on another one."""
+
+    def __init__(self, engine: NodeEngine, number: int, spec: ActorSpec, first_call: int) -> None:
+        self._node, self._first_call = engine, first_call
+        super().__init__(engine, number, spec, Listener(self._tell_end, _never, self._tell_stall))
+
+    def relay(self, frame: Frame) -> None:
+        """Pass on what the driver sends."""
+        kind, call_id = frame.kind, frame.call_id
+        if kind == wire.KILL:
+            self._killed = frame.text
+            self._engine.kill(self._number, 1.0)
+            return
+        if kind == wire.CHANNEL:
+            with self._lock:
+                self._hand_over([self._node.channel(frame.text)])
+            self._node.mirrors.add(frame.text, self._node.link)
+            return
+        parcel = Parcel(frame.open(None))
+        try:
+            places = self._lend(parcel) if parcel.message[1] else None
+        except ObjectMemoryFull as error:
+            self._refuse(frame, error)
+            return
+        with self._lock:
+            if self._end is not None:
+                return  # the driver hears of that
+            urgent = not self._pending
+            if kind in (wire.CALL, wire.STREAM):
+                self._next_call()
+                method = frame.text.partition(" ")[2] if kind == wire.STREAM else frame.text
+                self._pending[call_id] = Future(self._name, method)  # counted and named here; the driver waits for it
+            self._link.write(wire.encode(kind, call_id, frame.text, parcel.message, places), urgent)
+
+    def on_started(self, pid: int) -> None:
+        """The process exists."""
+        super().on_started(pid)
+        self._tell_driver(wire.STARTED, self._first_call, str(pid))
+
+    def _take(self, frame: Frame) -> None:
+        """Pass on what the process sends."""
+        kind, self._progress = frame.kind, time.monotonic()
+        message = self._open(frame)
+        if kind == wire.READY:
+            self.ready.settle(nothing)
+        elif kind in (wire.REPLY, wire.ERROR, wire.CANCELLED):
+            with self._lock:
+                self._pending.pop(frame.call_id, None)
+        self._node.mirrors.look()  # what it has published is there before its answer
+        self._tell_driver(kind, frame.call_id or self._first_call, frame.text, message)
+
+    def _refuse(self, frame: Frame, error: Exception) -> None:
+        text, message = pickling.dump_error(error, f"the node{self._node.where}")
+        kind, call_id = (wire.SEND_FAILED, self._first_call) if frame.kind == wire.SEND else (wire.ERROR, frame.call_id)
+        self._tell_driver(kind, call_id, text, message)
+
+    def _tell_end(self, why: Answer) -> None:
+        self._node.relayed.pop(self._first_call >> CALL_BITS, None)
+        self.slot.update(status="dead")
+        outcome = why()
+        self._tell_driver(wire.EXITED, self._first_call, str(outcome.error) if isinstance(outcome, Err) else "ended")
+
+    def _tell_stall(self, stall: Stall) -> None:
+        self._tell_driver(wire.STALLED, self._first_call, json.dumps(dataclasses.asdict(stall)))
+
+    def _tell_driver(self, kind: int, call_id: int, text: str, message: wire.Message = pickling.EMPTY) -> None:
+        self._node.link.write(wire.encode(kind, call_id, text, message))
+
+
+def _never(error: Answer) -> None:
+    raise ActorError("the failure of a one-way call is the driver's to hear.")
+
+
+def _folder(cwd: str) -> str:
+    """Return the driver's working folder if there is one of that name here, else this process' own."""
+    return cwd if os.path.isdir(cwd) else os.getcwd()

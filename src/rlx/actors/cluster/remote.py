@@ -1,0 +1,210 @@
+"""The driver's side of a node: its link, and the actors behind it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rlx.actors.channel import Channel, Staleness
+from rlx.actors.cluster.heartbeat import Heartbeat
+from rlx.actors.cluster.membership import NodeInfo
+from rlx.actors.cluster.relay import CALL_BITS
+from rlx.actors.engines import pickling, wire
+from rlx.actors.engines.link import Link
+from rlx.actors.engines.memory import Parcel
+from rlx.actors.engines.process_actor import ProcessActor
+from rlx.actors.engines.wire import Frame, Lent
+from rlx.actors.future import Err, Future, Ok, nothing, wait
+from rlx.actors.interface import ActorSpec, Listener, Stall
+from rlx.actors.monitor import logger
+from rlx.errors import ActorDied, CallTimeout
+
+if TYPE_CHECKING:
+    from rlx.actors.cluster.engine import ClusterEngine
+
+
+class Node:
+    """One machine of the cluster. All but `spawn` and `close` runs in the reactor's thread."""
+
+    def __init__(self, engine: ClusterEngine, info: NodeInfo, sock: Any) -> None:
+        """sock: to its daemon, which has answered the OPEN frame."""
+        self.info, self.name, self.address = info, info.name, info.address
+        self.expected = 0
+        """Actors that live here or are on their way."""
+        self.actors: dict[int, RemoteActor] = {}
+        self._questions, self._asked = itertools.count(), dict[int, Future[dict[str, Staleness]]]()
+        self.lost: str | None = None
+        """Why it takes no more actors."""
+        self._engine = engine
+        self.link = Link(engine.reactor, sock, self._take, self.lose)
+        self._heart = Heartbeat(engine.reactor, self.link, engine.patience, self._note_silence, self.lose)
+        engine.reactor.post(self._begin)
+
+    def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> RemoteActor:
+        """Have the node start an actor."""
+        actor = RemoteActor(self._engine, self, number, spec, listener)
+        self.actors[number] = actor
+        actor.start(spec, parcel)
+        if self.lost is not None:  # meanwhile, or before
+            self._engine.reactor.post(partial(actor.die, self._how()))
+        return actor
+
+    def readers(self, channel: str) -> Future[dict[str, Staleness]]:
+        """Ask who reads the channel on this machine."""
+        number = next(self._questions)
+        answer: Future[dict[str, Staleness]] = Future(self.name, "readers")
+        self._asked[number] = answer
+        self.link.write(wire.encode(wire.READERS, number, channel))
+        if self.lost is not None:
+            answer.settle(lambda: Ok({}))
+        return answer
+
+    def remove(self, number: int) -> None:
+        """An actor has ended."""
+        if self.actors.pop(number, None) is not None:
+            self.expected -= 1
+
+    def lose(self, how: str) -> None:
+        """Nothing more comes from it; whatever it still does, nobody hears of it."""
+        if self.lost is None:
+            self.lost = how
+            self._heart.stop()
+            self.link.finish(self._bury)
+
+    def _begin(self) -> None:
+        self.link.open()
+        self._heart.start()
+
+    def _bury(self) -> None:
+        self.link.close()
+        self._engine.forget(self)
+        for actor in list(self.actors.values()):
+            actor.die(self._how())
+        for answer in list(self._asked.values()):
+            answer.settle(lambda: Ok({}))
+
+    def _how(self) -> str:
+        return f"was lost with its node {self.name} ({self.address}), which {self.lost}"
+
+    def _take(self, frame: Frame) -> None:
+        if frame.kind == wire.PING:
+            return
+        if frame.kind == wire.PUBLISH:
+            self._engine.mirrors.take(frame, self.link)
+        elif frame.kind == wire.READERS:
+            found = {name: Staleness(*how) for name, how in json.loads(frame.text).items()}
+            self._asked.pop(frame.call_id).settle(lambda: Ok(found))
+        elif frame.kind == wire.PRINTED:
+            self._engine.show(f"({self.name}) ", frame.text)
+        elif (actor := self.actors.get(frame.call_id >> CALL_BITS)) is not None:
+            actor.take(frame)
+
+    def _note_silence(self, silent_s: float) -> None:
+        logger.warning(
+            "node %s (%s) has been silent for %.0f s; after %g s it counts as lost, with its actors",
+            *(self.name, self.address, silent_s, self._engine.patience.dead_s),
+        )
+
+
+class RemoteActor(ProcessActor):
+    """An actor on another machine."""
+
+    def __init__(self, engine: ClusterEngine, node: Node, number: int, spec: ActorSpec, listener: Listener) -> None:
+        first = number << CALL_BITS
+        super().__init__(engine, spec, listener, node.link, first)
+        self._cluster, self._node, self._number, self._first_call = engine, node, number, first
+        self._channels: set[str] = set()  # those that it knows
+        self.slot = spec.slot or engine.slot(spec.name)
+        self.slot.update(pid=0, sent=0)
+
+    def start(self, spec: ActorSpec, parcel: Parcel) -> None:
+        """Send what it is made of."""
+        self._reactor.set_deadline(self.ready, self._engine.system_timeout_s, self._on_no_start)
+        self.ready.lead = self._link.lead
+        self.slot.sent()
+        names = [channel.name for channel in parcel.channels]
+        asked = {"name": spec.name, "threads": spec.threads, "concurrency": spec.concurrency, "channels": names}
+        asked |= {"stall_after_s": spec.stall_after_s, **self._cluster.surroundings(spec)}
+        with self._lock:
+            self._note_channels(parcel.channels)
+            self._link.write(wire.encode(wire.SPAWN, self._first_call, json.dumps(asked), parcel.message))
+
+    def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
+        """Have the node kill the process and return when it is gone."""
+        if self.gone.done():
+            return
+        self._tell(wire.KILL, self._first_call, how)
+        if not wait([self.gone], 1, timeout_s)[0]:
+            raise CallTimeout(
+                f"actor {self._name} (pid {self.pid} on {self._node.name}) is not gone {timeout_s:g} s after kill()."
+            )
+
+    def stop(self) -> bool:
+        """Ask the process to end behind all that was sent to it; False if it has calls to answer or never started."""
+        with self._lock:
+            if self.pid is None or self._pending or self._end is not None:
+                return False
+            self._link.write(wire.encode(wire.STOP, self._first_call))
+            return True
+
+    def take(self, frame: Frame) -> None:
+        """A frame has come from it, or of it."""
+        self._take(frame)
+
+    def die(self, how: str) -> None:
+        """It has ended, and its node with it."""
+        pid, place = self.pid or "unknown: not started", self._node.name
+        self._bury(f"{self._name} (pid {pid} on {place}) {how}")
+
+    def _bury(self, text: str) -> None:
+        if self.gone.done():
+            return
+        self._reactor.clear_deadline(self.ready)
+        self._node.remove(self._number)
+        died: Callable[[], Err] = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
+        self._listener.exited(self._end or died)  # first: who hears of the death from a call may call again at once
+        with self._lock:
+            self._fail_all(died)
+        self.gone.settle(nothing)
+
+    def _take_news(self, kind: int, text: str, message: pickling.Message) -> None:
+        if kind == wire.STARTED:
+            self.pid = int(text)
+            self._reactor.clear_deadline(self.ready)
+        elif kind == wire.STALLED:
+            self._listener.stalled(Stall(**json.loads(text)))
+        elif kind == wire.EXITED:
+            if self._engine.closing:
+                self.die("was closed with its runtime")
+            else:
+                self._bury(text)
+        else:
+            super()._take_news(kind, text, message)
+
+    def _before_frame(self) -> None:
+        self._engine.memory.arena.check_owner()
+        self._cluster.mirrors.look()  # what was published before a call is there before it
+
+    def _lend(self, parcel: Parcel) -> Sequence[Lent | None] | None:
+        return None  # all travels in the frame
+
+    def _open(self, frame: Frame) -> pickling.Message:
+        return frame.open(None)
+
+    def _hand_over(self, channels: Sequence[Channel]) -> None:
+        new = [channel for channel in channels if channel.name not in self._channels]
+        for channel in new:
+            self._link.write(wire.encode(wire.CHANNEL, self._first_call, channel.name))
+        self._note_channels(new)
+
+    def _note_channels(self, channels: Sequence[Channel]) -> None:
+        for channel in channels:
+            self._channels.add(channel.name)
+            self._cluster.mirrors.add(channel.name, self._link)
+
+    def _on_no_start(self) -> None:
+        self._tell(wire.KILL, self._first_call, "was not started in time")
+        self._reactor.post(partial(self.die, f"was not started within {self._engine.system_timeout_s:g} s"))

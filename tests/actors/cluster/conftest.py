@@ -1,0 +1,128 @@
+"""Keys, doors and connections for the tests of clusters."""
+
+import contextlib
+import json
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from rlx.actors.cluster.credentials import ClusterKey
+from rlx.actors.cluster.handshake import Doorman
+from rlx.actors.cluster.secure_socket import SecureSocket
+
+PATIENCE_S = 20.0
+
+
+@dataclass
+class Door:
+    """A doorman, and who it let in: (SecureSocket, role, address)."""
+
+    doorman: Doorman
+    address: tuple[str, int]
+    admitted: queue.Queue = field(default_factory=queue.Queue)
+
+    def next(self):
+        return self.admitted.get(timeout=PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def key(tmp_path_factory):
+    return ClusterKey.create(tmp_path_factory.mktemp("key") / "cluster.key")
+
+
+@pytest.fixture(scope="session")
+def other_key(tmp_path_factory):
+    return ClusterKey.create(tmp_path_factory.mktemp("other") / "cluster.key")
+
+
+@pytest.fixture
+def closing():
+    with contextlib.ExitStack() as stack:
+        yield lambda thing: stack.enter_context(contextlib.closing(thing))
+
+
+@pytest.fixture
+def open_door(key, closing):
+    """Return a function that opens a door on loopback; doors, and who came in, are closed in the end."""
+
+    def open_(key=key, **options):
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        admitted = queue.Queue()
+
+        def admit(sock, role, address):
+            admitted.put((closing(sock), role, address))
+
+        door = Door(Doorman(key, listener, admit, **options), listener.getsockname(), admitted)
+        closing(door.doorman)
+        return door
+
+    return open_
+
+
+@pytest.fixture
+def tcp_pair(closing):
+    """Return a function that makes two ends of a TCP connection."""
+
+    def pair():
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ours = closing(socket.create_connection(listener.getsockname()))
+            return ours, closing(listener.accept()[0])
+
+    return pair
+
+
+@pytest.fixture
+def tls_pair(tcp_pair, key):
+    """Return a function that makes two ends of a connection with TLS."""
+
+    def pair():
+        ours, theirs = tcp_pair()
+        ends = (SecureSocket(ours, key.client_context()), SecureSocket(theirs, key.server_context(), True))
+        waits = [1, 1]
+        while any(waits):
+            waits = [end.negotiate() for end in ends]
+        return ends
+
+    return pair
+
+
+class Daemon:
+    """A real daemon, as `rlx start` runs it."""
+
+    def __init__(self, key, name, head=None, **options):
+        settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
+        command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.news = json.loads(self.process.stdout.readline())
+
+    @property
+    def address(self):
+        return self.news["address"]
+
+    def end(self, number=signal.SIGTERM):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE_S)
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture(scope="module")
+def start(key):
+    """Starts daemons, which end with the module's tests."""
+    started = []
+
+    def start_one(name, head=None, **options):
+        started.append(Daemon(key, name, head, **options))
+        return started[-1]
+
+    yield start_one
+    for daemon in reversed(started):
+        if daemon.process.poll() is None:
+            daemon.end()
+        daemon.process.stdout.close()

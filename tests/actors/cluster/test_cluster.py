@@ -1,0 +1,198 @@
+"""Daemons of their own processes, a driver, and actors behind them: calls, channels, joining, leaving and dying."""
+
+import os
+import re
+import signal
+import threading
+
+import cloudpickle
+import numpy as np
+import pytest
+
+from rlx import actors
+from rlx.actors import Restart
+from rlx.actors.cluster.heartbeat import Patience
+from rlx.errors import ActorDied, ActorError, HandshakeError
+
+cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
+pytestmark = pytest.mark.timeout(90)
+T = 30.0
+QUICK = Patience(every_s=0.1, suspect_s=0.3, dead_s=1.0)
+
+
+class Worker:
+    def __init__(self, channel=None):
+        self.channel, self.count = channel, 0
+
+    def add(self, count=1):
+        self.count += count
+        return self.count
+
+    def echo(self, value):
+        return value
+
+    def daemon(self):
+        return os.getppid(), os.environ.get("RLX_TEST_PASSED_ON")
+
+    def publish(self, channel, value):
+        return channel.publish(value)
+
+    def newest(self, channel=None):
+        published = (channel or self.channel).latest()
+        return None if published is None else (published.version, published.value.sum().item())
+
+    def pause(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.fixture(scope="module")
+def head(start):
+    return start("a")
+
+
+@pytest.fixture(scope="module")
+def second(start, head):
+    return start("b", head.address)
+
+
+@pytest.fixture
+def rt(key, head, second):
+    with actors.runtime("cluster", address=head.address, token_file=key.path, preload=("numpy",)) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def open_runtime(key):
+    opened = []
+
+    def open_one(address, **options):
+        opened.append(actors.runtime("cluster", address=address, token_file=key.path, preload=("numpy",), **options))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.close()
+
+
+def spawn_on_both(rt, **options):
+    """Return one actor of each of two nodes."""
+    return [rt.spawn(Worker, **options) for _ in range(2)]
+
+
+def test_actors_are_spread_over_the_nodes_and_get_the_environment(rt, monkeypatch):
+    monkeypatch.setenv("RLX_TEST_PASSED_ON", "yes")
+    found = [worker.daemon.call().result(T) for worker in spawn_on_both(rt)]
+    assert len({parent for parent, _ in found}) == 2  # the forkservers of two daemons
+    assert [passed_on for _, passed_on in found] == ["yes", "yes"]
+
+
+def test_what_was_published_before_a_call_is_there_before_it(rt):
+    channel = rt.channel("weights")
+    channel.publish(np.full(100_000, 1.0))
+    first, second = spawn_on_both(rt, channel=channel)
+    assert [worker.newest.call().result(T) for worker in (first, second)] == [(1, 100_000.0)] * 2
+    for version in range(2, 30):
+        channel.publish(np.full(10, float(version)))
+        assert [worker.newest.call().result(T) for worker in (first, second)] == [(version, 10.0 * version)] * 2
+
+
+def test_what_an_actor_publishes_is_everywhere_before_its_answer(rt):
+    publisher, reader = spawn_on_both(rt)
+    channel = rt.channel("of an actor")
+    assert reader.newest.call(channel).result(T) is None
+    for version in range(1, 30):
+        assert publisher.publish.call(channel, np.full(5, float(version))).result(T) == version
+        assert channel.latest().version == version
+        assert reader.newest.call(channel).result(T) == (version, 5.0 * version)
+
+
+def test_a_node_that_is_killed_takes_its_actors_along_and_they_start_on_another(start, key, open_runtime):
+    head = start("a-of-kill")
+    other = start("b-of-kill", head.address)
+    rt = open_runtime(head.address)
+    moved = threading.Event()
+    workers = [rt.spawn(Worker, restart=Restart(max=3, backoff_s=0.01)) for _ in range(2)]
+    parents = [worker.daemon.call().result(T)[0] for worker in workers]
+    lost = rt.spawn(Worker, name="lost/0"), rt.spawn(Worker, name="lost/1")
+    for worker in (*workers, *lost):
+        worker.ready(T)
+        rt.monitor(worker, on_restart=lambda *_: moved.set())
+    other.end(signal.SIGKILL)
+    assert moved.wait(T)
+    died = [worker.add.call().exception(T) for worker in lost]
+    texts = [str(error) for error in died if error is not None]
+    assert len(texts) == 1 and "was lost with its node b-of-kill" in texts[0] and "closed its link" in texts[0]
+    assert len({worker.daemon.call().result(T)[0] for worker in workers} & set(parents)) == 1
+
+
+def test_a_node_that_is_silent_counts_as_lost_and_is_fenced(start, open_runtime):
+    head = start("a-of-silence", patience={"every_s": 0.1, "suspect_s": 0.3, "dead_s": 30.0})
+    other = start("b-of-silence", head.address)
+    rt = open_runtime(head.address, patience=QUICK)
+    workers = spawn_on_both(rt)
+    for worker in workers:
+        worker.ready(T)
+    ended = threading.Event()
+    for worker in workers:
+        rt.monitor(worker, on_exit=lambda *_: ended.set())
+    other.process.send_signal(signal.SIGSTOP)
+    calls = [worker.add.call() for worker in workers]
+    assert ended.wait(T)
+    errors = [call.exception(T) for call in calls]
+    (error,) = [error for error in errors if error is not None]
+    assert isinstance(error, ActorDied) and "b-of-silence" in str(error) and "has been silent for 1 s" in str(error)
+    other.process.send_signal(signal.SIGCONT)
+    (living,) = [worker for worker, error in zip(workers, errors, strict=True) if error is None]
+    assert living.add.call().result(T) == 2  # nothing that the fenced one says is taken
+
+
+def test_a_node_that_joins_later_gets_actors(start, open_runtime):
+    head = start("a-of-join")
+    rt = open_runtime(head.address)
+    alone = rt.spawn(Worker).daemon.call().result(T)[0]
+    assert rt.spawn(Worker).daemon.call().result(T)[0] == alone
+    joined = threading.Event()
+    rt._engine.when_nodes_change(joined.set)
+    start("b-of-join", head.address)
+    assert joined.wait(T)
+    assert rt.spawn(Worker).daemon.call().result(T)[0] != alone  # which has two, and the new one none
+
+
+def test_without_its_head_a_runtime_ends_with_a_sentence(start, open_runtime):
+    head = start("a-of-head")
+    start("b-of-head", head.address)
+    rt = open_runtime(head.address)
+    workers = spawn_on_both(rt)
+    for worker in workers:
+        worker.ready(T)
+    ended = threading.Semaphore(0)
+    for worker in workers:
+        rt.monitor(worker, on_exit=lambda *_: ended.release())
+    head.end(signal.SIGKILL)
+    assert ended.acquire(timeout=T) and ended.acquire(timeout=T)
+    for worker in workers:
+        with pytest.raises(ActorDied, match=re.escape(head.address)):
+            worker.add.call().result(T)
+    with pytest.raises(ActorError, match=r"the head of the cluster .* closed its link"):
+        rt.spawn(Worker)
+
+
+def test_no_cluster_no_runtime(key, other_key, head):
+    with pytest.raises(HandshakeError, match=r"nobody listens at 127\.0\.0\.1:1"):
+        actors.runtime("cluster", address="127.0.0.1:1", token_file=key.path)
+    with pytest.raises(HandshakeError, match="belongs to another cluster"):
+        actors.runtime("cluster", address=head.address, token_file=other_key.path)
+    with pytest.raises(ValueError, match="'here' is not HOST:PORT"):
+        actors.runtime("cluster", address="here", token_file=key.path)
+
+
+def test_two_nodes_of_one_name_are_one_too_many(start, head, second):
+    daemon = start("b", head.address)
+    assert daemon.process.wait(T) == 1
+
+
+def test_large_values_come_back_equal(rt):
+    values = [np.random.default_rng(size).integers(0, 255, size, np.uint8) for size in (1, 70_000, 30_000_000)]
+    for worker in spawn_on_both(rt):
+        for value in values:
+            assert (worker.echo.call(value).result(T) == value).all()

@@ -1,0 +1,144 @@
+"""Which machine gets which actor: the ledger by itself, and real daemons."""
+
+import os
+import signal
+import threading
+
+import cloudpickle
+import pytest
+
+from rlx import actors
+from rlx.actors import Resources, Restart
+from rlx.actors.cluster.membership import NodeInfo
+from rlx.actors.cluster.placement import ClusterPool
+from rlx.errors import Infeasible
+
+cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
+pytestmark = pytest.mark.timeout(90)
+T = 30.0
+CPU = Resources(cpu=1)
+
+
+def a_pool(*cpus, **labels):
+    """Return a pool of machines with so many CPUs, and two GPUs each."""
+    infos = [
+        NodeInfo(f"n{number}", "-", cpu, 2, 2**30, labels if number == 0 else {}) for number, cpu in enumerate(cpus)
+    ]
+    return ClusterPool(dict(enumerate(infos)))
+
+
+@pytest.mark.parametrize(
+    "strategy, places",
+    [("spread", [0, 1, 2, 0]), ("pack", [0, 0, 0, 1]), ("strict_pack", None), ("strict_spread", None)],
+)
+def test_four_bundles_on_three_machines_of_three_cpus(strategy, places):
+    pool = a_pool(3, 3, 3)
+    if places is None:
+        with pytest.raises(Infeasible, match=f'do not fit on the machines together with strategy="{strategy}"'):
+            pool.claim("four", [CPU] * 4, strategy)
+    else:
+        assert pool.claim("four", [CPU] * 4, strategy).places == places
+    three = a_pool(3, 3, 3).claim("three", [CPU] * 3, strategy).places
+    assert three == ([0, 1, 2] if "spread" in strategy else [0, 0, 0])
+
+
+def test_bundles_that_only_fit_one_way_find_it():
+    claim = a_pool(4, 6).claim("g", [Resources(cpu=3), Resources(cpu=3), Resources(cpu=4)], "pack")
+    assert claim.granted and claim.places == [1, 1, 0]
+
+
+def test_an_actor_gets_all_from_one_machine_and_its_gpus_are_that_machines():
+    pool = a_pool(2, 8)
+    with pytest.raises(Infeasible, match="no machine of this cluster has 9 CPUs: n0: 2 CPUs, 2 GPUs, 1 GiB memory; n1"):
+        pool.claim("nine", [Resources(cpu=9)])
+    first, second = (pool.claim("gpus", [Resources(cpu=1, gpu=2)]) for _ in range(2))
+    assert {first.places[0], second.places[0]} == {0, 1}
+    assert first.devices == second.devices == [("0", "1")]
+    third = pool.claim("late", [Resources(gpu=0.5)])
+    assert not third.granted and "0 GPUs of 4 free" in third.waiting()
+    second.release()
+    assert third.granted and third.places == second.places
+
+
+def test_labels_choose_the_machine():
+    pool = a_pool(1, 4, kind="h200")
+    assert pool.claim("a", [Resources(labels={"kind": "h200"})]).places == [0]
+    assert pool.claim("b", [Resources(cpu=1, labels={"node": "n1"})]).places == [1]
+    with pytest.raises(Infeasible, match=r"has kind=tpu: n0: .*kind=h200"):
+        pool.claim("c", [Resources(labels={"kind": "tpu"})])
+
+
+def test_a_machine_that_joins_serves_who_waits_and_one_that_leaves_takes_its_claims_along():
+    pool = a_pool(1)
+    held, waiting = pool.claim("held", [CPU]), pool.claim("waits", [CPU])
+    assert held.granted and not waiting.granted
+    pool.add(7, NodeInfo("late", "-", 1, 0, 0))
+    assert waiting.granted and waiting.places == [7]
+    pool.remove(7)
+    assert waiting.is_lost and not held.is_lost
+    waiting.release()
+    again = pool.claim("again", [CPU])
+    assert not again.granted
+    held.release()
+    assert again.places == [0]
+
+
+class Here:
+    def parent(self):
+        return os.getppid()
+
+    def gpus(self):
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.fixture(scope="module")
+def head(start):
+    return start("a", cpu=2, gpu=1, labels={"kind": "big"})
+
+
+@pytest.fixture(scope="module")
+def second(start, head):
+    return start("b", head.address, cpu=2)
+
+
+@pytest.fixture
+def rt(key, head, second):
+    with actors.runtime("cluster", address=head.address, token_file=key.path, preload=("numpy",)) as runtime:
+        yield runtime
+
+
+def test_actors_run_where_their_resources_are(rt):
+    big = rt.spawn(Here, resources=Resources(gpu=1, labels={"kind": "big"}))
+    others = [rt.spawn(Here, resources=Resources(cpu=1, labels={"node": "b"})) for _ in range(2)]
+    on_b = {worker.parent.call().result(T) for worker in others}
+    assert big.gpus.call().result(T) == "0" and len(on_b) == 1 and big.parent.call().result(T) not in on_b
+    third = rt.spawn(Here, resources=Resources(cpu=1, labels={"node": "b"}))
+    assert rt.state()[third.name].status == "pending"
+    rt.kill(others[0])
+    assert third.parent.call().result(T) in on_b
+
+
+def test_a_reservation_lies_on_its_machines(rt):
+    with rt.reserve([CPU, CPU], strategy="strict_spread") as apart, rt.reserve([CPU], strategy="pack"):
+        workers = [rt.spawn(Here, reservation=apart[index]) for index in range(2)]
+        assert len({worker.parent.call().result(T) for worker in workers}) == 2
+        with pytest.raises(Infeasible, match="strict_pack"):
+            rt.reserve([CPU] * 3, strategy="strict_pack")
+
+
+def test_an_actor_whose_node_is_lost_is_placed_anew(start, key):
+    head = start("a-of-anew", cpu=1)
+    other = start("b-of-anew", head.address, cpu=1)
+    with actors.runtime("cluster", address=head.address, token_file=key.path, preload=("numpy",)) as rt:
+        first = rt.spawn(Here, resources=CPU)
+        moved = rt.spawn(Here, resources=CPU, restart=Restart(max=2, backoff_s=0.01))
+        parents = first.parent.call().result(T), moved.parent.call().result(T)
+        assert parents[0] != parents[1]
+        died, back = threading.Event(), threading.Event()
+        rt.monitor(moved, on_restart=lambda *_: back.set())
+        rt.monitor(first, on_exit=lambda *_: died.set())
+        other.end(signal.SIGKILL)
+        if not died.wait(0):  # the moved one was on b: it waits until the first one makes room
+            rt.kill(first)
+        assert back.wait(T)
+        assert moved.parent.call().result(T) == parents[0]
