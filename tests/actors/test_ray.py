@@ -479,9 +479,9 @@ def test_ray_may_be_shut_down_before_the_runtime_is_closed():
 
 
 def test_an_address_is_for_ray_alone():
-    with pytest.raises(ConfigError, match=r"runtime.address=auto is that of a Ray cluster"):
+    with pytest.raises(ConfigError, match=r"runtime.address=auto is that of a cluster"):
         PPOConfig().environment("CartPole-v1").runtime(address="auto").validate()
-    with pytest.raises(ConfigError, match=r"num_learners=2 on the Ray cluster auto may be on several machines"):
+    with pytest.raises(ConfigError, match=r"num_learners=2 on the cluster auto may be on several machines"):
         PPOConfig().environment("CartPole-v1").runtime(engine="ray", address="auto").learners(num_learners=2).validate()
 
 
@@ -500,6 +500,8 @@ def test_resources_are_those_of_the_cluster_and_ray_is_told(rt):
     assert waiting.total.call(3).result(T) == 3
     with pytest.raises(Infeasible, match=r"asks for 4 CPUs, and no machine of the Ray cluster has that: 3 CPUs"):
         rt.spawn(Holder, resources=Resources(cpu=4))
+    with pytest.raises(NotSupported, match=r"asks for 1 CPU, node=here: machines of the Ray cluster have no labels"):
+        rt.spawn(Holder, resources=Resources(cpu=1, labels={"node": "here"}))
     rt.kill(waiting)
 
 

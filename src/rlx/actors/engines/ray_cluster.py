@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlx.actors.engines.ray_data import NAMESPACE
 from rlx.actors.monitor import logger
 from rlx.actors.resources import WAIT_WARNING_S, Claim, Pool, Reservation, Resources
-from rlx.errors import CallTimeout, ConfigError, Infeasible
+from rlx.errors import CallTimeout, ConfigError, Infeasible, NotSupported
 
 JOIN_S = 15.0  # for a cluster to answer
 MAX_WHY = 250  # characters of what Ray says of one that does not
@@ -139,19 +139,20 @@ def _signal_handler_kept() -> Iterator[None]:
 class ClusterPool(Pool):
     """What the machines of a cluster have together, of which an actor gets its part from one of them."""
 
-    def __init__(self, given: Resources, machines: Sequence[Mapping[str, float]]) -> None:
+    def __init__(self, machines: Sequence[Mapping[str, float]]) -> None:
         self._machines = [_resources(machine) for machine in machines]
         found = [machine.amounts() for machine in self._machines]
-        cpu, gpu, memory = (sum(one[name] for one in found) for name in ("cpu", "gpu", "memory"))
-        custom = {name: sum(one.get(name, 0) for one in found) for one in found for name in one.keys() - MEASURES}
-        total = Resources(
-            given.cpu or cpu, given.gpu or int(gpu), given.memory or int(memory), {**custom, **given.custom}
-        )
-        super().__init__("the Ray cluster", total, {f"GPU {index}": 1.0 for index in range(int(total.gpu))})
+        total = {name: sum(one.get(name, 0) for one in found) for each in found for name in each}
+        custom = {name: amount for name, amount in total.items() if name not in MEASURES}
+        gpus = int(total["gpu"])
+        has = Resources(total["cpu"], gpus, int(total["memory"]), custom)
+        super().__init__("the Ray cluster", has, {f"GPU {index}": 1.0 for index in range(gpus)})
 
     def claim(self, holder: str, wants: Sequence[Resources], strategy: str = "spread") -> Claim:
         """Return a claim, as every pool does; Infeasible also where no machine has all that one actor asks for."""
         for want in wants:
+            if want.labels:
+                raise NotSupported(f"{holder} asks for {want}: machines of {self.name} have no labels; leave them out.")
             asked = want.amounts().items()
             if not any(all(amount <= one.amounts().get(name, 0) for name, amount in asked) for one in self._machines):
                 machines = "; ".join(map(str, self._machines))
