@@ -18,8 +18,8 @@ from tests.actors.engines import ALL, PROCESSES, opened
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
-pytestmark = pytest.mark.timeout(60)
-T = 20.0  # a deadline, not a delay
+pytestmark = pytest.mark.timeout(180)
+T = 60.0  # a deadline, not a delay
 MIB = 2**20
 
 on_processes = pytest.mark.parametrize("rt", PROCESSES, indirect=True)
