@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import cloudpickle
 import numpy as np
 import pytest
+import torch
 
 from rlx import actors
 from rlx.actors import Err, Resources, Restart
@@ -25,8 +27,12 @@ from rlx.rollout.text_envs import TextEnvs
 from tests.rollout.scripted_env import Talkative
 
 pytest.importorskip("ray", reason="needs the extra rlx[ray]")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(100)]
-T = 20.0  # a deadline, not a delay
+from rlx.actors.engines import pickling
+from rlx.actors.engines.ray_data import Parcel
+from rlx.actors.engines.ray_host import VALUE, LoopHost
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+T = 60.0  # a deadline, not a delay
 
 
 class Holder:
@@ -49,6 +55,11 @@ class Holder:
 
     def publish(self, value):
         return self.channel.publish(value)
+
+    def own(self):
+        import ray
+
+        return ray.put(1).owner_address()
 
     def count_looks(self, looks):
         asked, look = [], self.channel._look
@@ -110,7 +121,7 @@ class Noting:
     def __init__(self):
         self.begun = []
 
-    def begin(self, number, value=None):
+    def begin(self, number):
         self.begun.append(number)
 
     def all(self):
@@ -127,7 +138,13 @@ class Noting:
 
 class Tasks:
     def __init__(self):
-        self.event = asyncio.Event()
+        self.event, self.begun = asyncio.Event(), []
+
+    def begin(self, number):
+        self.begun.append(number)
+
+    def all(self):
+        return self.begun
 
     async def wait(self):
         await self.event.wait()
@@ -135,9 +152,6 @@ class Tasks:
 
     async def set(self):
         self.event.set()
-
-    def nothing(self):
-        pass
 
 
 class Inheriting(Tasks):
@@ -198,10 +212,15 @@ def test_readers_of_a_channel_see_the_newest_version_whoever_publishes(rt):
 
 
 def test_a_value_outlives_the_actor_that_published_it(rt):
+    import ray
+
     channel = rt.channel("of an actor")
     publisher, reader = rt.spawn(Holder, channel), rt.spawn(Holder, channel)
     assert publisher.publish.call(np.ones(200_000)).result(T) == 1
+    owner = publisher.own.call().result(T)
+    _, _, (reference,), _ = ray.get(channel._board.newest.remote(channel.name, ("nobody", None), 0, 0.0))
     rt.kill(publisher)
+    assert reference.owner_address() != owner  # Ray forgets an object with its owner, be it in a moment or in a minute
     version, value = reader.take.call().result(T)
     assert version == 1 and value.sum() == 200_000
 
@@ -257,14 +276,17 @@ def test_calls_before_an_actor_of_several_threads_is_made_wait_for_that(rt, pipe
     assert [call.result(T) for call in calls] == ["made"] * 3
 
 
-def test_calls_to_threads_begin_in_their_order_however_large_they_are(rt):
-    actor, large = rt.spawn(Noting, concurrency=2), np.ones(300_000)
-    for number in range(30):
-        actor.begin.send(number, None if number % 3 else large)
-    actor.begin.call(30).result(T)
-    poll(lambda: len(actor.all.call().result(T)) == 31)
-    begun = actor.all.call().result(T)
-    assert all(abs(number - place) < 2 for place, number in enumerate(begun))  # two threads note what has begun
+@pytest.mark.parametrize("made", [Noting, Tasks])
+def test_calls_that_come_in_any_order_begin_by_their_numbers(made):
+    async def bring(numbers):
+        host = LoopHost("host", {}, torch.get_num_threads(), 1)
+        await host.make(*Parcel((made, (), {}), "it").arguments)
+        await asyncio.gather(*(host.run(n, "begin", *Parcel(((n,), {}), "it").arguments) for n in numbers))
+        kind, _, message = await host.run(len(numbers) + 1, "all", *Parcel(((), {}), "it").arguments)
+        assert kind == VALUE
+        return pickling.loads(message)
+
+    assert asyncio.run(bring([3, 1, 4, 2])) == [1, 2, 3, 4]
 
 
 def test_a_call_that_runs_in_a_thread_hears_that_it_was_cancelled_and_one_that_has_not_begun_never_runs(rt, pipe):
@@ -283,7 +305,7 @@ def test_a_call_that_runs_in_a_thread_hears_that_it_was_cancelled_and_one_that_h
 def test_a_task_that_is_cancelled_says_so_and_inherited_coroutines_are_tasks(rt):
     actor = rt.spawn(Inheriting)
     waiting, cancelled = actor.wait.call(), actor.wait.call()
-    actor.nothing.call().result(T)
+    actor.all.call().result(T)
     assert cancelled.cancel()
     with pytest.raises(CallCancelled, match=r"wait\(\) was cancelled while it ran"):
         cancelled.result(T)
@@ -403,6 +425,15 @@ def test_an_address_without_a_cluster_is_an_error_that_names_the_setting(monkeyp
     assert "\n" not in str(caught.value)
 
 
+def test_who_listens_and_is_no_cluster_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("rlx.actors.engines.ray_cluster.JOIN_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"runtime.address={address} \(.* not answered as Ray does within 1 s\)"):
+            actors.runtime("ray", address=address)
+
+
 def test_the_programs_own_handler_of_sigterm_is_put_back(monkeypatch):
     from rlx.actors.engines.ray_cluster import Connection
 
@@ -448,9 +479,9 @@ def test_ray_may_be_shut_down_before_the_runtime_is_closed():
 
 
 def test_an_address_is_for_ray_alone():
-    with pytest.raises(ConfigError, match=r"runtime.address=auto is that of a Ray cluster"):
+    with pytest.raises(ConfigError, match=r"runtime.address=auto is that of a cluster"):
         PPOConfig().environment("CartPole-v1").runtime(address="auto").validate()
-    with pytest.raises(ConfigError, match=r"num_learners=2 on the Ray cluster auto may be on several machines"):
+    with pytest.raises(ConfigError, match=r"num_learners=2 on the cluster auto may be on several machines"):
         PPOConfig().environment("CartPole-v1").runtime(engine="ray", address="auto").learners(num_learners=2).validate()
 
 
@@ -469,6 +500,8 @@ def test_resources_are_those_of_the_cluster_and_ray_is_told(rt):
     assert waiting.total.call(3).result(T) == 3
     with pytest.raises(Infeasible, match=r"asks for 4 CPUs, and no machine of the Ray cluster has that: 3 CPUs"):
         rt.spawn(Holder, resources=Resources(cpu=4))
+    with pytest.raises(NotSupported, match=r"asks for 1 CPU, node=here: machines of the Ray cluster have no labels"):
+        rt.spawn(Holder, resources=Resources(cpu=1, labels={"node": "here"}))
     rt.kill(waiting)
 
 
@@ -507,8 +540,8 @@ def test_a_reservation_that_others_leave_no_room_for_is_late_and_leaves_nothing_
 
 
 def test_the_start_of_an_environments_process_is_no_lost_time(rt, monkeypatch):
-    """It takes seconds on Ray, and the answer that is waited for meanwhile has 0.5."""
-    monkeypatch.setattr(text_envs, "MARGIN_S", 0.49)
+    """It takes seconds on Ray, and the answer that is waited for meanwhile has one."""
+    monkeypatch.setattr(text_envs, "MARGIN_S", 0.99)
     envs = TextEnvs(Talkative, timeout_s=0.01, num_actors=1, runtime=lambda: rt, restart=Restart(max=1))
     begun = {Key(0, 0, 0): (3, {"prompt": [1], "record": {"turns": 2, "what": ""}})}
     assert envs.reset(begun)[Key(0, 0, 0)].tokens.tolist() == [1, 3]

@@ -18,8 +18,8 @@ from tests.actors.engines import ALL, PROCESSES, opened
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
-pytestmark = pytest.mark.timeout(60)
-T = 20.0  # a deadline, not a delay
+pytestmark = pytest.mark.timeout(180)
+T = 60.0  # a deadline, not a delay
 MIB = 2**20
 
 on_processes = pytest.mark.parametrize("rt", PROCESSES, indirect=True)
@@ -267,7 +267,7 @@ def test_a_closed_stream_of_an_async_generator_has_run_its_finally(rt, tmp_path)
 
 def test_async_generators_and_plain_ones_of_an_async_actor_are_streams_too(rt):
     actor = rt.spawn(Waiter)
-    assert list(actor.count.stream(20, credits=3)) == list(range(20))
+    assert list(actor.count.stream(300, credits=8)) == list(range(300))
     assert list(actor.plain_count.stream(20, credits=1)) == list(range(20))
     rt.kill(actor)
 

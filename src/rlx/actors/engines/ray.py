@@ -23,7 +23,7 @@ from rlx.actors.future import wait
 from rlx.actors.interface import ActorSpec, Listener, Slot
 from rlx.actors.monitor import EventThread
 from rlx.actors.resources import Pool, Resources
-from rlx.errors import ActorError
+from rlx.errors import ActorError, NotSupported
 
 CLOSE_GRACE_S = 2.0  # for idle actors to finish what they were sent
 LOOK_EVERY_S = 0.2  # for the deaths of actors that nobody asks anything
@@ -34,7 +34,7 @@ Board = ray.remote(ray_host.Board)
 class RayEngine:
     """A part in this process' Ray, which the first engine starts, or joins."""
 
-    capabilities: frozenset[str] = frozenset({"processes", "machines", "resources"})
+    capabilities: frozenset[str] = frozenset({"processes", "machines"})
 
     def __init__(self, system_timeout_s: float, address: str | None = None, **options: Any) -> None:
         """address: of a running cluster, as ray.init takes it; None starts Ray here. options: of ray.init."""
@@ -70,8 +70,12 @@ class RayEngine:
 
     def pool(self, given: Resources) -> Pool:
         """Return what the living machines of the cluster have."""
+        if given:
+            raise NotSupported(
+                "a cluster has what its nodes have; where Ray is started here, give num_cpus or num_gpus instead."
+            )
         _check_ray()
-        return ClusterPool(given, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        return ClusterPool([node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def slot(self, name: str) -> Slot:
         """Ray has a board of its own."""

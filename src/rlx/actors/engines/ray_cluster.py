@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +22,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlx.actors.engines.ray_data import NAMESPACE
 from rlx.actors.monitor import logger
 from rlx.actors.resources import WAIT_WARNING_S, Claim, Pool, Reservation, Resources
-from rlx.errors import CallTimeout, ConfigError, Infeasible
+from rlx.errors import CallTimeout, ConfigError, Infeasible, NotSupported
 
+JOIN_S = 15.0  # for a cluster to answer
+MAX_WHY = 250  # characters of what Ray says of one that does not
 MEASURES = {"cpu", "gpu", "memory"}
 
 
@@ -87,25 +91,37 @@ def _initialize(address: str | None, timeout_s: float, options: Mapping[str, Any
         ray.init(address="local", namespace=NAMESPACE, **{**quiet, **options})
         return
     try:
-        _knock(address, timeout_s)
+        _ask_who_is_there(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address, timeout_s)
         ray.init(address=address, namespace=NAMESPACE, **options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        why = str(error).partition(". ")[0].rstrip(".")
         raise ConfigError(
-            f"there is no Ray cluster at runtime.address={address} ({why}); start one there (`ray start --head`), "
-            "correct the address (auto or host:port), or leave it out to have Ray started on this machine."
+            f"there is no Ray cluster at runtime.address={address} ({_first_of(str(error))}); start one there (`ray "
+            "start --head`), correct the address (auto or host:port), or leave it out to have Ray started on this "
+            "machine."
         ) from error
 
 
-def _knock(address: str, timeout_s: float) -> None:
-    """Raise OSError where nobody listens at host:port: Ray itself would try for minutes, and then end this process."""
+def _ask_who_is_there(address: str, timeout_s: float) -> None:
+    """Raise OSError where no cluster answers at host:port in time: Ray itself would try for many minutes."""
     if "://" in address:
         raise ValueError("that is one of Ray's client, which hears of no deaths")
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "")
     host, colon, port = address.rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    if not (colon and port.isdecimal()):
+        return
+    timeout_s = min(timeout_s, JOIN_S)
+    socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"somebody listens there, and has not answered as Ray does within {timeout_s:g} s") from error
+    if asked.returncode:
+        raise OSError(asked.stderr.rstrip().rpartition("\n")[2])
+
+
+def _first_of(text: str) -> str:
+    """Return what an error of Ray's says, of which the first sentences are enough."""
+    return " ".join(text.split())[:MAX_WHY].rpartition(". ")[0] or text.rstrip(".")
 
 
 @contextmanager
@@ -123,19 +139,20 @@ def _signal_handler_kept() -> Iterator[None]:
 class ClusterPool(Pool):
     """What the machines of a cluster have together, of which an actor gets its part from one of them."""
 
-    def __init__(self, given: Resources, machines: Sequence[Mapping[str, float]]) -> None:
+    def __init__(self, machines: Sequence[Mapping[str, float]]) -> None:
         self._machines = [_resources(machine) for machine in machines]
         found = [machine.amounts() for machine in self._machines]
-        cpu, gpu, memory = (sum(one[name] for one in found) for name in ("cpu", "gpu", "memory"))
-        custom = {name: sum(one.get(name, 0) for one in found) for one in found for name in one.keys() - MEASURES}
-        total = Resources(
-            given.cpu or cpu, given.gpu or int(gpu), given.memory or int(memory), {**custom, **given.custom}
-        )
-        super().__init__("the Ray cluster", total, {f"GPU {index}": 1.0 for index in range(int(total.gpu))})
+        total = {name: sum(one.get(name, 0) for one in found) for each in found for name in each}
+        custom = {name: amount for name, amount in total.items() if name not in MEASURES}
+        gpus = int(total["gpu"])
+        has = Resources(total["cpu"], gpus, int(total["memory"]), custom)
+        super().__init__("the Ray cluster", has, {f"GPU {index}": 1.0 for index in range(gpus)})
 
     def claim(self, holder: str, wants: Sequence[Resources], strategy: str = "spread") -> Claim:
         """Return a claim, as every pool does; Infeasible also where no machine has all that one actor asks for."""
         for want in wants:
+            if want.labels:
+                raise NotSupported(f"{holder} asks for {want}: machines of {self.name} have no labels; leave them out.")
             asked = want.amounts().items()
             if not any(all(amount <= one.amounts().get(name, 0) for name, amount in asked) for one in self._machines):
                 machines = "; ".join(map(str, self._machines))
