@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import queue
 import signal
 import socket
@@ -97,7 +98,8 @@ class Daemon:
     def __init__(self, key, name, head=None, **options):
         settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
         command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        env = os.environ | {"RLX_HOME": str(key.path.parent)}  # where it notes itself
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         self.news = json.loads(self.process.stdout.readline())
 
     @property
