@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import select
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ import yaml
 
 from rlx import cli, cluster_launch
 from rlx.actors import processes
+from rlx.actors.cluster import roll_call
 from rlx.actors.cluster.credentials import ClusterKey
+from rlx.errors import ActorError
 
 pytestmark = pytest.mark.timeout(90)
 T = 60.0
@@ -149,9 +154,6 @@ def test_a_head_names_who_is_missing(terminal, nodes, sentence):
 
 
 def test_one_node_more_than_expected_is_an_error(cluster):
-    from rlx.actors.cluster import roll_call
-    from rlx.errors import ActorError
-
     terminal, address = cluster
     key = ClusterKey.load(terminal.home / "cluster.key")
     assert [node.name for node in roll_call.wait_for(address, key, 2, T)] == ["a", "b"]
@@ -171,6 +173,7 @@ def test_what_keeps_a_node_from_joining_is_one_sentence(cluster, tmp_path):
         (["--name", "b"], 1, "there is a node b (127.0.0.1:"),
         (["--name", "c", "--host", "203.0.113.7"], 2, "rlx cannot listen at 203.0.113.7:0 (Cannot assign"),
         (["--name", "c", "--port", address.partition(":")[2]], 2, "(Address already in use)"),
+        (["--name", "c", "--host", "0.0.0.0"], 2, "--host 0.0.0.0 is no address that others can connect to"),
         (["--nodes", "3"], 2, "--nodes goes with --head"),
     ]:
         said = terminal.type("start", "--address", address, *words, code=code)
@@ -212,6 +215,16 @@ def test_block_stays_until_sigterm_and_takes_the_daemon_along(terminal):
     assert not processes.is_running(note["pid"], note["start_ticks"])
 
 
+def test_block_says_how_its_daemon_has_ended(terminal):
+    words = ["start", "--head", *HERE, "--name", "a", "--block"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlx.cli", *words], env=terminal.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as blocking:
+        os.kill(int(re.search(rb"pid (\d+)", blocking.stdout.readline())[1]), signal.SIGKILL)
+        assert blocking.wait(T) == 1
+        assert b"rlx: error: the daemon a (pid " in (said := blocking.stderr.read()) and b"has ended by SIGKILL" in said
+
+
 # status and stop ------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +245,20 @@ def test_status_shows_the_daemons_of_this_machine(cluster):
     assert first.split()[:3] == ["a", address, "head"] and f"of {address}" in second
 
 
+def test_status_shows_for_how_long_a_node_has_been_silent(cluster):
+    terminal, address = cluster
+    key = ClusterKey.load(terminal.home / "cluster.key")
+    pid = terminal.daemons()["b"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + T
+        while (silent_s := roll_call.present(address, key)[1].silent_s) < 1.5:  # a sign of life comes every second
+            assert time.monotonic() < deadline
+        assert 1.5 <= silent_s < 15
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_status_of_what_is_no_head(cluster):
     terminal, _ = cluster
     said = terminal.type("status", "--address", terminal.daemons()["b"]["address"], code=1)
@@ -246,14 +273,16 @@ def test_notes_of_daemons_that_have_ended_are_removed(terminal):
     os.kill(note["pid"], signal.SIGKILL)
     assert_ended(note["pid"])
     assert "No daemon of yours" in terminal.type("status") and not file.exists()
-    file.write_text(json.dumps(note | {"pid": os.getpid()}))  # another process has the number now
-    assert "No daemon of yours" in terminal.type("stop", "--all") and not file.exists()
+    ours = file.with_name(file.name.replace(str(note["pid"]), str(os.getpid())))
+    ours.write_text(json.dumps(note | {"pid": os.getpid()}))  # another process has the number now
+    theirs = file.with_name(f"{socket.gethostname()}.domain.{file.name.partition('.')[2]}")
+    theirs.write_text(json.dumps(note))  # of a machine whose name begins as ours does, in a folder that both share
+    assert "No daemon of yours" in terminal.type("stop", "--all")
+    assert not ours.exists() and theirs.exists()
 
 
 def assert_ended(pid):
     """Wait until a process, no child of ours, has ended."""
-    import select
-
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -309,16 +338,9 @@ def test_launch_starts_nodes_by_srun(terminal):
     daemons = terminal.daemons()
     assert sorted(daemons) == ["n1", "n2", "n3"] and daemons["n2"]["log"] == ""  # srun.log has it
     arguments = (terminal.home / "srun.arguments").read_text().split("\n")
-    assert arguments[:9] == [
-        "--overlap",
-        "--nodes",
-        "2",
-        "--ntasks",
-        "2",
-        "--ntasks-per-node",
-        "1",
-        "--nodelist",
-        "n2,n3",
+    assert arguments[: arguments.index("sh")] == [
+        *("--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"),
+        *("--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "--nodelist", "n2,n3"),
     ]
 
 
@@ -326,7 +348,7 @@ def test_launch_prints_what_it_would_do(terminal):
     (command,) = terminal.type("launch", "--hosts", "h1", "--python", "/opt/my env/python", "--dry-run").splitlines()
     words = shlex.split(command)
     assert words[:6] == ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "h1"]
-    assert words[-2:] == ["<", "~/.rlx/cluster.key"] or words[-2] == "<"
+    assert words[7:] == ["<", "~/.rlx/cluster.key"]
     shell, c, script = shlex.split(words[6])
     assert (shell, c) == ("sh", "-c")
     assert "'/opt/my env/python' -m rlx.cli start --address HEAD:PORT" in script and script.startswith("umask 077;")

@@ -13,7 +13,7 @@ from rlx.arguments import add_command, natural, positive
 MAX_DAYS = 36500  # that certificates are made for
 PORT = 6380
 """Where heads listen when machines are to know it beforehand."""
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,200}[A-Za-z0-9])?")
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 
 
@@ -188,7 +188,7 @@ def _address(text: str) -> str:
 
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a node: letters, digits, '.', '_', '-', 63 at most")
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a node: letters, digits, '.', '_', '-', 202 at most")
     return text
 
 

@@ -69,9 +69,8 @@ def start(options: argparse.Namespace) -> int:
                     raise ActorError(f"{error}; the head {rest}.") from None
                 print_complete(nodes)
             if options.block:
-                with contextlib.suppress(KeyboardInterrupt):  # it ends as it should
-                    return process.wait()
-            return 0
+                _stay(daemon, process)
+    return 0
 
 
 def status(options: argparse.Namespace) -> None:
@@ -160,28 +159,38 @@ def _daemon_options(options: argparse.Namespace, key: ClusterKey) -> Options:
 
 
 def _print_started(daemon: Options, pid: int, address: str, block: bool) -> None:
+    from rlx.actors.cluster.daemon import parse_address
+
     what = "head of a new cluster" if daemon.head is None else f"joined the cluster of {daemon.head}"
     print(f"{daemon.name}: {what}, at {address} (pid {pid})")
     if not block:
         print(f"log: {daemon.log}")
     if daemon.head is None:
         print(f"key: {daemon.key}")
+        if parse_address(address)[0] in ("127.0.0.1", "::1"):
+            print("other machines cannot reach this address: give --host to have them join, too")
         print("on other machines, once the key is there, type:")
         print(f"  {shlex.join(join_command(address, Path(daemon.key)))}")
     sys.stdout.flush()
 
 
+def _stay(daemon: Options, process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(KeyboardInterrupt):  # it ends as it should
+        if code := process.wait():
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+            raise ActorError(f"the daemon {daemon.name} (pid {process.pid}) has ended {how}; its log is above.")
+
+
 @contextlib.contextmanager
 def _interruptible(wanted: bool) -> Iterator[None]:
-    """Have SIGTERM do what Ctrl-C does."""
-    if not wanted:
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Have the signals that end a process do what Ctrl-C does."""
+    numbers = (signal.SIGTERM, signal.SIGHUP) if wanted else ()
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -81,9 +81,11 @@ def by_srun(nodes: Sequence[str], python: str, address: str, fingerprint: str) -
     srun sends its stdin to all of its tasks.
     """
     count = str(len(nodes))
+    # The tasks of this step are no ranks of one program: each has its whole machine, and outlives the others.
+    each = ("--overlap", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0")
     where = ("--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--nodelist", ",".join(nodes))
     script = _script(python, address, fingerprint, '"$SLURMD_NODENAME"', "--block")
-    return Starter(("srun", "--overlap", *where, "sh", "-c", script), tuple(nodes), stays=True)
+    return Starter(("srun", *each, *where, "sh", "-c", script), tuple(nodes), stays=True)
 
 
 def name_of(host: str) -> str:
@@ -140,15 +142,12 @@ def _start_others(
 
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(_running(starter, key, notes.folder())) for starter in starters]
-        failed = lambda: any(one.has_failed() for one in running)  # noqa: E731
-        all_ended = lambda: failed() and all(one.process.poll() is not None for one in running)  # noqa: E731
+        in_vain = lambda: not any(one.is_busy() for one in running) and any(one.has_failed() for one in running)  # noqa: E731
         try:
-            nodes = roll_call.wait_for(address, key, expected, timeout_s, given_up=all_ended)
+            nodes = roll_call.wait_for(address, key, expected, timeout_s, given_up=in_vain)
         except ActorError as error:
-            reasons = "".join(
-                f"; {', '.join(one.starter.nodes)}: {one.last_line()}" for one in running if one.has_failed()
-            )
-            raise ActorError(f"{error}{reasons}; what has started goes on until `rlx stop` on its machine.") from None
+            reasons = "".join(f"; {one.how()}" for one in running if one.is_busy() or one.has_failed())
+            raise ActorError(f"{error}{reasons}; what has joined goes on until `rlx stop` on its machine.") from None
     print_complete(nodes)
 
 
@@ -160,15 +159,21 @@ class _Running:
     process: subprocess.Popen[bytes]
     output: IO[bytes]
 
-    def has_failed(self) -> bool:
-        return self.process.poll() not in (None, 0) or (self.starter.stays and self.process.poll() is not None)
+    def is_busy(self) -> bool:
+        """Whether more nodes may come of it."""
+        return self.process.poll() is None
 
-    def last_line(self) -> str:
-        """Return the last thing that it said."""
-        self.output.seek(0)
-        lines = self.output.read()[-LAST_LINES_BYTES:].decode(errors="replace").split("\n")
+    def has_failed(self) -> bool:
+        return not self.is_busy() and (self.starter.stays or self.process.returncode != 0)
+
+    def how(self) -> str:
+        """Return how it stands, and what it said last."""
+        # Read at a place of its own: the end of the file, where the other process writes on, is shared with it.
+        start = max(0, os.fstat(self.output.fileno()).st_size - LAST_LINES_BYTES)
+        lines = os.pread(self.output.fileno(), LAST_LINES_BYTES, start).decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"{self.starter.command[0]} ended with exit code {self.process.poll()}: {said}"
+        state = "has not returned" if self.is_busy() else f"ended with exit code {self.process.returncode}"
+        return f"{', '.join(self.starter.nodes)}: {self.starter.command[0]} {state}: {said}"
 
 
 @contextlib.contextmanager

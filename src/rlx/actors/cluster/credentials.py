@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rlx.errors import ConfigError, MissingExtra
 
-HOME = Path(os.environ.get("RLX_HOME") or "~/.rlx")
+HOME = Path(os.path.abspath(home)) if (home := os.environ.get("RLX_HOME")) else Path("~/.rlx")
 """Where this user's key, and the notes and logs of the daemons are; `expanduser` before use."""
 DEFAULT_PATH = HOME / "cluster.key"
 FIRST_LINE = "rlx cluster key 1"

@@ -167,6 +167,8 @@ def _reach(head: tuple[str, int], key: ClusterKey, wait_s: float) -> Any:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if host in ("0.0.0.0", "::"):
+        raise ConfigError(f"--host {host} is no address that others can connect to: give this machine's own.")
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512

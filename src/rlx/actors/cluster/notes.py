@@ -67,13 +67,15 @@ def find() -> list[Note]:
             note = Note(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):  # removed meanwhile, or of another version of rlx
             continue
+        if file != note._file():  # another machine's, whose name begins as ours does
+            continue
         if note.is_running():
             running.append(note)
         else:
-            file.unlink(missing_ok=True)
+            note.remove()
     return sorted(running, key=lambda note: note.name)
 
 
 def _here() -> str:
-    """Return how the names of this machine's notes begin."""
-    return f"{socket.gethostname()}."
+    """Return how notes are named whose process ids can be looked up here; containers have numbers of their own."""
+    return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}."

@@ -84,10 +84,12 @@ def _follow(
     reactor = Reactor()
     watch = Watch(reactor, sock, Patience(), news.put, news.put)
     try:
-        while (left_s := deadline - time.monotonic()) > 0 and not given_up():
+        while (left_s := deadline - time.monotonic()) > 0:
             try:
                 said = news.get(timeout=min(left_s, LOOK_EVERY_S))
             except queue.Empty:
+                if given_up():  # and all that was told has been heard
+                    return None
                 continue
             if isinstance(said, str):
                 raise ActorError(f"the daemon at {address} {said}: it is not the head of a cluster, or has ended.")
