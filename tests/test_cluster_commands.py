@@ -242,6 +242,7 @@ def test_status_shows_the_daemons_of_this_machine(cluster):
     terminal, address = cluster
     names, first, second = terminal.type("status").splitlines()
     assert names.split() == ["node", "address", "role", "pid", "key", "log"]
+    assert terminal.type("status", "--head") == f"{address}\n"
     assert first.split()[:3] == ["a", address, "head"] and f"of {address}" in second
 
 
@@ -297,8 +298,12 @@ def test_stop_asks_which_and_kills_who_does_not_end(terminal):
     terminal.type("start", "--address", address, "--name", "b")
     said = terminal.type("stop", code=2)
     assert "which of your 2 daemons?" in said and "--all" in said
-    assert "is named c; these run: a (" in terminal.type("stop", "c", code=2)
+    assert "is c; these run: a (" in terminal.type("stop", "c", code=2)
     assert re.fullmatch(r"b \(\S+, pid \d+\): ended\n", terminal.type("stop", "b"))
+    with_its_name = terminal.start_head("--name", "a")
+    assert "which of your 2" in terminal.type("stop", "a", code=2)
+    assert "there are: a (127.0.0.1:" in terminal.type("status", "--head", code=2)
+    assert with_its_name in terminal.type("stop", with_its_name)
     os.kill(terminal.daemons()["a"]["pid"], signal.SIGSTOP)
     assert "killed, as it had not ended 1 s after SIGTERM" in terminal.type("stop", "a", "--timeout", "1")
     assert terminal.daemons() == {}

@@ -88,7 +88,9 @@ def _add_status_and_stop(group: Any) -> None:
         "Show the nodes of a cluster; without --address, your daemons on this machine.",
         "rlx status --address 10.0.0.1:34567",
     )
-    status.add_argument("--address", metavar="HOST:PORT", type=_address, help="of the cluster's head")
+    what = status.add_mutually_exclusive_group()
+    what.add_argument("--address", metavar="HOST:PORT", type=_address, help="of the cluster's head")
+    what.add_argument("--head", action="store_true", help="print the address of the head on this machine, for scripts")
     _add_token_file(status)
     status.add_argument("--json", action="store_true", help="print one JSON value instead of text")
     stop = add_command(
@@ -99,7 +101,7 @@ def _add_status_and_stop(group: Any) -> None:
         "rlx stop --all",
     )
     which = stop.add_mutually_exclusive_group()
-    which.add_argument("name", metavar="NAME", nargs="?", help="name of its node (see `rlx status`)")
+    which.add_argument("name", metavar="NAME", nargs="?", help="name of its node, or HOST:PORT (see `rlx status`)")
     which.add_argument("--all", action="store_true", help="all of them")
     stop.add_argument(
         "--timeout", metavar="S", type=positive, default=30, help="seconds until one is killed (default: 30)"

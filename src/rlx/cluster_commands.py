@@ -77,6 +77,9 @@ def status(options: argparse.Namespace) -> None:
     """Print the nodes of a cluster, or the daemons of this user on this machine."""
     from rlx.actors.cluster import notes, roll_call
 
+    if options.head:
+        print(_only_head(notes.find()).address)
+        return
     if options.address is None:
         found: Sequence[Note] | Sequence[NodeInfo] = notes.find()
         text = _table_of_daemons(found) if found else "No daemon of yours runs on this machine: `rlx start` starts one."
@@ -91,12 +94,12 @@ def stop(options: argparse.Namespace) -> None:
     from rlx.actors.cluster import background, notes
 
     running = notes.find()
-    chosen = [note for note in running if options.name in (None, note.name)]
+    chosen = [note for note in running if options.name in (None, note.name, note.address)]
     names = ", ".join(f"{note.name} ({note.address})" for note in running) or "none"
     if options.name is not None and not chosen:
-        raise ConfigError(f"no daemon of yours on this machine is named {options.name}; these run: {names}.")
+        raise ConfigError(f"no daemon of yours on this machine is {options.name}; these run: {names}.")
     if len(chosen) > 1 and not options.all:
-        raise ConfigError(f"which of your {len(chosen)} daemons? {names}: give a NAME that one alone has, or --all.")
+        raise ConfigError(f"which of your {len(chosen)} daemons? {names}: give a NAME or HOST:PORT, or --all.")
     killed = background.stop(chosen, options.timeout)
     for note in chosen:
         how = f"killed, as it had not ended {options.timeout} s after SIGTERM" if note in killed else "ended"
@@ -143,6 +146,14 @@ def print_complete(nodes: Sequence[NodeInfo]) -> None:
 def join_command(address: str, key: Path) -> list[str]:
     """Return what is typed on another machine to join."""
     return ["rlx", "start", "--address", address, "--token-file", str(key)]
+
+
+def _only_head(running: Sequence[Note]) -> Note:
+    heads = [note for note in running if note.head is None]
+    if len(heads) != 1:
+        found = ", ".join(f"{note.name} ({note.address})" for note in heads) or "none"
+        raise ConfigError(f"--head needs one head of yours on this machine, and there are: {found}.")
+    return heads[0]
 
 
 def _daemon_options(options: argparse.Namespace, key: ClusterKey) -> Options:
