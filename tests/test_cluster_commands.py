@@ -349,6 +349,19 @@ def test_launch_starts_nodes_by_srun(terminal):
     ]
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_starter_that_does_not_return_is_ended_unless_it_is_to_stay(stays, key_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_launch, "END_TIMEOUT_S", 0.2)
+    starter = cluster_launch.Starter(("tail", "-f", "/dev/null"), ("h",), stays)
+    with cluster_launch._running(starter, ClusterKey.load(key_file), tmp_path) as running:
+        assert running.is_busy() and running.how() == "h: tail has not returned: it said nothing"
+    if stays:
+        os.kill(running.process.pid, signal.SIGKILL)
+        os.waitpid(running.process.pid, 0)
+    else:
+        assert running.process.returncode == -signal.SIGTERM
+
+
 def test_launch_prints_what_it_would_do(terminal):
     (command,) = terminal.type("launch", "--hosts", "h1", "--python", "/opt/my env/python", "--dry-run").splitlines()
     words = shlex.split(command)

@@ -188,18 +188,25 @@ def _running(starter: Starter, key: ClusterKey, folder: Path) -> Iterator[_Runni
             )
         try:
             yield _Running(starter, process, output)
-            if starter.stays:
-                background.let_go(process)
-            else:
-                process.wait(END_TIMEOUT_S)
         except BaseException:
             process.terminate()
-            try:
-                process.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _await_end(process)
             raise
+        if starter.stays:
+            background.let_go(process)
+        else:
+            _await_end(process)
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until it has returned; it is ended when it does not."""
+    for end in (process.terminate, process.kill):
+        try:
+            process.wait(END_TIMEOUT_S)
+            return
+        except subprocess.TimeoutExpired:
+            end()
+    process.wait()
 
 
 def _fingerprint(key: ClusterKey) -> str:
