@@ -297,7 +297,17 @@ def test_a_number_of_episodes_is_checked(value, capsys):
 
 
 def test_every_command_explains_itself_with_an_example(capsys):
-    for command in ("train", "eval", "plot", "list", "config show", "config diff", "config schema"):
+    for command in (
+        "train",
+        "eval",
+        "plot",
+        "list",
+        "config show",
+        "config diff",
+        "config schema",
+        "start",
+        "k8s render",
+    ):
         with pytest.raises(SystemExit) as ending:
             main([*command.split(), "--help"])
         assert ending.value.code == 0

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import rlx
-from rlx import cluster_commands, commands, inspection
+from rlx import cluster_arguments, commands, inspection
+from rlx.arguments import add_command, natural, positive
 from rlx.errors import RlxError
 
 log = logging.getLogger("rlx")
-
-MAX_DAYS = 36500  # that certificates are made for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,29 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(group)
     _add_plot(group)
     _add_text(group)
-    _add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
+    add_command(group, "list", commands.list_all, "List the algorithms and configs that ship with rlx.", "rlx list")
     _add_config(group)
     _add_inspection(group)
-    _add_cluster(group)
-    return parser
-
-
-def _add_command(
-    group: Any, name: str, command: Any, description: str, example: str, **more: Any
-) -> argparse.ArgumentParser:
-    parser = group.add_parser(
-        name,
-        help=description[0].lower() + description.partition(".")[0][1:],
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=command, **more)
+    cluster_arguments.add(group)
     return parser
 
 
 def _add_train(group: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         group,
         "train",
         commands.train,
@@ -147,7 +132,7 @@ def _add_train(group: Any) -> None:
 
 
 def _add_eval(group: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         group,
         "eval",
         commands.evaluate,
@@ -159,7 +144,7 @@ def _add_eval(group: Any) -> None:
     parser.add_argument(
         "--episodes",
         metavar="N",
-        type=_positive,
+        type=positive,
         help="episodes, or rows of text (default: the run's evaluation section)",
     )
     parser.add_argument(
@@ -174,7 +159,7 @@ def _add_eval(group: Any) -> None:
 
 
 def _add_plot(group: Any) -> None:
-    parser = _add_command(
+    parser = add_command(
         group,
         "plot",
         commands.plot,
@@ -197,7 +182,7 @@ def _add_plot(group: Any) -> None:
 
 def _add_text(group: Any) -> None:
     """Commands for language models."""
-    generate = _add_command(
+    generate = add_command(
         group,
         "generate",
         commands.generate,
@@ -205,8 +190,8 @@ def _add_text(group: Any) -> None:
         "rlx generate runs/grpo-addition --prompt '37+58='",
     )
     generate.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; repeatable (default: stdin)")
-    generate.add_argument("-n", metavar="N", type=_positive, default=1, help="completions of each (default: 1)")
-    chat = _add_command(
+    generate.add_argument("-n", metavar="N", type=positive, default=1, help="completions of each (default: 1)")
+    chat = add_command(
         group,
         "chat",
         commands.chat,
@@ -218,9 +203,9 @@ def _add_text(group: Any) -> None:
             "run", metavar="RUN", help="run folder, checkpoint folder, folder of transformers, or hub id"
         )
         parser.add_argument("--temperature", metavar="T", type=float, help="0: the likeliest (default: the run's)")
-        parser.add_argument("--max-new-tokens", metavar="N", type=_positive, help="longest answer (default: the run's)")
-        parser.add_argument("--seed", metavar="S", type=_seed, default=0, help="seed of what is drawn (default: 0)")
-    samples = _add_command(
+        parser.add_argument("--max-new-tokens", metavar="N", type=positive, help="longest answer (default: the run's)")
+        parser.add_argument("--seed", metavar="S", type=natural, default=0, help="seed of what is drawn (default: 0)")
+    samples = add_command(
         group,
         "samples",
         commands.samples,
@@ -232,7 +217,7 @@ def _add_text(group: Any) -> None:
     samples.add_argument("--tokens", action="store_true", help="show every token with its log-probability")
     samples.add_argument("--json", action="store_true", help="print a JSON object a line")
     samples.add_argument("-o", "--output", metavar="FILE", type=Path, help="write all samples to a .jsonl or .parquet")
-    export = _add_command(
+    export = add_command(
         group,
         "export",
         commands.export,
@@ -246,7 +231,7 @@ def _add_text(group: Any) -> None:
 def _add_config(group: Any) -> None:
     parser = group.add_parser("config", help="show, compare and describe configs", description="Look at configs.")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    show = _add_command(
+    show = add_command(
         actions,
         "show",
         commands.config_show,
@@ -256,7 +241,7 @@ def _add_config(group: Any) -> None:
     show.add_argument("config", metavar="CONFIG", help="a YAML file, the name of a shipped config, or a run folder")
     _add_set(show)
     show.add_argument("--comments", action="store_true", help="write each setting's meaning above it")
-    diff = _add_command(
+    diff = add_command(
         actions,
         "diff",
         commands.config_diff,
@@ -265,7 +250,7 @@ def _add_config(group: Any) -> None:
     )
     for name in ("first", "second"):
         diff.add_argument(name, metavar=name.upper(), help="a YAML file, the name of a shipped config, or a run folder")
-    schema = _add_command(
+    schema = add_command(
         actions,
         "schema",
         commands.config_schema,
@@ -279,36 +264,34 @@ def _add_config(group: Any) -> None:
 
 def _add_inspection(group: Any) -> None:
     """Commands that look at running actors from another terminal; all of them read files only."""
-    ps = _add_command(
-        group, "ps", inspection.ps, "Show the running runtimes and what their actors do.", "rlx ps --json"
-    )
-    top = _add_command(group, "top", inspection.top, "Show what `rlx ps` shows, again every second.", "rlx top")
+    ps = add_command(group, "ps", inspection.ps, "Show the running runtimes and what their actors do.", "rlx ps --json")
+    top = add_command(group, "top", inspection.top, "Show what `rlx ps` shows, again every second.", "rlx top")
     top.add_argument("--once", action="store_true", help="show it once, as without a terminal or with --json")
-    why = _add_command(
+    why = add_command(
         group,
         "why",
         inspection.why,
         "Say why ACTOR does not answer: what it runs, waits for, or died of.",
         "rlx why env/3",
     )
-    stack = _add_command(
+    stack = add_command(
         group,
         "stack",
         inspection.stack,
         "Show where ACTOR is in its Python code, all threads. Without ACTOR: all actors, equal stacks once.",
         "rlx stack env/3",
     )
-    logs = _add_command(
+    logs = add_command(
         group, "logs", inspection.logs, "Show the last lines that ACTOR has printed.", "rlx logs env/3 -n 100 --follow"
     )
-    trace = _add_command(
+    trace = add_command(
         group,
         "trace",
         inspection.trace,
         "Write the latest calls of all actors as a trace. Open it at https://ui.perfetto.dev or chrome://tracing.",
         "rlx trace -o trace.json",
     )
-    debug = _add_command(
+    debug = add_command(
         group,
         "debug",
         inspection.debug,
@@ -323,7 +306,7 @@ def _add_inspection(group: Any) -> None:
     which = stack.add_mutually_exclusive_group()
     which.add_argument("actor", metavar="ACTOR", nargs="?", help="name of the actor (see `rlx ps`)")
     which.add_argument("--all", action="store_true", help="all actors, as without ACTOR")
-    logs.add_argument("-n", "--lines", metavar="N", type=_positive, default=20, help="how many lines (default: 20)")
+    logs.add_argument("-n", "--lines", metavar="N", type=positive, default=20, help="how many lines (default: 20)")
     source = logs.add_mutually_exclusive_group()
     source.add_argument("--run", metavar="RUN", type=Path, help="folder of a finished run to take the log from")
     _add_runtime(source)
@@ -333,26 +316,6 @@ def _add_inspection(group: Any) -> None:
         _add_runtime(parser)
     for parser in (ps, top, why, stack, trace, form):
         parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
-
-
-def _add_cluster(group: Any) -> None:
-    """Commands for clusters of machines."""
-    certs = _add_command(
-        group,
-        "certs",
-        cluster_commands.certs,
-        "Make the key file of a cluster, its token and certificates, which is copied to every machine. Whoever has it\n"
-        "owns them all. With --renew its certificates are made anew, under the same token.",
-        "rlx certs --out cluster.key",
-    )
-    certs.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="the file, never overwritten without --renew (default: ~/.rlx/cluster.key)",
-    )
-    certs.add_argument("--days", metavar="N", type=_days, help="how long the certificates are good (default: 3650)")
-    certs.add_argument("--renew", action="store_true", help="renew the certificates of FILE; copy it again afterwards")
 
 
 def _add_runtime(parser: Any) -> None:
@@ -371,24 +334,6 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="change one setting, such as training.lr=1e-4; the value is YAML; repeatable",
     )
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _days(text: str) -> int:
-    if (days := _positive(text)) > MAX_DAYS:
-        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_DAYS}")
-    return days
 
 
 if __name__ == "__main__":

@@ -150,16 +150,20 @@ def _of_runtime(view: RuntimeView) -> str:
     head = f"driver {view.driver}, {view.process}: {command[:100]}  ({view.folder})"
     if not view.actors:
         return f"{head}\nno actors"
-    rows = [COLUMNS, *(_cells(actor) for actor in view.actors)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return f"{head}\n{columns(COLUMNS, [_cells(actor) for actor in view.actors], LEFT)}"
+
+
+def columns(names: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> str:
+    """Return rows of text below the columns' names; those in `left` stand to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     aligned = [
         [
-            cell.ljust(width) if name in LEFT else cell.rjust(width)
-            for name, cell, width in zip(COLUMNS, row, widths, strict=True)
+            cell.ljust(width) if name in left else cell.rjust(width)
+            for name, cell, width in zip(names, row, widths, strict=True)
         ]
-        for row in rows
+        for row in [names, *rows]
     ]
-    return "\n".join([head, *("  ".join(row).rstrip() for row in aligned)])
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def _cells(actor: ActorView) -> tuple[str, ...]:

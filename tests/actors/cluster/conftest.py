@@ -98,7 +98,7 @@ class Daemon:
     def __init__(self, key, name, head=None, home=None, **options):
         settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
         command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
-        env = os.environ | {"HOME": str(home or key.path.parent)}  # projects are kept there
+        env = os.environ | {"RLX_HOME": str(home or key.path.parent)}  # where it notes itself and keeps projects
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         self.news = json.loads(self.process.stdout.readline())
 

@@ -22,7 +22,9 @@ from pathlib import Path
 
 from rlx.errors import ConfigError, MissingExtra
 
-DEFAULT_PATH = Path("~/.rlx/cluster.key")
+HOME = Path(os.path.abspath(home)) if (home := os.environ.get("RLX_HOME")) else Path("~/.rlx")
+"""Where this user's key, and the notes and logs of the daemons are; `expanduser` before use."""
+DEFAULT_PATH = HOME / "cluster.key"
 FIRST_LINE = "rlx cluster key 1"
 TOKEN_BYTES = 32
 VALID_DAYS = 3650

@@ -16,24 +16,29 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlx.actors import machine
+from rlx.actors import machine, processes
 from rlx.actors.cluster import greeting, project
-from rlx.actors.cluster.credentials import ClusterKey
-from rlx.actors.cluster.handshake import Doorman, Role, connect
+from rlx.actors.cluster.credentials import HOME, ClusterKey
+from rlx.actors.cluster.handshake import Doorman, Reason, Role, connect
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.cluster.membership import Head, Membership, NodeInfo
+from rlx.actors.cluster.notes import Note
 from rlx.actors.cluster.relay import NodeEngine
 from rlx.actors.engines import wire
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.monitor import EventThread, logger
-from rlx.errors import ActorError, RlxError
+from rlx.errors import ActorError, ConfigError, HandshakeError, RlxError
 
 CLOSE_TIMEOUT_S = 10.0
 PROJECT_TIMEOUT_S = 60.0
+KNOCK_EVERY_S = 0.5
+NOT_THERE_YET = (Reason.NOBODY_LISTENS, Reason.UNREACHABLE, Reason.TIMED_OUT)
+"""Why a head may be asked again, while somebody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Options:
     name: str
     key: str
     """The file with the cluster's key."""
-    host: str
+    host: str | None = None
+    """The address of this machine that it listens at; None: that of the connection to the head, or of the head's
+    default route."""
     port: int = 0
     head: str | None = None
     """HOST:PORT of the head's daemon; None: this is the head."""
@@ -52,6 +59,9 @@ class Options:
     gpu: int = 0
     memory: int = 0
     labels: dict[str, str] = field(default_factory=dict)
+    wait_for_head_s: float = 0.0
+    log: str = ""
+    """The file that its log is in, for who looks for it."""
     patience: dict[str, float] = field(default_factory=dict)
 
 
@@ -61,8 +71,10 @@ class NodeDaemon:
     def __init__(self, options: Options) -> None:
         self._patience = Patience(**options.patience)
         self._key = ClusterKey.load(options.key)
-        listener = socket.create_server((options.host, options.port), backlog=512)
-        self.address = f"{options.host}:{listener.getsockname()[1]}"
+        head = None if options.head is None else parse_address(options.head)
+        to_head = None if head is None else _reach(head, self._key, options.wait_for_head_s)
+        listener = _listen(options.host or (_default_host() if to_head is None else _own_host(to_head)), options.port)
+        self.address = format_address(*listener.getsockname()[:2])
         self.info = _describe(options, self.address)
         self.ended = threading.Event()
         self.refused: str | None = None
@@ -72,11 +84,10 @@ class NodeDaemon:
         self._head = Head(self.info, self._patience) if options.head is None else None
         self._reactor, self._membership = Reactor(), None
         self._doorman = Doorman(self._key, listener, self._admit)
-        if options.head is not None:
-            head = parse_address(options.head)
+        if head is not None:
             connect_to_head = lambda: connect(head, self._key, Role.NODE)  # noqa: E731
             self._membership = Membership(self._reactor, connect_to_head, self.info, self._patience, self._refuse)
-            self._membership.join()
+            self._membership.join(to_head, CLOSE_TIMEOUT_S)
 
     def close(self) -> None:
         """Leave the cluster, and end all actors of all drivers."""
@@ -140,7 +151,7 @@ def _project(sock: Any, digest: str | None) -> Path | None:
         return None
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise ActorError(f"{digest[:80]!r} is no SHA-256 of a project")
-    home = Path.home() / ".rlx" / "projects"
+    home = HOME.expanduser() / "projects"
     folder = project.known(digest, home)
     if folder is None:
         greeting.send(sock, wire.PROJECT, {}, CLOSE_TIMEOUT_S)
@@ -157,6 +168,55 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def format_address(host: str, port: int) -> str:
+    """Return HOST:PORT."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reach(head: tuple[str, int], key: ClusterKey, wait_s: float) -> Any:
+    """Return a connection to the head, which may start within `wait_s`."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return connect(head, key, Role.NODE)
+        except HandshakeError as error:
+            if error.reason not in NOT_THERE_YET or time.monotonic() + KNOCK_EVERY_S > deadline:
+                raise
+        time.sleep(KNOCK_EVERY_S)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if host in ("0.0.0.0", "::"):
+        raise ConfigError(f"--host {host} is no address that others can connect to: give this machine's own.")
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
+        )
+    except OSError as error:
+        where = format_address(host, port)
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise ConfigError(
+            f"rlx cannot listen at {where} ({reason}): give an address of this machine as --host, and a port that is "
+            "free as --port (0: any)."
+        ) from None
+
+
+def _own_host(to_head: Any) -> str:
+    """Return the address of this machine on its connection to the head."""
+    with socket.socket(fileno=os.dup(to_head.fileno())) as sock:
+        return sock.getsockname()[0]
+
+
+def _default_host() -> str:
+    """Return the address of the interface that leads outside; 127.0.0.1 if none does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("203.0.113.1", 9))  # nobody's address (RFC 5737): the route is looked up, and nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        return sock.getsockname()[0]
+
+
 def _describe(options: Options, address: str) -> NodeInfo:
     gpu = options.gpu or len(machine.gpus()[0])
     cpu, memory = options.cpu or machine.cpu_count(), options.memory or machine.memory_bytes()
@@ -170,24 +230,27 @@ def main() -> int:
     try:
         daemon = NodeDaemon(options)
     except (RlxError, OSError) as error:
-        print(json.dumps({"error": str(error)}), flush=True)
+        print(json.dumps({"error": str(error), "bad_input": isinstance(error, ConfigError)}), flush=True)
         return 1
+    pid, own = os.getpid(), processes.stat(os.getpid())
+    started = 0 if own is None else own.start_ticks
+    note = Note(options.name, daemon.address, options.head, options.key, options.log, pid, started)
+    try:
+        note.write()
+    except OSError as error:
+        logger.warning("this daemon cannot be noted in %s, so `rlx status` does not find it", error)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: daemon.ended.set())
-    print(json.dumps({"address": daemon.address, "pid": os.getpid()}), flush=True)
+    print(json.dumps({"address": daemon.address, "pid": pid}), flush=True)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)  # who has started it does not wait for more
     os.close(devnull)
     daemon.ended.wait()
     daemon.close()
+    note.remove()
     if daemon.refused is not None:
         logger.error("%s", daemon.refused)
     return 0 if daemon.refused is None else 1
-
-
-def folder() -> Path:
-    """Return where this user's daemons note their addresses."""
-    return Path.home() / ".rlx" / "nodes"
 
 
 if __name__ == "__main__":

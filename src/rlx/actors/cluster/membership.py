@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from rlx.actors.engines.link import Link
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.engines.wire import Frame
 from rlx.actors.monitor import logger
+from rlx.errors import ActorError
 
 REJOIN_EVERY_S = 1.0
 
@@ -37,6 +39,8 @@ class NodeInfo:
     labels: dict[str, str] = field(default_factory=dict)
     incarnation: int = 0
     """Given by the head: the how manieth node that has joined this is."""
+    silent_s: float = 0.0
+    """For how long the head had heard nothing of it, when it told of it."""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.address})"
@@ -133,6 +137,7 @@ class Head:
         for other in [other for other, known in self._nodes.items() if known.name == info.name]:
             other.lose("has joined anew")  # its connection is dead, and nobody has noticed yet
         self._nodes[peer] = info
+        peer.tell(wire.JOIN, info.incarnation)
         logger.info("node %s has joined", info)
         self._tell(self._viewers)
 
@@ -143,7 +148,9 @@ class Head:
             self._tell(self._viewers)
 
     def _tell(self, viewers: Sequence[_Peer] | set[_Peer]) -> None:
-        nodes = [dataclasses.asdict(node) for node in [self._own, *self._nodes.values()]]
+        now = time.monotonic()
+        others = [dataclasses.replace(node, silent_s=now - peer.link.heard_at) for peer, node in self._nodes.items()]
+        nodes = [dataclasses.asdict(node) for node in [self._own, *others]]
         for viewer in viewers:
             viewer.tell(wire.NODES, nodes)
 
@@ -190,11 +197,17 @@ class Membership:
         self._refused = refused
         self._closed = threading.Event()
         self._lost = threading.Event()
+        self._answered = threading.Event()
+        self._why_not: str | None = None
         self._peer: _Peer | None = None
 
-    def join(self) -> None:
-        """Join; raises what connecting raises, this first time."""
-        self._enter(self._connect())
+    def join(self, sock: Any, timeout_s: float) -> None:
+        """Join over an authenticated socket, this first time; ActorError when the head does not want it."""
+        self._enter(sock)
+        if not self._answered.wait(timeout_s):
+            self._why_not = f"the head has not answered within {timeout_s:g} s; is it overloaded, or no head?"
+        if self._why_not is not None:
+            raise ActorError(self._why_not)
         threading.Thread(target=self._keep, name="rlx-node-membership", daemon=True).start()
 
     def close(self) -> None:
@@ -217,12 +230,17 @@ class Membership:
 
     def _take(self, peer: _Peer, frame: Frame) -> None:
         if frame.kind == wire.EXITED:
+            self._why_not = why = json.loads(frame.text)
             self._closed.set()
-            self._refused(json.loads(frame.text))
+            self._refused(why)
+        self._answered.set()
 
     def _on_lost(self, peer: _Peer, how: str) -> None:
         if not self._closed.is_set():
             logger.warning("the head %s; knocking until it is back", how)
+        if not self._answered.is_set():
+            self._why_not = f"what was to be the head {how}; give the address of the head's daemon"
+            self._answered.set()
         self._lost.set()
 
     def _keep(self) -> None:
