@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,3 +194,57 @@ def text_driver():
 
         yield run
         driver.stdin.close()
+
+
+class Terminal:
+    """Where a user types, with a folder of their own and programs that stand first on PATH, for clusters."""
+
+    def __init__(self, folder):
+        self.home, self.bin = folder / "rlx", folder / "bin"
+        self.bin.mkdir()
+        path = f"{self.bin}:{os.environ['PATH']}"
+        self.env = os.environ | {"RLX_HOME": str(self.home), "PATH": path, "PYTHONWARNINGS": "error"}
+
+    def type(self, *words, code=0, **env):
+        """Return what a command prints, stdout and stderr, when it ends as it should."""
+        done = subprocess.run(
+            [sys.executable, "-m", "rlx.cli", *words],
+            **{"env": self.env | env, "text": True, "timeout": 60.0, "stdin": subprocess.DEVNULL},
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        )
+        assert done.returncode == code, done.stdout
+        assert "Traceback" not in done.stdout
+        return done.stdout
+
+    def start_head(self, *words):
+        """Start a head; return its address."""
+        return re.search(r"at (\S+) \(pid", self.type("start", "--head", "--host", "127.0.0.1", *words))[1]
+
+    def daemons(self):
+        return {daemon["name"]: daemon for daemon in json.loads(self.type("status", "--json"))}
+
+    def program(self, name, text):
+        file = self.bin / name
+        file.write_text(text)
+        file.chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def terminals():
+    """The class Terminal, for fixtures of their own."""
+    return Terminal
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    terminal = Terminal(tmp_path)
+    yield terminal
+    terminal.type("stop", "--all")
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    """The file of a cluster's key."""
+    from rlx.actors.cluster.credentials import ClusterKey
+
+    return ClusterKey.create(tmp_path / "cluster.key").path

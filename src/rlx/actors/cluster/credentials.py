@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rlx.errors import ConfigError, MissingExtra
 
-HOME = Path(os.path.abspath(home)) if (home := os.environ.get("RLX_HOME")) else Path("~/.rlx")
+HOME = Path(os.path.abspath(os.path.expanduser(os.environ["RLX_HOME"])) if os.environ.get("RLX_HOME") else "~/.rlx")
 """Where this user's key, and the notes and logs of the daemons are; `expanduser` before use."""
 DEFAULT_PATH = HOME / "cluster.key"
 FIRST_LINE = "rlx cluster key 1"
