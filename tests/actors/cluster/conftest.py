@@ -94,9 +94,10 @@ def tls_pair(tcp_pair, key):
 class Daemon:
     """A real daemon, as `rlx start` runs it."""
 
-    def __init__(self, key, name, head=None, **options):
+    def __init__(self, key, name, head=None, before=(), **options):
+        """before: what to put before the command."""
         settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
-        command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
+        command = [*before, sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.news = json.loads(self.process.stdout.readline())
 

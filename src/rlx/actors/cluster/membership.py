@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +53,7 @@ class _Peer:
         take: Callable[[_Peer, Frame], None],
         lost: Callable[[_Peer, str], None],
     ) -> None:
-        self._take, self._lost, self._is_lost = take, lost, False
+        self._reactor, self._take, self._lost, self._is_lost = reactor, take, lost, False
         self.link = Link(reactor, sock, self._on_frame, self.lose)
         self._heart = Heartbeat(reactor, self.link, patience, lambda silent_s: None, self.lose)
 
@@ -74,8 +74,13 @@ class _Peer:
             self._lost(self, how)
 
     def _on_frame(self, frame: Frame) -> None:
-        if frame.kind != wire.PING:
+        if frame.kind == wire.PING:
+            return
+        try:
             self._take(self, frame)
+        except (ValueError, TypeError, KeyError) as error:
+            how = f"said what is not understood ({error!r})"
+            self._reactor.post(lambda: self.lose(how))
 
 
 class Head:
@@ -140,12 +145,13 @@ class Head:
         info = self._nodes.pop(peer, None)
         if info is not None:
             logger.warning("node %s %s; it does not belong to the cluster any more", info, how)
-            self._tell(self._viewers)
+            self._tell(self._viewers, {info.incarnation: how})
 
-    def _tell(self, viewers: Sequence[_Peer] | set[_Peer]) -> None:
+    def _tell(self, viewers: Iterable[_Peer], left: dict[int, str] | None = None) -> None:
+        """left: how those were lost that have left just now, by incarnation."""
         nodes = [dataclasses.asdict(node) for node in [self._own, *self._nodes.values()]]
-        for viewer in viewers:
-            viewer.tell(wire.NODES, nodes)
+        for viewer in list(viewers):
+            viewer.tell(wire.NODES, {"nodes": nodes, "left": list((left or {}).items())})
 
 
 class Watch:
@@ -156,22 +162,24 @@ class Watch:
         reactor: Reactor,
         sock: Any,
         patience: Patience,
-        changed: Callable[[list[NodeInfo]], None],
+        changed: Callable[[list[NodeInfo], dict[int, str]], None],
         lost: Callable[[str], None],
     ) -> None:
-        """sock: to the head, authenticated. changed: is called at once, and at every change."""
-        self._peer = _Peer(
-            reactor,
-            sock,
-            patience,
-            lambda peer, frame: changed([NodeInfo(**node) for node in json.loads(frame.text)]),
-            lambda peer, how: lost(how),
-        )
+        """sock: to the head, authenticated. changed: is called at once, and at every change.
+
+        It gets all nodes, and how those that have just left were lost, by incarnation.
+        """
+        self._changed = changed
+        self._peer = _Peer(reactor, sock, patience, self._take, lambda peer, how: lost(how))
         reactor.post(self._peer.open)
 
     def close(self) -> None:
         """Hear no more of it. In the reactor's thread."""
         self._peer.lose("is not listened to any more")
+
+    def _take(self, peer: _Peer, frame: Frame) -> None:
+        told = json.loads(frame.text)
+        self._changed([NodeInfo(**node) for node in told["nodes"]], dict(told["left"]))
 
 
 class Membership:
