@@ -12,8 +12,6 @@ import os
 import subprocess
 import threading
 
-import pytest
-
 CLONE_NEWNET = 0x40000000
 _numbers = itertools.count()
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -110,15 +108,6 @@ def why_not():
         return f"this machine has no policy routing ({getattr(error, 'stderr', None) or error})"
     finally:
         network.close()
-
-
-@pytest.fixture
-def make_network():
-    """Returns a function that makes networks of the machines named, which end with the test."""
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    with contextlib.ExitStack() as stack:
-        yield lambda *machines: stack.enter_context(contextlib.closing(Network(*machines)))
 
 
 def _ip(*arguments):

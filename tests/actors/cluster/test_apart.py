@@ -11,17 +11,15 @@ import cloudpickle
 import numpy as np
 import pytest
 
-from rlx import actors
 from rlx.actors.cluster.daemon import parse_address
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorDied, ActorError
-from tests.actors.cluster.namespaces import Network, why_not
+from tests.actors.cluster.namespaces import why_not
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 T = 40.0
 QUICK = Patience(every_s=0.1, suspect_s=0.3, dead_s=1.0)
-CALM = Patience(every_s=0.1, suspect_s=0.3, dead_s=30.0)
 
 
 class Worker:
@@ -55,48 +53,6 @@ class Worker:
 
     def count_up(self, to):
         yield from range(to)
-
-
-@pytest.fixture(scope="module")
-def network():
-    with contextlib.closing(Network("a", "b", "driver")) as network:
-        yield network
-
-
-@pytest.fixture
-def start(start, network):
-    """Returns a function that starts the daemon called `name` on a machine."""
-
-    def start_one(name, head=None, on=None, **options):
-        machine = on or name[0]
-        return start(name, head, before=network.command(machine), host=network.address(machine), **options)
-
-    return start_one
-
-
-@pytest.fixture
-def cluster(start, key, network):
-    """Returns a function that makes a cluster of a and b and a driver; return the daemons and the runtime."""
-    with contextlib.ExitStack() as stack:
-
-        def make(patience=CALM, of_daemons=CALM, **options):
-            quick = {"every_s": of_daemons.every_s, "suspect_s": of_daemons.suspect_s, "dead_s": of_daemons.dead_s}
-            head = start("a", patience=quick)
-            other = start("b", head.address, patience=quick)
-            for daemon in (other, head):
-                stack.callback(lambda daemon=daemon: daemon.process.poll() is None and daemon.end())
-            rt = stack.enter_context(open_runtime(network, key, head, patience=patience, **options))
-            return head, other, rt
-
-        yield make
-
-
-@contextlib.contextmanager
-def open_runtime(network, key, head, **options):
-    with network.on("driver"):
-        rt = actors.runtime("cluster", address=head.address, token_file=key.path, preload=("numpy",), **options)
-    with rt:
-        yield rt
 
 
 def spawn_on_both(rt, **options):

@@ -134,7 +134,7 @@ class RemoteActor(ProcessActor):
     def die(self, how: str) -> None:
         """It has ended, and its node with it."""
         pid, place = self.pid or "unknown: not started", self._node.name
-        self._bury(f"{self._name} (pid {pid} on {place}) {how}")
+        self._bury(f"{self._name} (pid {pid} on {place}) {how}.")
 
     def _bury(self, text: str) -> None:
         if self.gone.done():
