@@ -135,9 +135,9 @@ def start(key):
 
 
 @pytest.fixture(scope="module")
-def network():
+def network(request):
     """Machines called a, b and driver."""
-    with contextlib.closing(Network("a", "b", "driver")) as network:
+    with contextlib.closing(Network("a", "b", "driver", **getattr(request, "param", {}))) as network:
         yield network
 
 

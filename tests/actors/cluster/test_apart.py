@@ -1,9 +1,12 @@
 """Machines that are really apart: a head, a second node and a driver, each at an address of its own behind a router."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -229,3 +232,54 @@ def test_calls_go_on_while_strangers_knock(cluster, network):
     for knock in knocks:
         knock.close()
     assert [worker.add.call().result(T) for worker in workers] == [41, 41]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [{"delays_s": {"b": 0.1}}], indirect=True)
+def test_a_network_that_delays_and_loses_is_slow_and_nothing_else(cluster, network):
+    _, _, rt = cluster()
+    network.poor_cables["b"].loss = 0.05
+    channel = rt.channel("weights")
+    channel.publish(np.full(1000, 1.0))
+    large = np.random.default_rng(0).integers(0, 255, 300_000, np.uint8)
+    for worker in spawn_on_both(rt, channel=channel):
+        calls = [worker.add.call() for _ in range(1000)]
+        assert (worker.echo.call(large).result(T) == large).all()
+        assert worker.newest.call().result(T) == (1, 1000.0)
+        assert list(worker.count_up.stream(50)) == list(range(50))
+        assert [call.result(T) for call in calls] == list(range(1, 1001))
+    assert len(rt._engine._nodes) == 2
+
+
+PROGRAM = """
+import json, os, signal, sys
+from rlx import actors
+
+class Sleeper:
+    def pids(self):
+        return os.getpid(), os.getppid()
+
+    def sleep(self):
+        signal.pause()
+
+import cloudpickle
+cloudpickle.register_pickle_by_value(sys.modules["__main__"])
+rt = actors.runtime("cluster", address=sys.argv[1], token_file=sys.argv[2], preload=())
+sleepers = [rt.spawn(Sleeper) for _ in range(4)]
+print(json.dumps([sleeper.pids.call().result(30) for sleeper in sleepers]), flush=True)
+calls = [sleeper.sleep.call() for sleeper in sleepers]
+signal.pause()
+"""
+
+
+def test_a_killed_driver_leaves_nothing_on_the_nodes(start_apart, network, key):
+    head = start_apart("a")
+    other = start_apart("b", head.address)
+    before = [len(os.listdir(f"/proc/{daemon.process.pid}/fd")) for daemon in (head, other)]
+    command = [*network.command("driver"), sys.executable, "-c", PROGRAM, head.address, str(key.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        pids = {pid for pair in json.loads(driver.stdout.readline()) for pid in pair}
+        assert len(pids) == 6  # four actors of two forkservers
+        driver.kill()
+    wait_until(lambda: not any(map(lives, pids)))
+    wait_until(lambda: [len(os.listdir(f"/proc/{daemon.process.pid}/fd")) for daemon in (head, other)] == before)

@@ -193,7 +193,7 @@ def test_no_cluster_no_runtime(key, other_key, head):
 
 def test_two_nodes_of_one_name_are_one_too_many(start, head, second):
     daemon = start("b", head.address)
-    assert daemon.process.wait(T) == 1
+    assert "there is a node b" in daemon.news["error"] and daemon.process.wait(T) == 1
 
 
 def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, rt):

@@ -29,7 +29,7 @@ from rlx.actors.cluster.relay import NodeEngine
 from rlx.actors.engines import wire
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.monitor import EventThread, logger
-from rlx.errors import RlxError
+from rlx.errors import ActorError, RlxError
 
 CLOSE_TIMEOUT_S = 10.0
 
@@ -75,6 +75,8 @@ class NodeDaemon:
             connect_to_head = lambda: connect(head, self._key, Role.NODE)  # noqa: E731
             self._membership = Membership(self._reactor, connect_to_head, self.info, self._patience, self._refuse)
             self._membership.join()
+            if self.refused is not None:
+                raise ActorError(self.refused)
 
     def close(self) -> None:
         """Leave the cluster, and end all actors of all drivers."""

@@ -19,8 +19,10 @@ from rlx.actors.engines.link import Link
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.engines.wire import Frame
 from rlx.actors.monitor import logger
+from rlx.errors import ActorError
 
 REJOIN_EVERY_S = 1.0
+JOIN_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Head:
         for other in [other for other, known in self._nodes.items() if known.name == info.name]:
             other.lose("has joined anew")  # its connection is dead, and nobody has noticed yet
         self._nodes[peer] = info
+        peer.tell(wire.JOIN, info.incarnation)
         logger.info("node %s has joined", info)
         self._tell(self._viewers)
 
@@ -196,14 +199,16 @@ class Membership:
         """connect: returns an authenticated socket to the head. refused: hears why the head does not want it."""
         self._reactor, self._connect, self._own, self._patience = reactor, connect, own, patience
         self._refused = refused
-        self._closed = threading.Event()
+        self._closed, self._answered = threading.Event(), threading.Event()
         self._lost = threading.Event()
         self._peer: _Peer | None = None
 
     def join(self) -> None:
-        """Join; raises what connecting raises, this first time."""
+        """Return when the head counts this node in, or has refused it; raises what connecting raises."""
         self._enter(self._connect())
         threading.Thread(target=self._keep, name="rlx-node-membership", daemon=True).start()
+        if not self._answered.wait(JOIN_TIMEOUT_S):
+            raise ActorError(f"the head has not answered within {JOIN_TIMEOUT_S:g} s; is it stopped?")
 
     def close(self) -> None:
         """Leave."""
@@ -227,6 +232,7 @@ class Membership:
         if frame.kind == wire.EXITED:
             self._closed.set()
             self._refused(json.loads(frame.text))
+        self._answered.set()
 
     def _on_lost(self, peer: _Peer, how: str) -> None:
         if not self._closed.is_set():

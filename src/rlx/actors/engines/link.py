@@ -142,8 +142,10 @@ class Link:
                 if not self._unfinished and not self._poll.poll(patience_s * 1e3):
                     if deadline is not None and time.monotonic() >= deadline:
                         return
-                elif not self._read():
-                    return
+                else:
+                    with contextlib.suppress(BlockingIOError):  # of a record of TLS only the beginning has come
+                        if not self._read():
+                            return
         finally:
             try:
                 self._stop_leading(me)
