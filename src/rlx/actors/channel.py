@@ -39,6 +39,8 @@ from rlx.actors.engines.publisher import Publisher, checked
 from rlx.actors.engines.shared_memory import Borrowed, SharedMemory, Span, cut
 from rlx.errors import ActorError, NotSupported
 
+PUBLISH_WAIT_S = 10.0  # for readers to let go of older versions
+
 T = TypeVar("T")
 FOR_OTHERS = "other machines"
 """The reader that passes versions on."""
@@ -115,12 +117,14 @@ class Channel:
         """
         return self.publish_message(pickling.dumps(value, f"the value of channel {self.name!r}"), version)
 
-    def publish_message(self, message: pickling.Message, version: int | None = None) -> int:
+    def publish_message(
+        self, message: pickling.Message, version: int | None = None, wait_s: float = PUBLISH_WAIT_S
+    ) -> int:
         """Like `publish`, of a value that has been pickled already."""
         with self._publishing:
             if self._publisher is None:
                 self._publisher = Publisher(self._memory)
-            return self._publisher.publish(message, version)
+            return self._publisher.publish(message, version, wait_s)
 
     def latest(self) -> Published | None:
         """Return the newest version, the same object while there is no newer one and it lives; None before the first.

@@ -1,6 +1,7 @@
 """Keys, doors and connections for the tests of clusters."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -12,11 +13,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from rlx import actors
 from rlx.actors.cluster.credentials import ClusterKey
 from rlx.actors.cluster.handshake import Doorman
+from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.cluster.secure_socket import SecureSocket
+from tests.actors.cluster.namespaces import Network
 
 PATIENCE_S = 20.0
+CALM = Patience(every_s=0.1, suspect_s=0.3, dead_s=30.0)
 
 
 @dataclass
@@ -95,9 +100,10 @@ def tls_pair(tcp_pair, key):
 class Daemon:
     """A real daemon, as `rlx start` runs it."""
 
-    def __init__(self, key, name, head=None, home=None, **options):
+    def __init__(self, key, name, head=None, home=None, before=(), **options):
+        """before: what to put before the command."""
         settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
-        command = [sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
+        command = [*before, sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
         env = os.environ | {"RLX_HOME": str(home or key.path.parent)}  # where it notes itself and keeps projects
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
         self.news = json.loads(self.process.stdout.readline())
@@ -128,3 +134,52 @@ def start(key):
         if daemon.process.poll() is None:
             daemon.end()
         daemon.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def network(request):
+    """Machines called a, b and driver."""
+    with contextlib.closing(Network("a", "b", "driver", **getattr(request, "param", {}))) as network:
+        yield network
+
+
+@pytest.fixture
+def open_apart(key, network):
+    """Return a function that opens a runtime on the machine called driver."""
+    with contextlib.ExitStack() as stack:
+
+        def open_(head, preload=("numpy",), **options):
+            with network.on("driver"):
+                rt = actors.runtime("cluster", address=head.address, token_file=key.path, preload=preload, **options)
+            return stack.enter_context(rt)
+
+        yield open_
+
+
+@pytest.fixture
+def start_apart(key, network):
+    """Return a function that starts the daemon of a machine; they end with the test."""
+    started = []
+
+    def start_one(name, head=None, patience=CALM):
+        options = {"host": network.address(name), "patience": dataclasses.asdict(patience)}
+        started.append(Daemon(key, name, head, before=network.command(name), **options))
+        return started[-1]
+
+    yield start_one
+    for daemon in reversed(started):
+        if daemon.process.poll() is None:
+            daemon.end()
+        daemon.process.stdout.close()
+
+
+@pytest.fixture
+def cluster(start_apart, open_apart):
+    """Return a function that makes a cluster of a, the head, and b; it returns their daemons and a driver's runtime."""
+
+    def make(patience=CALM, of_daemons=CALM, **options):
+        head = start_apart("a", patience=of_daemons)
+        other = start_apart("b", head.address, patience=of_daemons)
+        return head, other, open_apart(head, patience=patience, **options)
+
+    return make

@@ -1,5 +1,6 @@
 """Daemons of their own processes, a driver, and actors behind them: calls, channels, joining, leaving and dying."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,11 @@ import pytest
 
 from rlx import actors
 from rlx.actors import Restart
+from rlx.actors.cluster import greeting
+from rlx.actors.cluster.daemon import parse_address
+from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
+from rlx.actors.engines import wire
 from rlx.errors import ActorDied, ActorError, HandshakeError
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
@@ -207,7 +212,16 @@ def test_no_cluster_no_runtime(key, other_key, head):
 
 def test_two_nodes_of_one_name_are_one_too_many(start, head, second):
     daemon = start("b", head.address)
-    assert daemon.process.wait(T) == 1
+    assert "there is a node b" in daemon.news["error"] and daemon.process.wait(T) == 1
+
+
+def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, rt):
+    sock = connect(parse_address(head.address), key, Role.NODE)
+    greeting.send(sock, wire.JOIN, {"neither": "name nor address"}, T)
+    with contextlib.suppress(ActorError), contextlib.closing(sock):
+        while True:  # signs of life, until it is closed
+            greeting.receive(sock, T)
+    assert [worker.add.call().result(T) for worker in spawn_on_both(rt)] == [1, 1]
 
 
 def test_large_values_come_back_equal(rt):

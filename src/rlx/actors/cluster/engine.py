@@ -32,6 +32,7 @@ from rlx.actors.monitor import EventThread, logger
 from rlx.actors.resources import Pool, Resources
 from rlx.errors import ActorError, NotSupported
 
+RELINK_EVERY_S = 1.0
 PASSED_ON = ("RLX_", "OMP_", "MKL_", "TOKENIZERS_", "HF_", "CUDA_", "NCCL_", "GLOO_", "TORCH_")
 """Beginnings of the names of the driver's environment variables that its actors on other machines get."""
 
@@ -63,6 +64,8 @@ class ClusterEngine(LocalEngine):
         self.patience = patience or Patience()
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._nodes: dict[int, Node] = {}  # by incarnation
+        self._present: dict[int, NodeInfo] = {}  # as the head said last
+        self._unreachable: set[int] = set()  # of those, what cannot be linked, as was said
         self._tell_of_nodes: list[Callable[[], None]] = []
         self._spawned = 0
         self._pool: ClusterPool | None = None
@@ -78,7 +81,7 @@ class ClusterEngine(LocalEngine):
         self._watch: Watch | None = None
         try:
             sock = connect(self._head, self._key, Role.VIEWER)
-            changed = lambda nodes: self._linking.post(self._follow, nodes, first)  # noqa: E731
+            changed = lambda nodes, left: self._linking.post(self._follow, nodes, left, first)  # noqa: E731
             self._watch = Watch(self.reactor, sock, self.patience, changed, self._lose_head)
             first.result(system_timeout_s)
         except BaseException:
@@ -139,13 +142,14 @@ class ClusterEngine(LocalEngine):
         self._tell_of_nodes.append(tell)
 
     def forget(self, node: Node) -> None:
-        """The node is gone."""
+        """The node is gone; where the head still counts it in, it is linked anew."""
         self.mirrors.remove(node.link)
         with self._placing:
             self._nodes = {number: other for number, other in self._nodes.items() if other is not node}
             pool = self._pool
         if pool is not None:
             pool.remove(node.info.incarnation)
+        self._link_again()
         self._note_change()
 
     def close(self, timeout_s: float) -> None:
@@ -165,19 +169,32 @@ class ClusterEngine(LocalEngine):
         wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))
         super().close(max(0.1, deadline - time.monotonic()))
 
-    def _follow(self, infos: list[NodeInfo], first: Future[None]) -> None:
+    def _follow(self, infos: list[NodeInfo], left: dict[int, str], first: Future[None]) -> None:
         """Link the nodes that have joined, give up those that have left. In a thread of its own, for it waits."""
-        present = {info.incarnation: info for info in infos}
+        self._present = {info.incarnation: info for info in infos}
         for number, node in list(self._nodes.items()):
-            if number not in present:
-                self.reactor.post(lambda node=node: node.lose("has left the cluster"))
-        for number, info in present.items():
-            if number not in self._nodes and not self.closing:
-                try:
-                    self._link(number, info)
-                except (ActorError, OSError) as error:
-                    logger.warning("node %s belongs to the cluster and cannot be used from here: %s", info, error)
+            if number not in self._present:
+                how = f"{left[number]}, as the head says" if number in left else "has left the cluster"
+                self.reactor.post(lambda node=node, how=how: node.lose(how))
+        self._link_missing()
         first.settle(nothing)
+
+    def _link_missing(self) -> None:
+        """Link the nodes that belong to the cluster and are not linked; where one cannot be, try again later."""
+        for number, info in self._present.items():
+            if number in self._nodes or self.closing or self._head_lost:
+                continue
+            try:
+                self._link(number, info)
+                self._unreachable.discard(number)
+            except (ActorError, OSError) as error:
+                if number not in self._unreachable:
+                    logger.warning("node %s belongs to the cluster and cannot be used from here: %s", info, error)
+                self._unreachable.add(number)
+                self._link_again()
+
+    def _link_again(self) -> None:
+        self.reactor.set_deadline(self._link_again, RELINK_EVERY_S, lambda: self._linking.post(self._link_missing))
 
     def _link(self, number: int, info: NodeInfo) -> None:
         sock = connect(parse_address(info.address), self._key, Role.DRIVER)

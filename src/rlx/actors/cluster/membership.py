@@ -10,7 +10,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class _Peer:
         take: Callable[[_Peer, Frame], None],
         lost: Callable[[_Peer, str], None],
     ) -> None:
-        self._take, self._lost, self._is_lost = take, lost, False
+        self._reactor, self._take, self._lost, self._is_lost = reactor, take, lost, False
         self.link = Link(reactor, sock, self._on_frame, self.lose)
         self._heart = Heartbeat(reactor, self.link, patience, lambda silent_s: None, self.lose)
 
@@ -78,8 +78,13 @@ class _Peer:
             self._lost(self, how)
 
     def _on_frame(self, frame: Frame) -> None:
-        if frame.kind != wire.PING:
+        if frame.kind == wire.PING:
+            return
+        try:
             self._take(self, frame)
+        except (ValueError, TypeError, KeyError) as error:
+            how = f"said what is not understood ({error!r})"
+            self._reactor.post(lambda: self.lose(how))
 
 
 class Head:
@@ -145,14 +150,15 @@ class Head:
         info = self._nodes.pop(peer, None)
         if info is not None:
             logger.warning("node %s %s; it does not belong to the cluster any more", info, how)
-            self._tell(self._viewers)
+            self._tell(self._viewers, {info.incarnation: how})
 
-    def _tell(self, viewers: Sequence[_Peer] | set[_Peer]) -> None:
+    def _tell(self, viewers: Iterable[_Peer], left: dict[int, str] | None = None) -> None:
+        """left: how those were lost that have left just now, by incarnation."""
         now = time.monotonic()
         others = [dataclasses.replace(node, silent_s=now - peer.link.heard_at) for peer, node in self._nodes.items()]
         nodes = [dataclasses.asdict(node) for node in [self._own, *others]]
-        for viewer in viewers:
-            viewer.tell(wire.NODES, nodes)
+        for viewer in list(viewers):
+            viewer.tell(wire.NODES, {"nodes": nodes, "left": list((left or {}).items())})
 
 
 class Watch:
@@ -163,22 +169,24 @@ class Watch:
         reactor: Reactor,
         sock: Any,
         patience: Patience,
-        changed: Callable[[list[NodeInfo]], None],
+        changed: Callable[[list[NodeInfo], dict[int, str]], None],
         lost: Callable[[str], None],
     ) -> None:
-        """sock: to the head, authenticated. changed: is called at once, and at every change."""
-        self._peer = _Peer(
-            reactor,
-            sock,
-            patience,
-            lambda peer, frame: changed([NodeInfo(**node) for node in json.loads(frame.text)]),
-            lambda peer, how: lost(how),
-        )
+        """sock: to the head, authenticated. changed: is called at once, and at every change.
+
+        It gets all nodes, and how those that have just left were lost, by incarnation.
+        """
+        self._changed = changed
+        self._peer = _Peer(reactor, sock, patience, self._take, lambda peer, how: lost(how))
         reactor.post(self._peer.open)
 
     def close(self) -> None:
         """Hear no more of it. In the reactor's thread."""
         self._peer.lose("is not listened to any more")
+
+    def _take(self, peer: _Peer, frame: Frame) -> None:
+        told = json.loads(frame.text)
+        self._changed([NodeInfo(**node) for node in told["nodes"]], dict(told["left"]))
 
 
 class Membership:
@@ -195,9 +203,8 @@ class Membership:
         """connect: returns an authenticated socket to the head. refused: hears why the head does not want it."""
         self._reactor, self._connect, self._own, self._patience = reactor, connect, own, patience
         self._refused = refused
-        self._closed = threading.Event()
+        self._closed, self._answered = threading.Event(), threading.Event()
         self._lost = threading.Event()
-        self._answered = threading.Event()
         self._why_not: str | None = None
         self._peer: _Peer | None = None
 

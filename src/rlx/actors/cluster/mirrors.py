@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from rlx.actors.channel import FOR_OTHERS, Channel, Staleness
 from rlx.actors.engines import wire
 from rlx.actors.engines.link import Link
-from rlx.actors.engines.pickling import Message
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.engines.wire import Frame
+from rlx.actors.monitor import logger
+from rlx.errors import ActorError, ObjectMemoryFull
 
 LOOK_EVERY_S = 0.002  # at one number a channel
 
@@ -39,24 +40,21 @@ class Mirrors:
         """channel: returns this machine's channel of a name."""
         self._reactor, self._channel = reactor, channel
         self._lock = threading.Lock()  # of the order of versions on a link, too
-        self._links: dict[str, list[Link]] = {}
-        self._seen: dict[str, int] = {}  # how many versions the others know of
+        self._links: dict[str, dict[Link, int]] = {}  # by channel: how many versions the machine behind it knows of
+        self._late: dict[str, tuple[Frame, Link]] = {}  # the newest version that there is no room for, and its source
+        self._refused: set[str] = set()  # channels that another process of this machine publishes on, as was said
 
     def add(self, name: str, link: Link) -> None:
         """Have the machine behind the link hear of versions, beginning with the newest."""
         with self._lock:
-            self._look_at(name)
             if self._note(name, link):
-                newest = self._channel(name).latest_message()
-                if newest is not None:
-                    self._send(name, *newest, [link])
+                self._look_at(name)
 
     def remove(self, link: Link) -> None:
         """The machine is gone."""
         with self._lock:
             for links in self._links.values():
-                if link in links:
-                    links.remove(link)
+                links.pop(link, None)
 
     def look(self) -> None:
         """Send what has been published since the last look."""
@@ -67,42 +65,62 @@ class Mirrors:
 
     def take(self, frame: Frame, source: Link) -> None:
         """Publish here, and to the others, what was published behind `source`."""
-        label = json.loads(frame.text)
-        name, message = label["channel"], frame.open(None)
-        channel = self._channel(name)
+        name = json.loads(frame.text)["channel"]
         with self._lock:
             self._note(name, source)
             self._look_at(name)
-            channel.publish_message(message, label["version"])
-            self._seen[name] = channel.count
-            others = [link for link in self._links[name] if link is not source]
-            self._send(name, label["version"], message, others)
+            self._publish(name, frame, source)
+
+    def _publish(self, name: str, frame: Frame, source: Link) -> None:
+        """Publish here, or try again later: this may be the thread that serves all, which never waits for readers."""
+        channel = self._channel(name)
+        was_late = self._late.pop(name, None)
+        try:
+            channel.publish_message(frame.open(None), json.loads(frame.text)["version"], wait_s=0.0)
+        except ObjectMemoryFull as error:
+            self._late[name] = frame, source
+            if not was_late:
+                logger.warning("readers of channel %r have to wait for its newest version: %s", name, error)
+        except ActorError as error:
+            if name not in self._refused:
+                self._refused.add(name)
+                logger.error("what another machine publishes on channel %r is not heard here: %s", name, error)
+        else:
+            if source in self._links[name]:
+                self._links[name][source] = channel.count
+            self._look_at(name)
 
     def _note(self, name: str, link: Link) -> bool:
         """Note that the machine behind the link has this channel; False if that is known."""
         if not self._links:
             self._reactor.post(self._look_around)
-        links = self._links.setdefault(name, [])
+        links = self._links.setdefault(name, {})
         if link in links:
             return False
-        links.append(link)
+        links[link] = 0
         return True
 
     def _look_around(self) -> None:
         self._reactor.set_deadline(self, LOOK_EVERY_S, self._look_around)
-        self.look()
+        with self._lock:
+            for name, (frame, source) in list(self._late.items()):
+                self._publish(name, frame, source)
+            for name in self._links:
+                self._look_at(name, in_a_hurry=False)
 
-    def _look_at(self, name: str) -> None:
+    def _look_at(self, name: str, in_a_hurry: bool = True) -> None:
+        """Send the newest version to whom it is new. Without hurry a link that is busy gets it, or a newer one, later.
+
+        So versions do not pile up where they are published faster than a link takes them.
+        """
         channel = self._channel(name)
-        count = channel.count
-        if count == self._seen.get(name, 0):
+        count, links = channel.count, self._links[name]
+        behind = [link for link, known in links.items() if known != count and (in_a_hurry or not link.is_backlogged)]
+        newest = channel.latest_message() if behind else None
+        if newest is None:
             return
-        newest = channel.latest_message()
-        self._seen[name] = count  # as read before: a version that came in between is looked at once more
-        if newest is not None:
-            self._send(name, *newest, self._links.get(name, ()))
-
-    def _send(self, name: str, version: int, message: Message, links: Iterable[Link]) -> None:
-        text = json.dumps({"channel": name, "version": version})
-        for link in links:
-            link.write(wire.encode(wire.PUBLISH, 0, text, message))
+        version, message = newest
+        parts = wire.encode(wire.PUBLISH, 0, json.dumps({"channel": name, "version": version}), message)
+        for link in behind:
+            links[link] = count  # as read before: a version that came in between is looked at once more
+            link.write(parts)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,8 @@ from rlx.actors.engines.link import Link
 from rlx.actors.engines.local import LocalEngine
 from rlx.actors.engines.local_actor import LocalActor
 from rlx.actors.engines.memory import Parcel
-from rlx.actors.engines.wire import Frame
+from rlx.actors.engines.reactor import READ, WRITE
+from rlx.actors.engines.wire import Frame, Lent
 from rlx.actors.future import Answer, Err, Future, nothing
 from rlx.actors.interface import ActorSpec, Listener, Stall
 from rlx.actors.logs import Damper
@@ -32,7 +36,6 @@ from rlx.errors import ActorError, ObjectMemoryFull
 
 CALL_BITS = 40
 """Bits of a call id that count an actor's calls; those above are the actor's number."""
-MEMORY_WAIT_S = 0.5  # in the thread that serves everybody
 
 
 class NodeEngine(LocalEngine):
@@ -55,7 +58,9 @@ class NodeEngine(LocalEngine):
         preload, timeout_s = settings["preload"], settings["system_timeout_s"]
         super().__init__(events, timeout_s, preload, settings.get("object_memory"), damper=_Forwarder(self._print))
         self.where = f" on {name}"
-        self.memory.arena.wait_s = MEMORY_WAIT_S
+        self.memory.arena.wait_s = 0.0  # in the thread that serves everybody
+        self._orders: deque[tuple[bytes, list[int]]] = deque()  # that the forkserver has not taken yet
+        self._held_up: list[Link] = []  # of actors, while the driver leaves much unread
         self.relayed: dict[int, RelayedActor] = {}
         self._ended, self._project_folder, self._root = ended, folder, settings.get("root")
         self.link = Link(self.reactor, sock, self._take, self._lose_driver)
@@ -71,7 +76,30 @@ class NodeEngine(LocalEngine):
         self.link.write(wire.encode(wire.OPEN))
         self._heart.start()
 
+    def hold_up(self, link: Link) -> None:
+        """Read no more of an actor until the driver has read what waits for it."""
+        if not self._held_up:
+            self.link.when_room(self._read_on)
+        if link not in self._held_up:
+            self._held_up.append(link)
+            link.read_on(False)
+
+    def _read_on(self) -> None:
+        links, self._held_up = self._held_up, []
+        for link in links:
+            link.read_on(True)
+
     def _take(self, frame: Frame) -> None:
+        """Do what a frame asks for. What cannot be done is no reason to end all other actors of the driver."""
+        try:
+            self._do(frame)
+        except Exception as error:
+            logger.warning("a frame of kind %d of a driver cannot be dealt with: %s", frame.kind, error)
+            if frame.kind in (wire.CALL, wire.STREAM):
+                text, message = pickling.dump_error(error, f"the node{self.where}")
+                self.link.write(wire.encode(wire.ERROR, frame.call_id, text, message))
+
+    def _do(self, frame: Frame) -> None:
         if frame.kind == wire.PING:
             return
         if frame.kind == wire.PUBLISH:
@@ -84,6 +112,33 @@ class NodeEngine(LocalEngine):
             self.link.write(wire.encode(wire.READERS, frame.call_id, json.dumps(found)))
         elif (actor := self.relayed.get(frame.call_id >> CALL_BITS)) is not None:
             actor.relay(frame)
+
+    def _order(self, timeout_s: float, descriptors: Sequence[int], **order: Any) -> None:
+        """Never wait in the reactor's thread: a forkserver that still imports takes the rest later."""
+        if threading.get_ident() != self.reactor.ident:
+            super()._order(timeout_s, descriptors, **order)
+            return
+        self._orders.append((json.dumps(order).encode(), [os.dup(fd) for fd in descriptors]))
+        self._send_orders()
+
+    def _send_orders(self) -> None:
+        while self._orders:
+            data, descriptors = self._orders[0]
+            try:
+                socket.send_fds(self._control, [data], descriptors)
+            except BlockingIOError:
+                break
+            except ConnectionError:
+                pass  # it has ended, as the reactor sees
+            self._orders.popleft()
+            for fd in descriptors:
+                os.close(fd)
+        self.reactor.watch(self._control.fileno(), READ | (WRITE if self._orders else 0))
+
+    def _on_control(self, events: int) -> None:
+        if events & WRITE:
+            self._send_orders()
+        super()._on_control(events)
 
     def _spawn(self, frame: Frame) -> None:
         first, asked = frame.call_id, json.loads(frame.text)
@@ -156,7 +211,9 @@ class RelayedActor(LocalActor):
 
     def __init__(self, engine: NodeEngine, number: int, spec: ActorSpec, first_call: int) -> None:
         self._node, self._first_call = engine, first_call
+        self._is_full = False  # as the driver knows
         super().__init__(engine, number, spec, Listener(self._tell_end, _never, self._tell_stall))
+        self._lend = self._lend_what_fits
 
     def relay(self, frame: Frame) -> None:
         """Pass on what the driver sends."""
@@ -171,11 +228,7 @@ class RelayedActor(LocalActor):
             self._node.mirrors.add(frame.text, self._node.link)
             return
         parcel = Parcel(frame.open(None))
-        try:
-            places = self._lend(parcel) if parcel.message[1] else None
-        except ObjectMemoryFull as error:
-            self._refuse(frame, error)
-            return
+        places = self._lend(parcel) if parcel.message[1] else None
         with self._lock:
             if self._end is not None:
                 return  # the driver hears of that
@@ -185,6 +238,21 @@ class RelayedActor(LocalActor):
                 method = frame.text.partition(" ")[2] if kind == wire.STREAM else frame.text
                 self._pending[call_id] = Future(self._name, method)  # counted and named here; the driver waits for it
             self._link.write(wire.encode(kind, call_id, frame.text, parcel.message, places), urgent)
+        if self._link.is_full and not self._is_full:
+            self._is_full = True
+            self._tell_driver(wire.FULL, self._first_call, "")
+            self._link.when_room(self._note_room)
+
+    def _note_room(self) -> None:
+        self._is_full = False
+        self._tell_driver(wire.ROOM, self._first_call, "")
+
+    def _lend_what_fits(self, parcel: Parcel) -> list[Lent | None] | None:
+        """Place the buffers in shared memory; where that is full they wait in this process, and callers at the end."""
+        try:
+            return self._memory.lend(parcel)
+        except ObjectMemoryFull:
+            return None
 
     def on_started(self, pid: int) -> None:
         """The process exists."""
@@ -202,11 +270,8 @@ class RelayedActor(LocalActor):
                 self._pending.pop(frame.call_id, None)
         self._node.mirrors.look()  # what it has published is there before its answer
         self._tell_driver(kind, frame.call_id or self._first_call, frame.text, message)
-
-    def _refuse(self, frame: Frame, error: Exception) -> None:
-        text, message = pickling.dump_error(error, f"the node{self._node.where}")
-        kind, call_id = (wire.SEND_FAILED, self._first_call) if frame.kind == wire.SEND else (wire.ERROR, frame.call_id)
-        self._tell_driver(kind, call_id, text, message)
+        if self._node.link.is_full:
+            self._node.hold_up(self._link)
 
     def _tell_end(self, why: Answer) -> None:
         self._node.relayed.pop(self._first_call >> CALL_BITS, None)

@@ -133,6 +133,8 @@ class RemoteActor(ProcessActor):
 
     def start(self, spec: ActorSpec, parcel: Parcel) -> None:
         """Send what it is made of."""
+        if self._link.is_full:
+            self._wait_for_room()
         self._reactor.set_deadline(self.ready, self._engine.system_timeout_s, self._on_no_start)
         self.ready.lead = self._link.lead
         self.slot.sent()
@@ -192,6 +194,10 @@ class RemoteActor(ProcessActor):
         if kind == wire.STARTED:
             self.pid = int(text)
             self._reactor.clear_deadline(self.ready)
+        elif kind == wire.FULL:
+            self._room = self._room or Future(self._name, "room")
+        elif kind == wire.ROOM:
+            self._make_room()
         elif kind == wire.STALLED:
             self._listener.stalled(Stall(**json.loads(text)))
         elif kind == wire.EXITED:

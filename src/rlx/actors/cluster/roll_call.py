@@ -82,7 +82,7 @@ def _follow(
     sock = connect(parse_address(address), key, Role.VIEWER)
     news: queue.SimpleQueue[list[NodeInfo] | str] = queue.SimpleQueue()
     reactor = Reactor()
-    watch = Watch(reactor, sock, Patience(), news.put, news.put)
+    watch = Watch(reactor, sock, Patience(), lambda nodes, left: news.put(nodes), news.put)
     try:
         while (left_s := deadline - time.monotonic()) > 0:
             try:

@@ -45,6 +45,7 @@ class Link:
         self._poll.register(self._fd, READ)
         self._lock = threading.Lock()  # of what follows
         self._watched = False  # by the reactor
+        self._paused = False  # nothing is to be read for now
         self._corked = 0  # bytes of frames that the reactor will write, together, in a moment
         self._backlogged = False  # the rest of the outbox is the reactor's to write
         self._backlog_bytes = 0
@@ -59,6 +60,8 @@ class Link:
         with self._lock:
             self._watched = True
             self._reactor.register(self._fd, self._on_ready)
+        if self._decrypted():  # with the end of the handshake, and nothing more may come for long
+            self._reactor.post(lambda: self._on_ready(READ))
 
     def write(self, parts: list[Buffer], urgent: bool = True) -> None:
         """Write what the socket takes; the reactor writes the rest. The caller sees to the order.
@@ -91,9 +94,28 @@ class Link:
         return self._reader.unfinished or self._decrypted() > 0
 
     @property
+    def is_backlogged(self) -> bool:
+        """Whether the socket has not taken all yet."""
+        return self._backlogged
+
+    @property
     def is_full(self) -> bool:
         """Whether writers are to wait: the actor has left much unread."""
         return self._room is not None
+
+    def when_room(self, then: Callable[[], object]) -> None:
+        """Have the reactor call `then()` when the backlog is small, or at the end of the link."""
+        room = self._room
+        if room is None:
+            self._reactor.post(then)
+        else:
+            room.when_done(lambda: self._reactor.post(then))
+
+    def read_on(self, reading: bool) -> None:
+        """Read on, or leave to its socket what comes, which holds up who sends it. Only for links that none leads."""
+        with self._lock:
+            self._paused = not reading
+            self._arm()
 
     def wait_for_room(self, timeout_s: float) -> bool:
         """Wait until the backlog is small; False after timeout_s."""
@@ -120,8 +142,10 @@ class Link:
                 if not self._unfinished and not self._poll.poll(patience_s * 1e3):
                     if deadline is not None and time.monotonic() >= deadline:
                         return
-                elif not self._read():
-                    return
+                else:
+                    with contextlib.suppress(BlockingIOError):  # of a record of TLS only the beginning has come
+                        if not self._read():
+                            return
         finally:
             try:
                 self._stop_leading(me)
@@ -266,5 +290,5 @@ class Link:
         if self._watched:
             # While the reactor reads, too: it would not begin again, and an actor whose replies nobody reads does not
             # read either, so that what is to be written would wait for ever.
-            reading = READ if self._leader in (None, self._reactor.ident) else 0
+            reading = READ if self._leader in (None, self._reactor.ident) and not self._paused else 0
             self._reactor.watch(self._fd, reading | (WRITE if self._backlogged else 0))

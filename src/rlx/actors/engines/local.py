@@ -256,7 +256,7 @@ class LocalEngine:
             except ConnectionError:
                 return  # the reactor sees the same, and tells everybody
 
-    def _on_control(self, _: int) -> None:
+    def _on_control(self, events: int) -> None:
         try:
             data = self._control.recv(MAX_MESSAGE)
         except BlockingIOError:

@@ -61,7 +61,7 @@ class LocalActor(ProcessActor):
         self.ready.lead = self._link.lead
         self.slot.sent()  # for __init__
         self._hand_over(parcel.channels)
-        self._link.write(wire.encode(wire.SPAWN, 0, settings, parcel.message, self._memory.lend(parcel)))
+        self._link.write(wire.encode(wire.SPAWN, 0, settings, parcel.message, self._lend(parcel)))
         return [self._far_end.fileno(), self._descriptors_end.fileno(), *self._memory.fds, self._log]
 
     def close_far_ends(self) -> None:

@@ -46,6 +46,7 @@ class ProcessActor:
         self._place: Future[None] | None = None  # settled by the next answer: somebody waits for it, to call on
         self._pending: dict[int, Future[Any] | OpenStream] = {}  # by call id, oldest first
         self._calls = first_call
+        self._room: Future[None] | None = None  # while callers are to wait, as its node says
         self._end: Callable[[], Err] | None = None  # what every call gets from that moment on
         self._init_failed = False
         self._progress = time.monotonic()  # when it was last known to have nothing older to do
@@ -92,7 +93,7 @@ class ProcessActor:
     ) -> Callable[[], Err] | None:
         """Number the call, note who waits for its answer, and write it; return the actor's end if it has ended."""
         self._before_frame()
-        if len(self._pending) >= self._max_pending or self._link.is_full:
+        if len(self._pending) >= self._max_pending or self._link.is_full or self._room is not None:
             self._wait_for_room()
         places = self._lend(message) if message.message[1] else None
         with self._lock:
@@ -141,7 +142,8 @@ class ProcessActor:
                     f"{self._name} has {limit} unanswered calls and finished none within {timeout_s:g} s; wait for "
                     f"results before calling on, or raise max_pending at spawn."
                 )
-        if not self._link.wait_for_room(timeout_s):
+        room = self._room
+        if not self._link.wait_for_room(timeout_s) or not (room is None or wait([room], 1, timeout_s)[0]):
             raise ActorBusy(
                 f"{self._name} has read nothing for {timeout_s:g} s and much is waiting for it; look at what it does "
                 f"with `rlx why {self._name}`, or kill() it."
@@ -224,6 +226,7 @@ class ProcessActor:
         for waiting in self._pending.values():
             waiting.settle(self._end)
         self._give_place()
+        self._make_room()
         self._pending.clear()
 
     def _give_place(self) -> None:
@@ -231,6 +234,12 @@ class ProcessActor:
         if self._place is not None:
             self._place.settle(nothing)
             self._place = None
+
+    def _make_room(self) -> None:
+        """Have who waits for room call on."""
+        if self._room is not None:
+            self._room.settle(nothing)
+            self._room = None
 
     def _current_method(self) -> str | None:
         """Return what runs, or runs next: calls are answered in order. Holds the lock."""

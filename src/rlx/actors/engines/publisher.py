@@ -47,8 +47,12 @@ class Publisher:
         if self._words[NEWEST]:
             self._succeed()
 
-    def publish(self, message: Message, version: int | None) -> int:
-        """Make a message the newest version; return its number, by default one more than the last."""
+    def publish(self, message: Message, version: int | None, wait_s: float) -> int:
+        """Make a message the newest version; return its number, by default one more than the last.
+
+        ObjectMemoryFull when readers keep too much for more than wait_s.
+        """
+        self._arena.wait_s = wait_s
         if self._words[PUBLISHER] != self._identity:
             _refuse_another(self._channel)
             raise ActorError(f"channel {self._channel.name!r} has taken this publisher for dead; attach it again.")

@@ -66,7 +66,8 @@ class Reactor:
     def set_deadline(self, key: object, in_s: float, handler: Callable[[], object]) -> None:
         """Call `handler()` after in_s seconds; a later call with the same key replaces it."""
         self._deadlines[key] = (time.monotonic() + in_s, handler)
-        os.eventfd_write(self._wake, 1)
+        if threading.get_ident() != self._thread.ident:  # else it looks before it waits
+            os.eventfd_write(self._wake, 1)
 
     def clear_deadline(self, key: object) -> None:
         """Forget the deadline."""

@@ -28,9 +28,10 @@ READY, INIT_FAILED, REPLY, ERROR, SEND_FAILED, CANCELLED, ITEM = range(10, 17)  
 OPEN, KILL, CHANNEL = range(20, 23)  # to a node: JSON; how the death is to be described; the name of a channel
 STARTED, EXITED, STALLED, PRINTED = range(23, 27)  # from a node: process id; why; JSON; lines
 PUBLISH, PING = range(27, 29)  # both ways: JSON + a version of a channel; nothing
-JOIN, NODES = range(29, 31)  # to the head, from it: JSON
+JOIN, NODES = range(29, 31)  # to the head, and back when it has taken place; from the head: JSON
 READERS = 31  # of a channel, to a node: its name; from it: JSON
 PROJECT = 32  # from a node: it needs the files of the project; to it: these
+FULL, ROOM = range(33, 35)  # from a node: no more calls for this actor for now, which leaves them unread; more again
 
 MAGIC = b"rx\x02"  # and the version
 SHARED_BODY = 0x80  # set in the kind: the body is empty, and the last buffer is it

@@ -1,0 +1,94 @@
+"""Training whose env runners are on machines that are really apart: the numbers of one machine, and a node killed."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from rlx.algorithms.impala import IMPALAConfig
+from rlx.algorithms.ppo import PPOConfig
+from rlx.building import LazyRuntime
+from tests.actors.cluster.namespaces import why_not
+
+pytestmark = [
+    pytest.mark.timeout(180),
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+PRELOAD = ("numpy", "torch", "gymnasium")
+
+
+def ppo(**fault_tolerance):
+    made = PPOConfig().environment("CartPole-v1").reporting(progress="none")
+    made.env_runners(num_env_runners=2, num_envs_per_env_runner=4, rollout_fragment_length=32)
+    return made.training(epochs=2, minibatch_size=32).fault_tolerance(**fault_tolerance)
+
+
+def computed(row):
+    watched = ("time/", "env_steps_per_s", "learner_restarts", "runner_restarts")
+    return {name: value for name, value in row.items() if not name.startswith(watched)}
+
+
+def wait_for_restart(rt, name):
+    """What a runner collects depends on whether it was asked before or after it was killed: this is after."""
+    deadline = time.monotonic() + 30.0
+    while (state := rt.state()[name]).restarts == 0 or state.status != "alive":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def on_cluster(cluster, monkeypatch):
+    """Return the daemons and the runtime of a cluster, on which runs are trained from now on."""
+    head, other, rt = cluster(preload=PRELOAD)
+    monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
+    return head, other, rt
+
+
+def node_of(rt, name):
+    return rt._actors[name]._actor.body._node.name
+
+
+def train(config, updates):
+    with config.build() as algorithm:
+        return [computed(algorithm.train()) for _ in range(updates)]
+
+
+def test_ppo_computes_the_same_on_every_engine(request):
+    inline = train(ppo().runtime(engine="inline", seed=3), 4)
+    local = train(ppo().runtime(engine="local", seed=3), 4)
+    rt = request.getfixturevalue("on_cluster")[2]
+    cluster = train(ppo().runtime(seed=3), 4)
+    assert {node_of(rt, f"env_runner/{index}") for index in range(2)} == {"a", "b"}
+    assert repr(cluster) == repr(local) == repr(inline)  # repr: nan is not equal to itself
+
+
+def test_impala_learns_across_machines(on_cluster):
+    made = IMPALAConfig().environment("CartPole-v1").reporting(progress="none")
+    made.env_runners(num_env_runners=2, num_envs_per_env_runner=8, rollout_fragment_length=32)
+    with made.training(batch_size=512).build() as algorithm:
+        rows = [algorithm.train() for _ in range(8)]
+    steps = [row["env_steps"] for row in rows]
+    assert steps == sorted(steps) and steps[-1] > 0
+    assert len(rows) == 8
+
+
+def test_a_killed_node_costs_its_runners_a_restart_and_nothing_is_counted_twice(on_cluster, monkeypatch):
+    _, other, rt = on_cluster
+    with ppo(max_restarts=3).build() as algorithm:
+        rows = [algorithm.train() for _ in range(2)]
+        assert {node_of(rt, f"env_runner/{index}") for index in range(2)} == {"a", "b"}
+        lost = next(index for index in range(2) if node_of(rt, f"env_runner/{index}") == "b")
+        other.end(signal.SIGKILL)
+        wait_for_restart(rt, f"env_runner/{lost}")
+        rows += [algorithm.train() for _ in range(4)]
+        assert {node_of(rt, f"env_runner/{index}") for index in range(2)} == {"a"}
+    assert rows[-1]["runner_restarts"] == 1
+    monkeypatch.undo()
+    with ppo(max_restarts=3).build() as algorithm:  # on one machine, where just the one runner is killed
+        expected = [algorithm.train() for _ in range(2)]
+        os.kill(algorithm._runtime().state()[f"env_runner/{lost}"].pid, signal.SIGKILL)
+        wait_for_restart(algorithm._runtime(), f"env_runner/{lost}")
+        expected += [algorithm.train() for _ in range(4)]
+    assert repr([*map(computed, rows)]) == repr([*map(computed, expected)])
