@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import rlx
-from rlx import cluster_arguments, commands, inspection
+from rlx import cluster_arguments, cluster_inspection, commands, inspection
 from rlx.arguments import add_command, natural, positive
 from rlx.errors import RlxError
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # so that environment.id=my_module:MyEnv finds the user's file, as python -m would
     try:
         with _console_log(options.log_level):
-            code = options.command(options) or 0
+            code = _command(options)(options) or 0
             sys.stdout.flush()
             return code
     except RlxError as error:
@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rlx: interrupted", file=sys.stderr)
         return commands.INTERRUPTED
+
+
+def _command(options: argparse.Namespace) -> Any:
+    """Return what does it: the command here, or that on a cluster's machines."""
+    return options.there if getattr(options, "address", None) is not None and "there" in options else options.command
 
 
 def _drop_output() -> None:
@@ -314,6 +319,14 @@ def _add_inspection(group: Any) -> None:
     form.add_argument("-f", "--follow", action="store_true", help="go on until the actor ends, or Ctrl-C")
     for parser in (ps, top, why, stack, trace, debug):
         _add_runtime(parser)
+    for parser, name, there in (
+        (ps, "ps", cluster_inspection.ps),
+        (why, "why", cluster_inspection.of_actor),
+        (stack, "stack", cluster_inspection.of_actor),
+        (logs, "logs", cluster_inspection.of_actor),
+        (trace, "trace", cluster_inspection.trace),
+    ):
+        cluster_arguments.add_cluster(parser, name, there)
     for parser in (ps, top, why, stack, trace, form):
         parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
 

@@ -162,6 +162,15 @@ def _add_k8s(group: Any) -> None:
     _add_token_file(secret)
 
 
+def add_cluster(parser: Any, name: str, there: Any) -> None:
+    """Have a command that looks at actors do so on the machines of a cluster, where --address names it."""
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", type=_address, help="of a cluster's head: look at the actors on its machines"
+    )
+    _add_token_file(parser)
+    parser.set_defaults(name=name, there=there)
+
+
 def _add_token_file(parser: Any) -> None:
     parser.add_argument("--token-file", metavar="F", type=Path, help="the cluster's key (default: ~/.rlx/cluster.key)")
 

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -36,6 +37,9 @@ from rlx.errors import ActorError, ConfigError, HandshakeError, RlxError
 
 CLOSE_TIMEOUT_S = 10.0
 PROJECT_TIMEOUT_S = 60.0
+LOOK_TIMEOUT_S = 20.0
+LOOKING = ("ps", "why", "stack", "logs", "trace")
+"""The commands that are run for who asks; they read, and signal actors to say where they are."""
 KNOCK_EVERY_S = 0.5
 NOT_THERE_YET = (Reason.NOBODY_LISTENS, Reason.UNREACHABLE, Reason.TIMED_OUT)
 """Why a head may be asked again, while somebody waits for it."""
@@ -115,7 +119,12 @@ class NodeDaemon:
         """Give a driver a place for actors."""
         events = EventThread("rlx-node-events")
         try:
-            settings = json.loads(greeting.receive(sock, CLOSE_TIMEOUT_S).text)
+            frame = greeting.receive(sock, CLOSE_TIMEOUT_S)
+            settings = json.loads(frame.text)
+            if frame.kind == wire.ASK:
+                greeting.send(sock, wire.ASK, self._look(settings), CLOSE_TIMEOUT_S)
+                sock.close()
+                return
             patience = Patience(**settings["patience"])
             folder = _project(sock, settings.get("project"))
             engine = NodeEngine(events, self.info.name, sock, settings, patience, self._on_end, folder)
@@ -128,6 +137,17 @@ class NodeDaemon:
         with self._lock:
             self._engines.add(engine)
         engine.begin()
+
+    def _look(self, words: list[str]) -> list[tuple[int, str, str]]:
+        """Return what a command that looks at actors says here: exit code, output and errors for each driver's."""
+        if not words or words[0] not in LOOKING:
+            raise ActorError(f"{words[:1]} is not one of {', '.join(LOOKING)}")
+        found = []
+        for engine in list(self._engines):
+            command = [sys.executable, "-m", "rlx.cli", *words, "--runtime", str(engine.folder)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_TIMEOUT_S, check=False)
+            found.append((done.returncode, done.stdout, done.stderr))
+        return found
 
     def _on_end(self, engine: NodeEngine) -> None:
         self._endings.post(self._end, engine)

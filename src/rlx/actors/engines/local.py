@@ -94,6 +94,11 @@ class LocalEngine:
             return NO_ARGUMENTS
         return Parcel(*pickling.dumps_with_channels((args, kwargs), "arguments"))
 
+    @property
+    def folder(self) -> Path:
+        """Where other terminals find out about its actors."""
+        return self._folder.path
+
     def put(self, value: Any) -> Ref:
         """Copy the value into shared memory, once, for any number of actors."""
         return self.memory.put(pickling.dumps(value, "the value"))

@@ -31,6 +31,7 @@ PUBLISH, PING = range(27, 29)  # both ways: JSON + a version of a channel; nothi
 JOIN, NODES = range(29, 31)  # to the head, and back when it has taken place; from the head: JSON
 READERS = 31  # of a channel, to a node: its name; from it: JSON
 PROJECT = 32  # from a node: it needs the files of the project; to it: these
+ASK = 35  # to a node: a command that looks, as JSON; from it: exit code, output and errors for each runtime
 FULL, ROOM = range(33, 35)  # from a node: no more calls for this actor for now, which leaves them unread; more again
 
 MAGIC = b"rx\x02"  # and the version

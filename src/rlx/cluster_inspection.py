@@ -1,0 +1,88 @@
+"""ps, why, stack, logs and trace with --address: each node says of its actors what the command says there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rlx.errors import ActorError, ConfigError
+
+TIMEOUT_S = 30.0
+
+
+class _Said(NamedTuple):
+    """What one node says of one runtime."""
+
+    node: str
+    code: int
+    out: str
+    err: str
+
+
+def ps(options: argparse.Namespace) -> None:
+    """Print the actors of every node."""
+    said = list(_ask(options, ["ps"]))
+    if options.json:
+        print(json.dumps({one.node: json.loads(one.out) for one in said}, indent=2))
+    else:
+        print("\n\n".join(f"node {one.node}\n{one.out.rstrip()}" for one in said) or "No actor is on this cluster.")
+
+
+def of_actor(options: argparse.Namespace) -> None:
+    """Print what the nodes that know the actor say: why, stack or logs; without an actor, what all say."""
+    words = [options.name] + ([options.actor] if options.actor else [])
+    words += ["-n", str(options.lines)] if options.name == "logs" else []
+    said = list(_ask(options, words))
+    known = [one for one in said if one.code == 0]
+    if not known:
+        reasons = list(dict.fromkeys(one.err.strip().removeprefix("rlx: error: ") for one in said))
+        raise ActorError(f"no node of the cluster can tell: {' '.join(reasons) or 'no actor is on it.'}")
+    print("\n\n".join(f"node {one.node}\n{one.out.rstrip()}" for one in known))
+    print(*(one.err.strip() for one in known if one.err.strip()), sep="\n", end="", file=sys.stderr)
+
+
+def trace(options: argparse.Namespace) -> None:
+    """Write the latest calls of all actors on all nodes to one file."""
+    events: list[dict[str, Any]] = []
+    for one in _ask(options, ["trace", "-o", "/dev/stdout", "--json"]):
+        if one.code:
+            raise ActorError(f"node {one.node}: {one.err.strip()}")
+        found = json.JSONDecoder().raw_decode(one.out)[0]
+        for event in found["traceEvents"]:  # process ids are each machine's own
+            event["pid"] = f"{one.node}:{event['pid']}"
+            events.append(event)
+    try:
+        options.output.write_text(json.dumps({"traceEvents": events}))
+    except OSError as error:
+        raise ConfigError(f"{options.output} cannot be written ({error}); give another file with -o.") from None
+    calls = sum(event["ph"] == "X" for event in events)
+    print(f"{calls:,} calls in {options.output}: open it at https://ui.perfetto.dev")
+
+
+def _ask(options: argparse.Namespace, words: list[str]) -> Iterator[_Said]:
+    """Yield what every node says of every runtime that has actors there."""
+    from rlx.actors.cluster import greeting, roll_call
+    from rlx.actors.cluster.daemon import parse_address
+    from rlx.actors.cluster.handshake import Role, connect
+    from rlx.actors.engines import wire
+    from rlx.cluster_commands import load_key
+
+    if getattr(options, "json", False) and words[0] != "ps":
+        raise ConfigError(f"rlx {words[0]} has no --json with --address; leave one out.")
+    key = load_key(options.token_file)
+    for node in roll_call.present(options.address, key):
+        try:
+            sock = connect(parse_address(node.address), key, Role.DRIVER)
+        except ActorError as error:
+            print(f"rlx: node {node}: {error}", file=sys.stderr)
+            continue
+        try:
+            asked = words + (["--json"] if words[0] == "ps" and options.json else [])
+            greeting.send(sock, wire.ASK, asked, TIMEOUT_S)
+            for code, out, err in json.loads(greeting.receive(sock, TIMEOUT_S).text):
+                yield _Said(node.name, code, out, err)
+        finally:
+            sock.close()
