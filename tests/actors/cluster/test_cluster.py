@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import time
 
 import cloudpickle
 import numpy as np
@@ -194,6 +195,47 @@ def test_no_cluster_no_runtime(key, other_key, head):
 def test_two_nodes_of_one_name_are_one_too_many(start, head, second):
     daemon = start("b", head.address)
     assert "there is a node b" in daemon.news["error"] and daemon.process.wait(T) == 1
+
+
+def test_a_machine_that_was_switched_off_and_on_takes_its_place_again(start):
+    quick = {"every_s": 0.1, "suspect_s": 0.3, "dead_s": 60.0}
+    head = start("a-of-power", patience=quick)
+    off = start("b-of-power", head.address, patience=quick)
+    off.process.send_signal(signal.SIGSTOP)  # nobody says that its connections are dead
+    deadline = time.monotonic() + T
+    while "error" in (again := start("b-of-power", head.address, patience=quick)).news:
+        assert time.monotonic() < deadline and again.process.wait(T) == 1
+    assert again.address != off.address
+
+
+def test_a_node_whose_forkserver_is_killed_gets_another_one(start, open_runtime):
+    head = start("alone-of-forkserver")
+    rt = open_runtime(head.address)
+    worker = rt.spawn(Worker)
+    server = worker.daemon.call().result(T)[0]
+    ended = threading.Event()
+    rt.monitor(worker, on_exit=lambda *_: ended.set())
+    os.kill(server, signal.SIGKILL)
+    assert ended.wait(T)
+    with pytest.raises(ActorDied, match=rf"the forkserver of this runtime \(process {server}\) was killed by SIGKILL"):
+        worker.add.call().result(T)
+    changed = threading.Semaphore(0)
+    rt._engine.when_nodes_change(changed.release)
+    while not rt._engine._nodes:
+        assert changed.acquire(timeout=T)
+    assert rt.spawn(Worker).add.call().result(T) == 1
+
+
+def test_a_node_that_is_stopped_says_so(start, open_runtime):
+    head = start("a-of-stop")
+    other = start("b-of-stop", head.address)
+    rt = open_runtime(head.address)
+    workers = spawn_on_both(rt)
+    for worker in workers:
+        worker.ready(T)
+    assert other.end() == 0
+    errors = [str(error) for error in (worker.add.call().exception(T) for worker in workers) if error is not None]
+    assert len(errors) == 1 and re.search(r"on b-of-stop\) was closed with its node|node b-of-stop", errors[0])
 
 
 def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, rt):

@@ -36,6 +36,8 @@ CALL_BITS = 40
 class NodeEngine(LocalEngine):
     """The local engine, driven from another machine. It ends with the driver's link, and `ended` is called once."""
 
+    closed = "was closed with its node"
+
     def __init__(
         self,
         events: EventThread,
@@ -53,7 +55,7 @@ class NodeEngine(LocalEngine):
         self._orders: deque[tuple[bytes, list[int]]] = deque()  # that the forkserver has not taken yet
         self._held_up: list[Link] = []  # of actors, while the driver leaves much unread
         self.relayed: dict[int, RelayedActor] = {}
-        self._ended = ended
+        self._ended, self._is_ended = ended, False
         self.link = Link(self.reactor, sock, self._take, self._lose_driver)
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._heart = Heartbeat(self.reactor, self.link, patience, self._note_silence, self._lose_driver)
@@ -148,6 +150,13 @@ class NodeEngine(LocalEngine):
                 self.link.write(wire.encode(wire.EXITED, first, f"{name}{self.where} could not be started: {error}"))
             logger.warning("%s could not be started: %s", name, error)
 
+    def _lose_server(self) -> None:
+        """Its actors' deaths are told; then end as well, so that the driver links anew and finds a new forkserver."""
+        is_broken = self._lost is not None  # a new one could not import its modules either
+        super()._lose_server()
+        if not (is_broken or self.closing):
+            self._lose_driver("is given up")
+
     def _print(self, text: str) -> None:
         self.link.write(wire.encode(wire.PRINTED, 0, text))
 
@@ -156,6 +165,9 @@ class NodeEngine(LocalEngine):
 
     def _lose_driver(self, how: str) -> None:
         """There is nobody left to work for."""
+        if self._is_ended:
+            return
+        self._is_ended = True
         self._heart.stop()
         self.link.finish(self.link.close)
         self._ended(self)
