@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 import time
 
@@ -219,11 +220,18 @@ def test_a_node_whose_forkserver_is_killed_gets_another_one(start, open_runtime)
     assert ended.wait(T)
     with pytest.raises(ActorDied, match=rf"the forkserver of this runtime \(process {server}\) was killed by SIGKILL"):
         worker.add.call().result(T)
-    changed = threading.Semaphore(0)
-    rt._engine.when_nodes_change(changed.release)
-    while not rt._engine._nodes:
-        assert changed.acquire(timeout=T)
-    assert rt.spawn(Worker).add.call().result(T) == 1
+    assert rt.spawn(Worker).add.call().result(T) == 1  # it waits for the node, of which there is no other
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_head_that_says_nothing_is_an_error_in_time(key, open_door, is_closed):
+    door = open_door()
+    if is_closed:
+        threading.Thread(target=lambda: door.next()[0].shutdown(socket.SHUT_RDWR)).start()
+    says = "closed its link" if is_closed else "has not said within 0.5 s which nodes belong to it"
+    with pytest.raises(ActorError, match=rf"the head of the cluster \(127.0.0.1:\d+\) {says}"):
+        address, timeout_s = "{}:{}".format(*door.address), T if is_closed else 0.5
+        actors.runtime("cluster", address=address, token_file=key.path, system_timeout_s=timeout_s)
 
 
 def test_a_node_that_is_stopped_says_so(start, open_runtime):
@@ -252,3 +260,14 @@ def test_large_values_come_back_equal(rt):
     for worker in spawn_on_both(rt):
         for value in values:
             assert (worker.echo.call(value).result(T) == value).all()
+
+
+def test_a_daemon_that_is_told_to_end_again_and_again_ends(start, head):
+    daemon = start("impatient", head.address)
+    with contextlib.suppress(ProcessLookupError):
+        while daemon.process.poll() is None:
+            os.kill(daemon.process.pid, signal.SIGTERM)
+    assert daemon.process.returncode in (
+        0,
+        -signal.SIGTERM,
+    )  # the latter when it had ended already, all but the process

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -62,7 +63,7 @@ class NodeDaemon:
         listener = socket.create_server((options.host, options.port), backlog=512)
         self.address = f"{options.host}:{listener.getsockname()[1]}"
         self.info = _describe(options, self.address)
-        self.ended = threading.Event()
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # an Event has a lock, which the thread that a signal hits may hold
         self.refused: str | None = None
         self._engines: set[NodeEngine] = set()
         self._lock = threading.Lock()
@@ -77,6 +78,14 @@ class NodeDaemon:
             self._membership.join()
             if self.refused is not None:
                 raise ActorError(self.refused)
+
+    def wait(self) -> None:
+        """Return when the head does not want it any more, or after `end`."""
+        select.select([self._ended], [], [])
+
+    def end(self) -> None:
+        """Have `wait` return. Takes no lock, so a signal handler may call it."""
+        os.eventfd_write(self._ended, 1)
 
     def close(self) -> None:
         """Leave the cluster, and end all actors of all drivers."""
@@ -130,7 +139,7 @@ class NodeDaemon:
 
     def _refuse(self, why: str) -> None:
         self.refused = why
-        self.ended.set()
+        self.end()
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -157,12 +166,12 @@ def main() -> int:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.ended.set())
+        signal.signal(number, lambda *_: daemon.end())
     print(json.dumps({"address": daemon.address, "pid": os.getpid()}), flush=True)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)  # who has started it does not wait for more
     os.close(devnull)
-    daemon.ended.wait()
+    daemon.wait()
     daemon.close()
     if daemon.refused is not None:
         logger.error("%s", daemon.refused)
