@@ -262,12 +262,11 @@ def test_large_values_come_back_equal(rt):
             assert (worker.echo.call(value).result(T) == value).all()
 
 
-def test_a_daemon_that_is_told_to_end_again_and_again_ends(start, head):
-    daemon = start("impatient", head.address)
-    with contextlib.suppress(ProcessLookupError):
-        while daemon.process.poll() is None:
-            os.kill(daemon.process.pid, signal.SIGTERM)
-    assert daemon.process.returncode in (
-        0,
-        -signal.SIGTERM,
-    )  # the latter when it had ended already, all but the process
+def test_a_daemon_ends_whichever_of_its_threads_gets_the_signal(start, head):
+    daemons = [start(f"stopped/{index}", head.address) for index in range(4)]
+    for daemon in daemons:
+        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.process.send_signal(signal.SIGTERM)
+    for daemon in daemons:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert [daemon.process.wait(T) for daemon in daemons] == [0] * 4

@@ -63,7 +63,7 @@ class NodeDaemon:
         listener = socket.create_server((options.host, options.port), backlog=512)
         self.address = f"{options.host}:{listener.getsockname()[1]}"
         self.info = _describe(options, self.address)
-        self._ended = os.eventfd(0, os.EFD_CLOEXEC)  # an Event has a lock, which the thread that a signal hits may hold
+        self._ended, self.bell_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.refused: str | None = None
         self._engines: set[NodeEngine] = set()
         self._lock = threading.Lock()
@@ -80,12 +80,8 @@ class NodeDaemon:
                 raise ActorError(self.refused)
 
     def wait(self) -> None:
-        """Return when the head does not want it any more, or after `end`."""
+        """Return when the head does not want it any more, or once something has been written to `bell_fd`."""
         select.select([self._ended], [], [])
-
-    def end(self) -> None:
-        """Have `wait` return. Takes no lock, so a signal handler may call it."""
-        os.eventfd_write(self._ended, 1)
 
     def close(self) -> None:
         """Leave the cluster, and end all actors of all drivers."""
@@ -139,7 +135,7 @@ class NodeDaemon:
 
     def _refuse(self, why: str) -> None:
         self.refused = why
-        self.end()
+        os.write(self.bell_fd, b"!")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -166,7 +162,9 @@ def main() -> int:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.end())
+        signal.signal(number, lambda *_: None)
+    # Any thread may be given a signal, after SIGCONT say, and no handler would run while the main one waits for a lock.
+    signal.set_wakeup_fd(daemon.bell_fd, warn_on_full_buffer=False)
     print(json.dumps({"address": daemon.address, "pid": os.getpid()}), flush=True)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)  # who has started it does not wait for more
