@@ -115,25 +115,26 @@ class Daemon:
     def end(self, number=signal.SIGTERM):
         self.process.send_signal(signal.SIGCONT)
         self.process.send_signal(number)
-        code = self.process.wait(PATIENCE_S)
-        self.process.stdout.close()
-        return code
+        return self.process.wait(PATIENCE_S)
+
+    def close(self):
+        """End it, whatever it does."""
+        try:
+            if self.process.poll() is None:
+                self.end()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def start(key):
     """Starts daemons, which end with the module's tests."""
-    started = []
-
-    def start_one(name, head=None, **options):
-        started.append(Daemon(key, name, head, **options))
-        return started[-1]
-
-    yield start_one
-    for daemon in reversed(started):
-        if daemon.process.poll() is None:
-            daemon.end()
-        daemon.process.stdout.close()
+    with contextlib.ExitStack() as stack:
+        yield lambda name, head=None, **options: stack.enter_context(
+            contextlib.closing(Daemon(key, name, head, **options))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +160,14 @@ def open_apart(key, network):
 @pytest.fixture
 def start_apart(key, network):
     """Return a function that starts the daemon of a machine; they end with the test."""
-    started = []
+    with contextlib.ExitStack() as stack:
 
-    def start_one(name, head=None, patience=CALM):
-        options = {"host": network.address(name), "patience": dataclasses.asdict(patience)}
-        started.append(Daemon(key, name, head, before=network.command(name), **options))
-        return started[-1]
+        def start_one(name, head=None, patience=CALM):
+            options = {"host": network.address(name), "patience": dataclasses.asdict(patience)}
+            daemon = Daemon(key, name, head, before=network.command(name), **options)
+            return stack.enter_context(contextlib.closing(daemon))
 
-    yield start_one
-    for daemon in reversed(started):
-        if daemon.process.poll() is None:
-            daemon.end()
-        daemon.process.stdout.close()
+        yield start_one
 
 
 @pytest.fixture

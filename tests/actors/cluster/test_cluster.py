@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import threading
+import time
 
 import cloudpickle
 import numpy as np
@@ -215,6 +217,54 @@ def test_two_nodes_of_one_name_are_one_too_many(start, head, second):
     assert "there is a node b" in daemon.news["error"] and daemon.process.wait(T) == 1
 
 
+def test_a_machine_that_was_switched_off_and_on_takes_its_place_again(start):
+    quick = {"every_s": 0.1, "suspect_s": 0.3, "dead_s": 60.0}
+    head = start("a-of-power", patience=quick)
+    off = start("b-of-power", head.address, patience=quick)
+    off.process.send_signal(signal.SIGSTOP)  # nobody says that its connections are dead
+    deadline = time.monotonic() + T
+    while "error" in (again := start("b-of-power", head.address, patience=quick)).news:
+        assert time.monotonic() < deadline and again.process.wait(T) == 1
+    assert again.address != off.address
+
+
+def test_a_node_whose_forkserver_is_killed_gets_another_one(start, open_runtime):
+    head = start("alone-of-forkserver")
+    rt = open_runtime(head.address)
+    worker = rt.spawn(Worker)
+    server = worker.daemon.call().result(T)[0]
+    ended = threading.Event()
+    rt.monitor(worker, on_exit=lambda *_: ended.set())
+    os.kill(server, signal.SIGKILL)
+    assert ended.wait(T)
+    with pytest.raises(ActorDied, match=rf"the forkserver of this runtime \(process {server}\) was killed by SIGKILL"):
+        worker.add.call().result(T)
+    assert rt.spawn(Worker).add.call().result(T) == 1  # it waits for the node, of which there is no other
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_a_head_that_says_nothing_is_an_error_in_time(key, open_door, is_closed):
+    door = open_door()
+    if is_closed:
+        threading.Thread(target=lambda: door.next()[0].shutdown(socket.SHUT_RDWR)).start()
+    says = "closed its link" if is_closed else "has not said within 0.5 s which nodes belong to it"
+    with pytest.raises(ActorError, match=rf"the head of the cluster \(127.0.0.1:\d+\) {says}"):
+        address, timeout_s = "{}:{}".format(*door.address), T if is_closed else 0.5
+        actors.runtime("cluster", address=address, token_file=key.path, system_timeout_s=timeout_s)
+
+
+def test_a_node_that_is_stopped_says_so(start, open_runtime):
+    head = start("a-of-stop")
+    other = start("b-of-stop", head.address)
+    rt = open_runtime(head.address)
+    workers = spawn_on_both(rt)
+    for worker in workers:
+        worker.ready(T)
+    assert other.end() == 0
+    errors = [str(error) for error in (worker.add.call().exception(T) for worker in workers) if error is not None]
+    assert len(errors) == 1 and re.search(r"on b-of-stop\) was closed with its node|node b-of-stop", errors[0])
+
+
 def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, rt):
     sock = connect(parse_address(head.address), key, Role.NODE)
     greeting.send(sock, wire.JOIN, {"neither": "name nor address"}, T)
@@ -229,3 +279,13 @@ def test_large_values_come_back_equal(rt):
     for worker in spawn_on_both(rt):
         for value in values:
             assert (worker.echo.call(value).result(T) == value).all()
+
+
+def test_a_daemon_ends_whichever_of_its_threads_gets_the_signal(start, head):
+    daemons = [start(f"stopped/{index}", head.address) for index in range(4)]
+    for daemon in daemons:
+        daemon.process.send_signal(signal.SIGSTOP)
+        daemon.process.send_signal(signal.SIGTERM)
+    for daemon in daemons:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert [daemon.process.wait(T) for daemon in daemons] == [0] * 4

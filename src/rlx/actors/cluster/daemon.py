@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -80,7 +81,7 @@ class NodeDaemon:
         listener = _listen(options.host or (_default_host() if to_head is None else _own_host(to_head)), options.port)
         self.address = format_address(*listener.getsockname()[:2])
         self.info = _describe(options, self.address)
-        self.ended = threading.Event()
+        self._ended, self.bell_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.refused: str | None = None
         self._engines: set[NodeEngine] = set()
         self._lock = threading.Lock()
@@ -92,6 +93,10 @@ class NodeDaemon:
             connect_to_head = lambda: connect(head, self._key, Role.NODE)  # noqa: E731
             self._membership = Membership(self._reactor, connect_to_head, self.info, self._patience, self._refuse)
             self._membership.join(to_head, CLOSE_TIMEOUT_S)
+
+    def wait(self) -> None:
+        """Return when the head does not want it any more, or once something has been written to `bell_fd`."""
+        select.select([self._ended], [], [])
 
     def close(self) -> None:
         """Leave the cluster, and end all actors of all drivers."""
@@ -162,7 +167,7 @@ class NodeDaemon:
 
     def _refuse(self, why: str) -> None:
         self.refused = why
-        self.ended.set()
+        os.write(self.bell_fd, b"!")
 
 
 def _project(sock: Any, digest: str | None) -> Path | None:
@@ -260,12 +265,14 @@ def main() -> int:
     except OSError as error:
         logger.warning("this daemon cannot be noted in %s, so `rlx status` does not find it", error)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: daemon.ended.set())
+        signal.signal(number, lambda *_: None)
+    # Any thread may be given a signal, after SIGCONT say, and no handler would run while the main one waits for a lock.
+    signal.set_wakeup_fd(daemon.bell_fd, warn_on_full_buffer=False)
     print(json.dumps({"address": daemon.address, "pid": pid}), flush=True)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)  # who has started it does not wait for more
     os.close(devnull)
-    daemon.ended.wait()
+    daemon.wait()
     daemon.close()
     note.remove()
     if daemon.refused is not None:

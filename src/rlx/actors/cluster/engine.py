@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine
 from rlx.actors.engines.memory import Parcel
-from rlx.actors.future import Future, nothing, wait
+from rlx.actors.future import Err, Future, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener
 from rlx.actors.monitor import EventThread, logger
 from rlx.actors.resources import Pool, Resources
@@ -70,6 +71,7 @@ class ClusterEngine(LocalEngine):
         self._spawned = 0
         self._pool: ClusterPool | None = None
         self._placing = threading.Lock()
+        self._placeable = threading.Condition(self._placing)  # there is a node again, or never will be
         self._head_lost: str | None = None
         self._opening = {"preload": list(preload), "system_timeout_s": system_timeout_s, "object_memory": object_memory}
         self._project = project
@@ -77,13 +79,18 @@ class ClusterEngine(LocalEngine):
             self._opening |= {"project": self._project.digest, "root": str(self._project.root)}
         self._opening["patience"] = dataclasses.asdict(self.patience)
         self._linking = EventThread("rlx-cluster-links")  # connecting waits
-        first: Future[None] = Future("cluster", "nodes")
+        self._first: Future[None] = Future("cluster", "nodes")
         self._watch: Watch | None = None
         try:
             sock = connect(self._head, self._key, Role.VIEWER)
-            changed = lambda nodes, left: self._linking.post(self._follow, nodes, left, first)  # noqa: E731
+            changed = lambda nodes, left: self._linking.post(self._follow, nodes, left)  # noqa: E731
             self._watch = Watch(self.reactor, sock, self.patience, changed, self._lose_head)
-            first.result(system_timeout_s)
+            if not wait([self._first], 1, system_timeout_s)[0]:
+                raise ActorError(
+                    f"the head of the cluster ({address}) has not said within {system_timeout_s:g} s which nodes "
+                    "belong to it, or one of them has not answered; see whether it is stopped, raise system_timeout_s."
+                )
+            self._first.result()
         except BaseException:
             self.close(system_timeout_s)
             raise
@@ -98,19 +105,28 @@ class ClusterEngine(LocalEngine):
             return self._pool
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> RemoteActor:  # type: ignore[override]
-        """Have a node start the actor: the one where its resources are, or the one with the fewest actors."""
+        """Have a node start the actor: the one where its resources are, or the one with the fewest actors.
+
+        Where none is linked now, wait for one.
+        """
         made_of = pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        deadline = time.monotonic() + self.system_timeout_s
         with self._placing:
-            node = self._choose(spec)
+            node = self._choose(spec, deadline)
             self._spawned += 1
             number = self._spawned
             node.expected += 1
         return node.spawn(number, spec, Parcel(*made_of), listener)
 
-    def _choose(self, spec: ActorSpec) -> Node:
+    def _choose(self, spec: ActorSpec, deadline: float) -> Node:
+        """Return the node for it. Holds the lock, and lets go of it while there is none."""
+        while not (nodes := [node for node in self._nodes.values() if node.lost is None]):
+            rest_s = deadline - time.monotonic()
+            if rest_s <= 0 or self.closing or self._head_lost:
+                break
+            self._placeable.wait(rest_s)
         if self.closing:
             raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
-        nodes = [node for node in self._nodes.values() if node.lost is None]
         if not nodes:
             why = self._head_lost or "no node of the cluster is left; start one with `rlx start`"
             raise ActorError(f"actor {spec.name} cannot be started: {why}.")
@@ -157,6 +173,7 @@ class ClusterEngine(LocalEngine):
         deadline = time.monotonic() + timeout_s
         with self._placing:
             self.closing = True
+            self._placeable.notify_all()
         actors = [actor for node in self._nodes.values() for actor in list(node.actors.values())]
         idle = [actor for actor in actors if actor.stop()]
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
@@ -169,7 +186,7 @@ class ClusterEngine(LocalEngine):
         wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))
         super().close(max(0.1, deadline - time.monotonic()))
 
-    def _follow(self, infos: list[NodeInfo], left: dict[int, str], first: Future[None]) -> None:
+    def _follow(self, infos: list[NodeInfo], left: dict[int, str]) -> None:
         """Link the nodes that have joined, give up those that have left. In a thread of its own, for it waits."""
         self._present = {info.incarnation: info for info in infos}
         for number, node in list(self._nodes.items()):
@@ -177,7 +194,7 @@ class ClusterEngine(LocalEngine):
                 how = f"{left[number]}, as the head says" if number in left else "has left the cluster"
                 self.reactor.post(lambda node=node, how=how: node.lose(how))
         self._link_missing()
-        first.settle(nothing)
+        self._first.settle(nothing)
 
     def _link_missing(self) -> None:
         """Link the nodes that belong to the cluster and are not linked; where one cannot be, try again later."""
@@ -211,6 +228,7 @@ class ClusterEngine(LocalEngine):
             raise
         with self._placing:
             self._nodes[number] = Node(self, info, sock)
+            self._placeable.notify_all()
             pool = self._pool
         if pool is not None:
             pool.add(number, info)
@@ -223,7 +241,14 @@ class ClusterEngine(LocalEngine):
     def _lose_head(self, how: str) -> None:
         """Without the head nobody knows who belongs to the cluster: the run ends, and can be resumed."""
         if not self.closing:
-            self._head_lost = f"the head of the cluster ({self._address}) {how}"
+            with self._placing:
+                self._head_lost = f"the head of the cluster ({self._address}) {how}"
+                self._placeable.notify_all()
+            self._first.settle(partial(_head_error, self._head_lost))
             logger.error("%s; all actors of this runtime end with it", self._head_lost)
             for node in list(self._nodes.values()):
                 node.lose(f"belongs to no cluster any more: the head ({self._address}) {how}")
+
+
+def _head_error(how: str) -> Err:
+    return Err(ActorError(f"{how}."))

@@ -23,6 +23,7 @@ from rlx.actors.monitor import logger
 from rlx.errors import ActorError
 
 REJOIN_EVERY_S = 1.0
+BEATS = 3  # of which a living node has been heard at least one
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class _Peer:
         take: Callable[[_Peer, Frame], None],
         lost: Callable[[_Peer, str], None],
     ) -> None:
+        self._every_s = patience.every_s
         self._reactor, self._take, self._lost, self._is_lost = reactor, take, lost, False
         self.link = Link(reactor, sock, self._on_frame, self.lose)
         self._heart = Heartbeat(reactor, self.link, patience, lambda silent_s: None, self.lose)
@@ -65,6 +67,11 @@ class _Peer:
         """Begin to listen. Only in the reactor's thread, as all else."""
         self.link.open()
         self._heart.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has given signs of life lately; who has not may have been switched off and on again."""
+        return time.monotonic() - self.link.heard_at < BEATS * self._every_s
 
     def tell(self, kind: int, what: Any) -> None:
         self.link.write(wire.encode(kind, 0, json.dumps(what)))
@@ -135,11 +142,12 @@ class Head:
             return
         self._joined += 1
         info = NodeInfo(**json.loads(frame.text) | {"incarnation": self._joined})
-        taken = [other for other in [self._own, *self._nodes.values()] if other.name == info.name]
+        same = [other for other, known in self._nodes.items() if known.name == info.name]
+        taken = [self._nodes[other] for other in same if other.is_alive] + [self._own] * (self._own.name == info.name)
         if taken and taken[0].address != info.address:
             peer.tell(wire.EXITED, f"there is a node {taken[0]} already; start this one with another --name")
             return
-        for other in [other for other, known in self._nodes.items() if known.name == info.name]:
+        for other in same:
             other.lose("has joined anew")  # its connection is dead, and nobody has noticed yet
         self._nodes[peer] = info
         peer.tell(wire.JOIN, info.incarnation)

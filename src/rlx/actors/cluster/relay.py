@@ -41,6 +41,8 @@ CALL_BITS = 40
 class NodeEngine(LocalEngine):
     """The local engine, driven from another machine. It ends with the driver's link, and `ended` is called once."""
 
+    closed = "was closed with its node"
+
     def __init__(
         self,
         events: EventThread,
@@ -62,7 +64,8 @@ class NodeEngine(LocalEngine):
         self._orders: deque[tuple[bytes, list[int]]] = deque()  # that the forkserver has not taken yet
         self._held_up: list[Link] = []  # of actors, while the driver leaves much unread
         self.relayed: dict[int, RelayedActor] = {}
-        self._ended, self._project_folder, self._root = ended, folder, settings.get("root")
+        self._ended, self._is_ended = ended, False
+        self._project_folder, self._root = folder, settings.get("root")
         self.link = Link(self.reactor, sock, self._take, self._lose_driver)
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._heart = Heartbeat(self.reactor, self.link, patience, self._note_silence, self._lose_driver)
@@ -178,11 +181,21 @@ class NodeEngine(LocalEngine):
     def _print(self, name: str, text: str) -> None:
         self.link.write(wire.encode(wire.PRINTED, 0, name, (text.encode("utf-8", "backslashreplace"), ())))
 
+    def _lose_server(self) -> None:
+        """Its actors' deaths are told; then end as well, so that the driver links anew and finds a new forkserver."""
+        is_broken = self._lost is not None  # a new one could not import its modules either
+        super()._lose_server()
+        if not (is_broken or self.closing):
+            self._lose_driver("is given up")
+
     def _note_silence(self, silent_s: float) -> None:
         logger.warning("the driver has been silent for %.0f s", silent_s)
 
     def _lose_driver(self, how: str) -> None:
         """There is nobody left to work for."""
+        if self._is_ended:
+            return
+        self._is_ended = True
         self._heart.stop()
         self.link.finish(self.link.close)
         self._ended(self)
