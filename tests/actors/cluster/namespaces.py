@@ -103,8 +103,13 @@ class Network:
         self._on_router("ip", "link", "set", f"v{self._index[name]}", "down")
 
     def plug(self, name):
-        """Put the cable back."""
+        """Put the cable back, and return when both ends have noticed, which takes the kernel up to a second."""
         self._on_router("ip", "link", "set", f"v{self._index[name]}", "up")
+        ends = [(self._prefix + name, "eth0"), (self._prefix + "router", f"v{self._index[name]}")]
+        while any("state UP" not in _run(["ip", "-n", where, "link", "show", device]) for where, device in ends):
+            time.sleep(0.02)
+        for where, device in ends:  # who did not answer meanwhile counts as unreachable for a while
+            _ip("-n", where, "neigh", "flush", "dev", device)
 
     @contextlib.contextmanager
     def deaf(self, source, target):
@@ -174,7 +179,7 @@ def _ip(*arguments):
 
 
 def _run(command):
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _enter(file):
