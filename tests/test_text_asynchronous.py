@@ -16,6 +16,7 @@ from rlx.errors import ConfigError
 from rlx.generation.request import Request
 from rlx.metrics import read_metrics
 from rlx.policy_distance import old_policy
+from rlx.text_building import threads_of
 from rlx.trajectory import Batch
 
 RUNNERS = {"num_token_runners": 2, "torch_threads": 1}
@@ -40,6 +41,19 @@ class Notes(Callback):
 def notes():
     Notes.taken = []
     return Notes
+
+
+@pytest.mark.parametrize(
+    "max_age, num_learners, given, of_runner, of_learner",
+    [(0, 0, None, 4, 8), (1, 0, None, 2, 2), (1, 2, None, 2, 2), (0, 2, None, 4, 4), (1, 0, 3, 3, 3)],
+)
+def test_who_computes_at_once_shares_the_cores(
+    max_age, num_learners, given, of_runner, of_learner, tiny_text, monkeypatch
+):
+    monkeypatch.setattr("rlx.building.cpu_count", lambda: 8.0)
+    made = asynchronous(tiny_text, max_age=max_age, runners={"torch_threads": given})
+    settings = made.learners(num_learners=num_learners, torch_threads=given).settings
+    assert (threads_of(settings, "runners"), threads_of(settings, "learners")) == (of_runner, of_learner)
 
 
 @pytest.mark.slow

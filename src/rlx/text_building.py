@@ -64,7 +64,7 @@ def build_learners(
         runtime=runtime,
         num_learners=s.learners.num_learners,
         device=s.learners.device,
-        torch_threads=s.learners.torch_threads or share_of_cores(s.learners.num_learners),
+        torch_threads=threads_of(s, "learners"),
         start_timeout_s=s.fault_tolerance.start_timeout_s,
         update_timeout_s=s.fault_tolerance.update_timeout_s,
         restart=restart_rule(s),
@@ -108,7 +108,7 @@ def build_runners(
         max_slots=s.generation.max_slots,
         exact=s.generation.exact,
         static_step=s.generation.static_step,
-        torch_threads=(s.token_runners.torch_threads or share_of_cores(count)) if count else None,
+        torch_threads=threads_of(s, "runners") if count else None,
         on_new_weights=s.token_runners.on_new_weights,
         singly=s.environment.env is not None,
         max_tokens=longest + s.generation.max_new_tokens if s.environment.env is None else None,
@@ -280,3 +280,16 @@ def _free_bytes(s: TextSettings, device: str) -> float:
 def shares(s: TextSettings) -> int:
     """Return in how many parts every parameter is cut, of which a learner holds one."""
     return s.learners.num_learners if s.learners.sharding == "full" else 1
+
+
+def threads_of(s: Any, who: str) -> int:
+    """Return how many threads each of the learners, or the runners, uses: its share of the cores, if nothing is set.
+
+    With `max_age` both compute at once. A runner with as many threads as there are cores was measured to stand still
+    while a learner computed, as its threads wait for each other.
+    """
+    runners, learners = s.token_runners.num_token_runners, max(1, s.learners.num_learners)
+    section, processes = (s.learners, learners) if who == "learners" else (s.token_runners, runners)
+    if runners and getattr(s.training, "max_age", 0):
+        processes = runners + learners
+    return section.torch_threads or share_of_cores(processes)

@@ -216,7 +216,8 @@ class TokenRunnersSection(Section):
     """Where they generate, unless with the learner's own weights; auto: as the learners do. Of several GPUs each
     process has the next one, learners first."""
     torch_threads: int | None = Field(default=None, gt=0)
-    """CPU threads that each uses; null: the cores of this machine, shared out."""
+    """CPU threads that each uses; null: the cores of this machine, shared out, with training.max_age to learners
+    too."""
     when_old: WhenOld = "wait"
     """With training.max_age above 0, how it is kept. wait: runners begin what can be learned from in time, and learners
     wait for a slow completion that would be too old in the next update; pace: nobody waits for that one, it is dropped;
@@ -270,7 +271,8 @@ class TextLearnersSection(Section):
     device: Device = "auto"
     """Where the model lives; auto: a GPU where there is one."""
     torch_threads: int | None = Field(default=None, gt=0)
-    """CPU threads of each learner; null: the cores of this machine, shared out."""
+    """CPU threads of each learner; null: the cores of this machine, shared out, with training.max_age to token runners,
+    too."""
     max_tokens_per_microbatch: int = Field(default=4096, gt=0)
     """Tokens, padding included, that go through the model at once; gradients of microbatches are added up."""
     layout: Literal["auto", "padded", "shared", "packed"] = "auto"
