@@ -36,6 +36,7 @@ bench: .venv/installed-dev  ## Measure rlx beside its peers, into docs/benchmark
 	$(BIN)/python benchmarks/stays_solved.py
 	$(BIN)/python benchmarks/runner.py
 	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/cluster.py --out docs
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/training.py

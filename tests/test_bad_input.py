@@ -190,7 +190,10 @@ SETTINGS = {
         "learners.num_learners=65 leaves some learners without a sample of a minibatch of 64; set it to 64 or less.",
     ),
     "no limit": ("stop.iterations=null", "stop sets no limit, so the run would never end; set at least one of stop."),
-    "unknown engine": ("runtime.engine=ray", 'runtime.engine is "ray" (--set); it must be one of local, inline'),
+    "unknown engine": (
+        "runtime.engine=rey",
+        'runtime.engine is "rey" (--set); it must be one of local, inline, cluster, ray',
+    ),
     "unknown algorithm": ("algorithm=ppoo", 'algorithm is "ppoo" (--set); the shipped ones are'),
     "algorithm file missing": ("algorithm=./nope.py", 'algorithm is "./nope.py" (--set); there is no file'),
     "algorithm module missing": ("algorithm=no.such", 'algorithm is "no.such" (--set); there is no module no'),

@@ -245,14 +245,15 @@ def test_an_interrupt_at_any_moment_leaves_an_algorithm_that_trains_on(num_env_r
         with Interrupts(seed=1, longest_s=longest_s) as interrupts:
             for _ in range(count):
                 try:
-                    interrupts.arm()
-                    algorithm.train()
+                    try:
+                        interrupts.arm()
+                        algorithm.train()
+                    finally:  # it may come in here, too
+                        signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:
                     interrupted += 1
                     # Everything of the cut iteration is counted, or nothing.
                     assert algorithm.iteration * per_iteration == algorithm.env_steps
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
         assert interrupted >= count // 4
         finished = algorithm.iteration
         metrics = algorithm.train()

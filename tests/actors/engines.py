@@ -1,7 +1,6 @@
 """The engines that promise the same, for the tests of it. A new one joins by a line in ENGINES."""
 
-import atexit
-import functools
+import contextlib
 import tempfile
 import weakref
 from importlib.util import find_spec
@@ -13,41 +12,38 @@ from rlx import actors
 from rlx.actors.cluster.credentials import ClusterKey
 from tests.actors.cluster.conftest import Daemon
 
-
-@functools.cache
-def a_cluster():
-    """Return the options of a runtime on two daemons, which end with this process."""
-    folder = tempfile.TemporaryDirectory()
-    key = ClusterKey.create(Path(folder.name) / "cluster.key")
-    head = Daemon(key, "a")
-    second = Daemon(key, "b", head.address)
-    for ending in (folder.cleanup, head.end, second.end):  # the last one first
-        atexit.register(ending)
-    return {"address": head.address, "token_file": key.path}
-
-
 ENGINES = {
-    "inline": ("inline", dict),
-    "strict": ("inline", lambda: {"strict": True}),
-    "local": ("local", dict),
-    "cluster": ("cluster", a_cluster),
-    "ray": ("ray", dict),
+    "inline": ("inline", {}),
+    "strict": ("inline", {"strict": True}),
+    "local": ("local", {}),
+    "cluster": ("cluster", {}),
+    "ray": ("ray", {}),
 }
 RAY = pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("ray"), reason="needs rlx[ray]")])
 ALL = ["inline", "strict", "local", "cluster", RAY]
 PROCESSES = ["local", "cluster", RAY]
 
-_names = weakref.WeakKeyDictionary()
+_opened = weakref.WeakKeyDictionary()
+"""By runtime: the engine and its options."""
 
 
-def opened(name, **options):
-    """Return a runtime on the engine of that name."""
-    engine, fixed = ENGINES[name]
-    runtime = actors.runtime(engine, **fixed(), **options)
-    _names[runtime] = name
-    return runtime
+@contextlib.contextmanager
+def opened(name):
+    """Give a runtime on the engine of that name; a cluster has two daemons, which end with it."""
+    engine, options = ENGINES[name]
+    with contextlib.ExitStack() as endings:
+        if engine == "cluster":
+            key = ClusterKey.create(Path(endings.enter_context(tempfile.TemporaryDirectory())) / "cluster.key")
+            head = Daemon(key, "a")
+            endings.callback(head.end)
+            endings.callback(Daemon(key, "b", head.address).end)
+            options = {"address": head.address, "token_file": key.path}
+        runtime = endings.enter_context(actors.runtime(engine, **options))
+        _opened[runtime] = engine, options
+        yield runtime
 
 
-def another(runtime, **options):
-    """Return one more on the engine of that runtime."""
-    return opened(_names[runtime], **options)
+def another(runtime, **more):
+    """Return one more runtime on the engine of that one."""
+    engine, options = _opened[runtime]
+    return actors.runtime(engine, **options, **more)

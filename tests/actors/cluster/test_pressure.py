@@ -6,7 +6,6 @@ import select
 import signal
 import threading
 import time
-from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -234,10 +233,3 @@ def test_who_waits_for_an_answer_of_which_half_a_record_comes_waits_on(tcp_pair,
     assert answer.done()
     thread.join()
     reactor.post(lambda: link.finish(link.close))
-
-
-def test_nothing_waits_by_a_clock_that_can_jump():
-    folder = Path(actors.__file__).parent
-    paths = [*folder.glob("cluster/*.py"), *folder.glob("engines/*.py")]
-    for path in [path for path in paths if path.name != "ray_data.py"]:  # which dates versions by two machines' clocks
-        assert not re.search(r"\btime\.time\(", path.read_text()), path
