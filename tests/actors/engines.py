@@ -35,8 +35,8 @@ def opened(name):
         if engine == "cluster":
             key = ClusterKey.create(Path(endings.enter_context(tempfile.TemporaryDirectory())) / "cluster.key")
             head = Daemon(key, "a")
-            endings.callback(head.end)
-            endings.callback(Daemon(key, "b", head.address).end)
+            endings.callback(head.close)
+            endings.callback(Daemon(key, "b", head.address).close)
             options = {"address": head.address, "token_file": key.path}
         runtime = endings.enter_context(actors.runtime(engine, **options))
         _opened[runtime] = engine, options
