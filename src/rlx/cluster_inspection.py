@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rlx.errors import ActorError, ConfigError
+from rlx.inspection import write_trace
 
 TIMEOUT_S = 30.0
 
@@ -54,12 +55,7 @@ def trace(options: argparse.Namespace) -> None:
         for event in found["traceEvents"]:  # process ids are each machine's own
             event["pid"] = f"{one.node}:{event['pid']}"
             events.append(event)
-    try:
-        options.output.write_text(json.dumps({"traceEvents": events}))
-    except OSError as error:
-        raise ConfigError(f"{options.output} cannot be written ({error}); give another file with -o.") from None
-    calls = sum(event["ph"] == "X" for event in events)
-    print(f"{calls:,} calls in {options.output}: open it at https://ui.perfetto.dev")
+    write_trace({"traceEvents": events}, options)
 
 
 def _ask(options: argparse.Namespace, words: list[str]) -> Iterator[_Said]:

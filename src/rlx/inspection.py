@@ -109,7 +109,11 @@ def trace(options: argparse.Namespace) -> None:
     """Write the latest calls of all actors to a file that ui.perfetto.dev shows."""
     from rlx.actors import observe
 
-    found = observe.trace(observe.find_runtime(options.runtime))
+    write_trace(observe.trace(observe.find_runtime(options.runtime)), options)
+
+
+def write_trace(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write a trace to the file that is asked for, and say so."""
     calls = sum(event["ph"] == "X" for event in found["traceEvents"])
     try:
         options.output.write_text(json.dumps(found))

@@ -48,9 +48,17 @@ class Node:
 
     def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> RemoteActor:
         """Have the node start an actor."""
-        actor = RemoteActor(self._engine, self, number, spec, listener)
+        try:
+            actor = RemoteActor(self._engine, self, number, spec, listener)
+        except BaseException:
+            self.expected -= 1
+            raise
         self.actors[number] = actor
-        actor.start(spec, parcel)
+        try:
+            actor.start(spec, parcel)
+        except BaseException:
+            self.remove(number)
+            raise
         if self.lost is not None:  # meanwhile, or before
             self._engine.reactor.post(partial(actor.die, self._how()))
         return actor
