@@ -332,6 +332,7 @@ def _add_inspection(group: Any) -> None:
 
 
 def _add_runtime(parser: Any) -> None:
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # asked by a cluster's daemon
     parser.add_argument(
         "--runtime",
         metavar="RUNTIME",

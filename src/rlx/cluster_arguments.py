@@ -70,6 +70,11 @@ def _add_start(group: Any) -> None:
     start.add_argument("--gpu", metavar="N", type=positive, default=0, help="GPUs for actors (default: all)")
     start.add_argument("--memory", metavar="B", type=positive, default=0, help="bytes for actors (default: all)")
     start.add_argument("--label", metavar="K=V", type=_label, action="append", default=[], help="a label; repeatable")
+    start.add_argument(
+        "--apart",
+        action="store_true",
+        help="have this daemon start the actors of drivers on this machine, too, who else do so themselves",
+    )
     start.add_argument("--nodes", metavar="N|A,B", type=_nodes, help="with --head: wait until exactly so many nodes")
     start.add_argument(
         "--timeout",

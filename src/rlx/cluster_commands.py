@@ -163,7 +163,7 @@ def _daemon_options(options: argparse.Namespace, key: ClusterKey) -> Options:
     name = options.name or socket.gethostname()
     return Options(
         *(name, str(key.path.absolute()), options.host, options.port, options.address),
-        *(options.cpu, options.gpu, options.memory, dict(options.label)),
+        *(options.cpu, options.gpu, options.memory, dict(options.label), options.apart),
         wait_for_head_s=0.0 if options.head else float(options.timeout or 0),
         log="" if options.block else str(notes.folder() / f"{name}.log"),
     )

@@ -37,7 +37,7 @@ def of_actor(options: argparse.Namespace) -> None:
     words = [options.name] + ([options.actor] if options.actor else [])
     words += ["-n", str(options.lines)] if options.name == "logs" else []
     said = list(_ask(options, words))
-    known = [one for one in said if one.code == 0]
+    known = list({one.out: one for one in said if one.code == 0}.values())  # a driver's machine has all logs
     if not known:
         reasons = list(dict.fromkeys(one.err.strip().removeprefix("rlx: error: ") for one in said))
         raise ActorError(f"no node of the cluster can tell: {' '.join(reasons) or 'no actor is on it.'}")

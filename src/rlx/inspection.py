@@ -34,10 +34,10 @@ def ps(options: argparse.Namespace) -> None:
     from rlx.actors import observe
     from rlx.actors.processes import CpuMeter
 
-    infos = observe.find_runtimes(options.runtime)
+    infos = observe.find_runtimes(options.runtime, options.here)
     meter = CpuMeter(observe.pids(infos))
     time.sleep(observe.SAMPLE_S if infos else 0.0)
-    _print_views(_views(options.runtime, meter), options.json)
+    _print_views(_views(options, meter), options.json)
 
 
 def top(options: argparse.Namespace) -> None:
@@ -52,11 +52,11 @@ def top(options: argparse.Namespace) -> None:
     from rlx.actors import observe
     from rlx.actors.processes import CpuMeter
 
-    meter = CpuMeter(observe.pids(observe.find_runtimes(options.runtime)))
+    meter = CpuMeter(observe.pids(observe.find_runtimes(options.runtime, options.here)))
     with Live(console=Console(), auto_refresh=False, screen=True) as live:
         while True:
             time.sleep(REFRESH_S)
-            table = _table(_views(options.runtime, meter))
+            table = _table(_views(options, meter))
             live.update(Text(f"{time.strftime('%H:%M:%S')}  Ctrl-C ends\n\n{table}", no_wrap=True), refresh=True)
 
 
@@ -64,7 +64,7 @@ def why(options: argparse.Namespace) -> None:
     """Print in one paragraph what an actor does or waits for."""
     from rlx.actors import observe
 
-    runtime = observe.measured_view(observe.find_runtime(options.runtime))
+    runtime = observe.measured_view(observe.find_runtime(options.runtime, options.here))
     actor = observe.find_actor(runtime, options.actor)
     text = observe.why(runtime, actor)
     print(_dump(asdict(actor) | {"text": text}) if options.json else text)
@@ -74,7 +74,7 @@ def stack(options: argparse.Namespace) -> None:
     """Print the Python stacks of one actor, or of all, equal ones once."""
     from rlx.actors import observe
 
-    runtime = observe.view(observe.find_runtime(options.runtime))
+    runtime = observe.view(observe.find_runtime(options.runtime, options.here))
     if options.actor is not None:
         actor = observe.find_actor(runtime, options.actor)
         found = [([actor.name], observe.stack(runtime, actor))]
@@ -109,7 +109,7 @@ def trace(options: argparse.Namespace) -> None:
     """Write the latest calls of all actors to a file that ui.perfetto.dev shows."""
     from rlx.actors import observe
 
-    write_trace(observe.trace(observe.find_runtime(options.runtime)), options)
+    write_trace(observe.trace(observe.find_runtime(options.runtime, options.here)), options)
 
 
 def write_trace(found: dict[str, Any], options: argparse.Namespace) -> None:
@@ -129,14 +129,14 @@ def debug(options: argparse.Namespace) -> None:
     """Join the breakpoint of an actor."""
     from rlx.actors import debugger, observe
 
-    runtime = observe.view(observe.find_runtime(options.runtime))
+    runtime = observe.view(observe.find_runtime(options.runtime, options.here))
     debugger.debug(runtime.folder, observe.find_actor(runtime, options.actor).serial)
 
 
-def _views(which: str | None, meter: CpuMeter) -> list[RuntimeView]:
+def _views(options: argparse.Namespace, meter: CpuMeter) -> list[RuntimeView]:
     from rlx.actors import observe
 
-    infos = observe.find_runtimes(which)
+    infos = observe.find_runtimes(options.runtime, options.here)
     percents = meter.percent(observe.pids(infos))
     return [observe.view(info, percents) for info in infos]
 
@@ -205,7 +205,7 @@ def _log(options: argparse.Namespace) -> tuple[Path | None, Path]:
         if not logs.is_dir():
             raise ConfigError(f"{options.run} has no folder logs; give the folder of a run.")
     else:
-        info = observe.find_runtime(options.runtime)
+        info = observe.find_runtime(options.runtime, options.here)
         runtime, logs, names = info.folder, info.logs, [actor.name for actor in observe.view(info).actors]
     file = log_file(logs, options.actor)
     if options.actor not in names and not file.exists():

@@ -16,12 +16,14 @@ ENGINES = {
     "inline": ("inline", {}),
     "strict": ("inline", {"strict": True}),
     "local": ("local", {}),
-    "cluster": ("cluster", {}),
+    "cluster": ("cluster", {"apart": True}),
+    "home": ("cluster", {"apart": False}),
     "ray": ("ray", {}),
 }
 RAY = pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("ray"), reason="needs rlx[ray]")])
-ALL = ["inline", "strict", "local", "cluster", RAY]
-PROCESSES = ["local", "cluster", RAY]
+HOME = pytest.param("home", marks=pytest.mark.slow)
+ALL = ["inline", "strict", "local", "cluster", HOME, RAY]
+PROCESSES = ["local", "cluster", HOME, RAY]
 
 _opened = weakref.WeakKeyDictionary()
 """By runtime: the engine and its options."""
@@ -29,14 +31,17 @@ _opened = weakref.WeakKeyDictionary()
 
 @contextlib.contextmanager
 def opened(name):
-    """Give a runtime on the engine of that name; a cluster has two daemons, which end with it."""
+    """Give a runtime on the engine of that name; a cluster has two daemons, which end with it.
+
+    As machines of their own they are reached by links; at "home", on the driver's, it starts the actors itself.
+    """
     engine, options = ENGINES[name]
     with contextlib.ExitStack() as endings:
         if engine == "cluster":
             key = ClusterKey.create(Path(endings.enter_context(tempfile.TemporaryDirectory())) / "cluster.key")
-            head = Daemon(key, "a")
+            head = Daemon(key, "a", **options)
             endings.callback(head.close)
-            endings.callback(Daemon(key, "b", head.address).close)
+            endings.callback(Daemon(key, "b", head.address, **options).close)
             options = {"address": head.address, "token_file": key.path}
         runtime = endings.enter_context(actors.runtime(engine, **options))
         _opened[runtime] = engine, options

@@ -39,7 +39,7 @@ KEPT_ENDED = 64
 SLOT_BYTES = 2048
 FIRST_SLOTS = 8  # of the file, with the head; 8 slots are whole pages on every machine
 MAGIC = b"rlxboard2"
-SERIAL, SENT, PID, RESTARTS, STATUS, HELD = range(6)  # 64-bit numbers at the start of a slot; serial 0: free
+SERIAL, SENT, PID, RESTARTS, STATUS, HELD, ELSEWHERE = range(7)  # 64-bit numbers at the start of a slot; serial 0: free
 TEXTS = {"name": (64, 192), "resources": (192, 320), "waiting": (320, 832), "error": (832, SLOT_BYTES)}
 """Bytes of a slot that hold a text; longer ones are cut."""
 
@@ -96,6 +96,8 @@ class RuntimeInfo:
     started: float
     """time.time()"""
     logs: Path
+    elsewhere: bool = True
+    """Whether its actors on other machines are to be seen."""
 
 
 def list_runtimes() -> list[RuntimeInfo]:
@@ -208,6 +210,7 @@ class Slot:
         restarts: int | None = None,
         sent: int | None = None,
         held: int | None = None,
+        elsewhere: bool | None = None,
         **texts: str,
     ) -> None:
         """Change what is given: a status of STATUSES, numbers, and the texts resources, waiting and error.
@@ -220,7 +223,7 @@ class Slot:
             self.ended_at = time.monotonic() if status in ENDED else None
         if sent is not None:
             self._sent = sent
-        for place, number in ((PID, pid), (RESTARTS, restarts), (SENT, sent), (HELD, held)):
+        for place, number in ((PID, pid), (RESTARTS, restarts), (SENT, sent), (HELD, held), (ELSEWHERE, elsewhere)):
             if number is not None:
                 self._words[place] = number
         for key, text in texts.items():
@@ -251,6 +254,8 @@ class Entry:
     """Calls sent to this process, cancelled ones too."""
     held: int
     """Calls that wait until there is a process that takes them."""
+    elsewhere: bool
+    """Whether it is on another machine."""
     resources: str
     waiting: str
     error: str
@@ -269,7 +274,7 @@ def read_board(folder: Path) -> list[Entry]:
 
 
 def _entry(slot: bytes) -> Entry:
-    words = struct.unpack_from("6Q", slot)
+    words = struct.unpack_from("7Q", slot)
     texts = {key: slot[start:end].partition(b"\0")[0].decode("utf-8", "replace") for key, (start, end) in TEXTS.items()}
     status = STATUSES[min(words[STATUS], len(STATUSES) - 1)]
     return Entry(
@@ -279,6 +284,7 @@ def _entry(slot: bytes) -> Entry:
         restarts=words[RESTARTS],
         sent=words[SENT],
         held=words[HELD],
+        elsewhere=bool(words[ELSEWHERE]),
         **texts,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+NAMESPACES = ("mnt", "net", "pid")
 
 
 def cpu_count() -> float:
@@ -15,6 +16,12 @@ def cpu_count() -> float:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [int(quota) / int(period) for quota, period in _cpu_quotas() if quota not in ("max", "-1")]
     return min([float(count), *quotas])
+
+
+def identity() -> str:
+    """Return what processes have in common that may share memory, process ids and files: machine, namespaces, user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return " ".join([boot, str(os.getuid()), *(os.readlink(f"/proc/thread-self/ns/{kind}") for kind in NAMESPACES)])
 
 
 def memory_bytes() -> int:

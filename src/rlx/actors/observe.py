@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlx.actors import processes
-from rlx.actors.board import Entry, RuntimeInfo, list_runtimes, read_board, read_info
+from rlx.actors.board import ENDED, Entry, RuntimeInfo, list_runtimes, read_board, read_info
 from rlx.actors.logs import log_file, tail
 from rlx.actors.processes import CpuMeter
 from rlx.actors.stacks import read_stacks
@@ -90,9 +90,12 @@ class RuntimeView:
     """In the order in which they were made."""
 
 
-def find_runtimes(which: str | None) -> list[RuntimeInfo]:
-    """Return the runtimes that `which` (a driver's process id, a folder or its name) means; None: all that run."""
-    known = [info for info in list_runtimes() if info.here]
+def find_runtimes(which: str | None, only_here: bool = False) -> list[RuntimeInfo]:
+    """Return the runtimes that `which` (a driver's process id, a folder or its name) means; None: all that run.
+
+    only_here: without their actors on other machines.
+    """
+    known = [replace(info, elsewhere=not only_here) for info in list_runtimes() if info.here]
     if which is None:
         return [info for info in known if info.alive]
     if "/" in which or Path(which).is_dir():
@@ -101,15 +104,15 @@ def find_runtimes(which: str | None) -> list[RuntimeInfo]:
             raise ConfigError(f"{which} is no folder of a runtime; `rlx ps` lists them.")
         if not info.here:  # its process ids mean other processes here, which signals must not hit
             raise ConfigError(f"the driver of {which} is in another container; look at it from there.")
-        return [info]
+        return [replace(info, elsewhere=not only_here)]
     if found := [info for info in known if which in (str(info.driver), info.folder.name)]:
         return found
     raise ConfigError(f"{which} is neither the process id of a driver nor the folder of a runtime.{_choice(known)}")
 
 
-def find_runtime(which: str | None) -> RuntimeInfo:
+def find_runtime(which: str | None, only_here: bool = False) -> RuntimeInfo:
     """Return the one runtime that `which` means, the only one that runs if None."""
-    found = find_runtimes(which)
+    found = find_runtimes(which, only_here)
     if not found:
         raise ActorError("no runtime of yours is running here; a driver with another TMPDIR keeps its folder there.")
     if len(found) > 1:
@@ -119,7 +122,7 @@ def find_runtime(which: str | None) -> RuntimeInfo:
 
 def view(info: RuntimeInfo, percents: Mapping[int, float] | None = None) -> RuntimeView:
     """Look at a runtime; percents is the CPU use by process id, where it was measured."""
-    actors = [_view_actor(info, entry, percents or {}) for entry in read_board(info.folder)]
+    actors = [_view_actor(info, entry, percents or {}) for entry in _entries(info)]
     process = _state_of(info.driver) if info.alive else "ended"
     return RuntimeView(info.folder, info.driver, info.alive, process, info.command, info.started, actors)
 
@@ -133,8 +136,8 @@ def measured_view(info: RuntimeInfo) -> RuntimeView:
 
 def pids(infos: Iterable[RuntimeInfo]) -> list[int]:
     """Return the processes of all living actors."""
-    entries = [entry for info in infos for entry in read_board(info.folder)]
-    return [entry.pid for entry in entries if entry.pid is not None and entry.status not in ("failed", "dead")]
+    entries = [entry for info in infos for entry in _entries(info)]
+    return [entry.pid for entry in entries if entry.pid is not None and entry.status not in ENDED]
 
 
 def find_actor(runtime: RuntimeView, name: str) -> ActorView:
@@ -174,7 +177,7 @@ def stack(runtime: RuntimeView, actor: ActorView) -> str:
 def why(runtime: RuntimeView, actor: ActorView) -> str:
     """Return in one paragraph what an actor does, waits for, or died of; after it perhaps lines of its log."""
     sentences = [_of_status(actor)]
-    if actor.process is not None and actor.status not in ("failed", "dead"):
+    if actor.process is not None and actor.status not in ENDED:
         sentences += _of_process(actor)
     if runtime.process.startswith("stopped"):
         sentences.append(f"Its driver (process {runtime.driver}) is {runtime.process}.")
@@ -190,21 +193,27 @@ def why(runtime: RuntimeView, actor: ActorView) -> str:
 def trace(info: RuntimeInfo) -> dict[str, Any]:
     """Return the latest calls of all actors as Chrome's trace events, which ui.perfetto.dev shows; times are in us."""
     now, events = time.monotonic(), []
-    for entry in read_board(info.folder):
+    for entry in _entries(info):
         calls = read_calls(info.folder, entry.serial, ended=True)
-        name = f"{entry.name} ({entry.status})" if entry.status in ("failed", "dead") else entry.name
+        name = f"{entry.name} ({entry.status})" if entry.status in ENDED else entry.name
         events += [
             {"ph": "M", "pid": entry.serial, "name": "process_name", "args": {"name": name}},
             {"ph": "M", "pid": entry.serial, "name": "process_sort_index", "args": {"sort_index": entry.serial}},
         ]
         if calls is not None:
-            running = _own(entry, calls).running if entry.status not in ("failed", "dead") else []
+            running = _own(entry, calls).running if entry.status not in ENDED else []
             events += _events(entry.serial, calls.ended, running, now)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
+def _entries(info: RuntimeInfo) -> list[Entry]:
+    """Return what the board says; of an actor elsewhere, whose machine is asked itself, only its end."""
+    entries = read_board(info.folder)
+    return [entry for entry in entries if info.elsewhere or not entry.elsewhere or entry.status in ENDED]
+
+
 def _view_actor(info: RuntimeInfo, entry: Entry, percents: Mapping[int, float]) -> ActorView:
-    ended = entry.status in ("failed", "dead")
+    ended = entry.status in ENDED
     calls = _own(entry, read_calls(info.folder, entry.serial))
     process = memory = used = None
     if entry.pid is not None:
@@ -252,7 +261,7 @@ def _state_of(pid: int, start_ticks: int = 0) -> str:
 
 def _of_status(actor: ActorView) -> str:
     who = f"{actor.name} (process {actor.pid})" if actor.pid else actor.name
-    if actor.status in ("failed", "dead"):
+    if actor.status in ENDED:
         if actor.error and actor.error.startswith(actor.name):  # a whole sentence, of the engine
             return actor.error
         return f"{who} is {actor.status}: {actor.error or 'the reason is not known'}"

@@ -102,7 +102,7 @@ class Daemon:
 
     def __init__(self, key, name, head=None, home=None, before=(), **options):
         """before: what to put before the command."""
-        settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, **options}
+        settings = {"name": name, "key": str(key.path), "host": "127.0.0.1", "head": head, "apart": True, **options}
         command = [*before, sys.executable, "-m", "rlx.actors.cluster.daemon", json.dumps(settings)]
         env = os.environ | {"RLX_HOME": str(home or key.path.parent)}  # where it notes itself and keeps projects
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)

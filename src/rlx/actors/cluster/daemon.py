@@ -28,6 +28,7 @@ from rlx.actors.cluster import greeting, project
 from rlx.actors.cluster.credentials import HOME, ClusterKey
 from rlx.actors.cluster.handshake import Doorman, Reason, Role, connect
 from rlx.actors.cluster.heartbeat import Patience
+from rlx.actors.cluster.home import HomeDriver
 from rlx.actors.cluster.membership import Head, Membership, NodeInfo
 from rlx.actors.cluster.notes import Note
 from rlx.actors.cluster.relay import NodeEngine
@@ -64,6 +65,8 @@ class Options:
     gpu: int = 0
     memory: int = 0
     labels: dict[str, str] = field(default_factory=dict)
+    apart: bool = False
+    """Whether it starts the actors of drivers on this machine, too, which else do so themselves."""
     wait_for_head_s: float = 0.0
     log: str = ""
     """The file that its log is in, for who looks for it."""
@@ -83,7 +86,7 @@ class NodeDaemon:
         self.info = _describe(options, self.address)
         self._ended, self.bell_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.refused: str | None = None
-        self._engines: set[NodeEngine] = set()
+        self._engines: set[NodeEngine | HomeDriver] = set()
         self._lock = threading.Lock()
         self._endings = EventThread("rlx-node-endings")
         self._head = Head(self.info, self._patience) if options.head is None else None
@@ -122,7 +125,6 @@ class NodeDaemon:
 
     def _serve_driver(self, sock: Any) -> None:
         """Give a driver a place for actors."""
-        events = EventThread("rlx-node-events")
         try:
             frame = greeting.receive(sock, CLOSE_TIMEOUT_S)
             settings = json.loads(frame.text)
@@ -130,9 +132,11 @@ class NodeDaemon:
                 greeting.send(sock, wire.ASK, self._look(settings), CLOSE_TIMEOUT_S)
                 sock.close()
                 return
-            patience = Patience(**settings["patience"])
-            folder = _project(sock, settings.get("project"))
-            engine = NodeEngine(events, self.info.name, sock, settings, patience, self._on_end, folder)
+            if "folder" in settings:
+                engine = HomeDriver(self._reactor, sock, settings, self._on_end)
+            else:
+                folder = _project(sock, settings.get("project"))
+                engine = NodeEngine(self.info.name, sock, settings, self._on_end, folder)
         except Exception as error:
             logger.warning("a driver got no place here: %s", error)
             with contextlib.suppress(RlxError, OSError):  # it is gone
@@ -150,20 +154,20 @@ class NodeDaemon:
         found = []
         for engine in list(self._engines):
             command = [sys.executable, "-m", "rlx.cli", *words, "--runtime", str(engine.folder)]
+            command += ["--here"] if isinstance(engine, HomeDriver) and words[0] != "logs" else []
             done = subprocess.run(command, capture_output=True, text=True, timeout=LOOK_TIMEOUT_S, check=False)
             found.append((done.returncode, done.stdout, done.stderr))
         return found
 
-    def _on_end(self, engine: NodeEngine) -> None:
+    def _on_end(self, engine: NodeEngine | HomeDriver) -> None:
         self._endings.post(self._end, engine)
 
-    def _end(self, engine: NodeEngine) -> None:
+    def _end(self, engine: NodeEngine | HomeDriver) -> None:
         with self._lock:
             if engine not in self._engines:
                 return
             self._engines.remove(engine)
         engine.close(engine.system_timeout_s)
-        engine.events.close(engine.system_timeout_s)
 
     def _refuse(self, why: str) -> None:
         self.refused = why
@@ -245,7 +249,8 @@ def _default_host() -> str:
 def _describe(options: Options, address: str) -> NodeInfo:
     gpu = options.gpu or len(machine.gpus()[0])
     cpu, memory = options.cpu or machine.cpu_count(), options.memory or machine.memory_bytes()
-    return NodeInfo(options.name, address, cpu, gpu, memory, options.labels)
+    identity = "" if options.apart else machine.identity()
+    return NodeInfo(options.name, address, cpu, gpu, memory, options.labels, identity)
 
 
 def main() -> int:

@@ -13,20 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlx.actors import machine
 from rlx.actors.channel import Channel, Staleness
 from rlx.actors.cluster import greeting
 from rlx.actors.cluster.credentials import DEFAULT_PATH, ClusterKey
 from rlx.actors.cluster.daemon import parse_address
 from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
+from rlx.actors.cluster.home import HomeNode
 from rlx.actors.cluster.membership import NodeInfo, Watch
 from rlx.actors.cluster.mirrors import MirroredChannel, Mirrors
 from rlx.actors.cluster.placement import ClusterPool
 from rlx.actors.cluster.project import Project
 from rlx.actors.cluster.remote import Node, RemoteActor
-from rlx.actors.engines import pickling, wire
+from rlx.actors.engines import wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine
-from rlx.actors.engines.memory import Parcel
+from rlx.actors.engines.local_actor import LocalActor
 from rlx.actors.future import Err, Future, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener
 from rlx.actors.monitor import EventThread, logger
@@ -61,7 +63,7 @@ class ClusterEngine(LocalEngine):
         """
         project = Project.around(Path.cwd())
         self._head, self._key, self._address = parse_address(address), ClusterKey.load(token_file), address
-        super().__init__(events, system_timeout_s, (), object_memory, log_folder)
+        super().__init__(events, system_timeout_s, None, object_memory, log_folder)
         self.patience = patience or Patience()
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._nodes: dict[int, Node] = {}  # by incarnation
@@ -73,11 +75,11 @@ class ClusterEngine(LocalEngine):
         self._placing = threading.Lock()
         self._placeable = threading.Condition(self._placing)  # there is a node again, or never will be
         self._head_lost: str | None = None
-        self._opening = {"preload": list(preload), "system_timeout_s": system_timeout_s, "object_memory": object_memory}
-        self._project = project
-        if self._project is not None:
-            self._opening |= {"project": self._project.digest, "root": str(self._project.root)}
-        self._opening["patience"] = dataclasses.asdict(self.patience)
+        self._preload, self._project, self._machine = preload, project, machine.identity()
+        self._opening = {"system_timeout_s": system_timeout_s, "patience": dataclasses.asdict(self.patience)}
+        self._opening_elsewhere: dict[str, Any] = {"preload": list(preload), "object_memory": object_memory}
+        if project is not None:
+            self._opening_elsewhere |= {"project": project.digest, "root": str(project.root)}
         self._linking = EventThread("rlx-cluster-links")  # connecting waits
         self._first: Future[None] = Future("cluster", "nodes")
         self._watch: Watch | None = None
@@ -104,19 +106,19 @@ class ClusterEngine(LocalEngine):
                 self._pool = ClusterPool({number: node.info for number, node in self._nodes.items()})
             return self._pool
 
-    def spawn(self, spec: ActorSpec, listener: Listener) -> RemoteActor:  # type: ignore[override]
+    def spawn(self, spec: ActorSpec, listener: Listener) -> LocalActor | RemoteActor:  # type: ignore[override]
         """Have a node start the actor: the one where its resources are, or the one with the fewest actors.
 
         Where none is linked now, wait for one.
         """
-        made_of = pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        parcel = self.pack_actor(spec)
         deadline = time.monotonic() + self.system_timeout_s
         with self._placing:
             node = self._choose(spec, deadline)
             self._spawned += 1
             number = self._spawned
-            node.expected += 1
-        return node.spawn(number, spec, Parcel(*made_of), listener)
+            node.actors[number] = None
+        return node.spawn(number, spec, parcel, listener)
 
     def _choose(self, spec: ActorSpec, deadline: float) -> Node:
         """Return the node for it. Holds the lock, and lets go of it while there is none."""
@@ -131,7 +133,7 @@ class ClusterEngine(LocalEngine):
             why = self._head_lost or "no node of the cluster is left; start one with `rlx start`"
             raise ActorError(f"actor {spec.name} cannot be started: {why}.")
         if spec.place is None:
-            return min(nodes, key=lambda node: node.expected)
+            return min(nodes, key=lambda node: len(node.actors))
         node = self._nodes.get(spec.place)
         if node is None:
             raise ActorError(f"actor {spec.name} cannot be started: the node where its resources were has left.")
@@ -174,7 +176,7 @@ class ClusterEngine(LocalEngine):
         with self._placing:
             self.closing = True
             self._placeable.notify_all()
-        actors = [actor for node in self._nodes.values() for actor in list(node.actors.values())]
+        actors = [actor for node in self._nodes.values() for actor in list(node.actors.values()) if actor is not None]
         idle = [actor for actor in actors if actor.stop()]
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
         wait([actor.gone for actor in idle], len(idle), grace - time.monotonic())
@@ -214,25 +216,50 @@ class ClusterEngine(LocalEngine):
         self.reactor.set_deadline(self._link_again, RELINK_EVERY_S, lambda: self._linking.post(self._link_missing))
 
     def _link(self, number: int, info: NodeInfo) -> None:
+        is_home = info.machine == self._machine
         sock = connect(parse_address(info.address), self._key, Role.DRIVER)
         try:
-            greeting.send(sock, wire.OPEN, self._opening, self.system_timeout_s)
-            answer = greeting.receive(sock, self.system_timeout_s)
-            if answer.kind == wire.PROJECT and self._project is not None:
-                greeting.send(sock, wire.PROJECT, {}, self.system_timeout_s, self._project.archive())
-                answer = greeting.receive(sock, self.system_timeout_s)
-            if answer.kind != wire.OPEN:
-                raise ActorError(f"it takes no actors: {json.loads(answer.text)}")
+            self._greet(sock, is_home)
+            if is_home:
+                self._need_forkserver()
         except BaseException:
             sock.close()
             raise
         with self._placing:
-            self._nodes[number] = Node(self, info, sock)
+            self._nodes[number] = (HomeNode if is_home else Node)(self, info, sock)
             self._placeable.notify_all()
             pool = self._pool
         if pool is not None:
             pool.add(number, info)
         self._note_change()
+
+    def _need_forkserver(self) -> None:
+        """Have one, a new one if it has ended."""
+        if self._server is None or self._lost is not None:
+            if self._server is not None:
+                self._control.close()
+            self._lost = None
+            self._start_forkserver(self._preload)
+
+    def _greet(self, sock: Any, is_home: bool) -> None:
+        """Have a daemon take this driver in."""
+        opening = self._opening | ({"folder": str(self.folder)} if is_home else self._opening_elsewhere)
+        greeting.send(sock, wire.OPEN, opening, self.system_timeout_s)
+        answer = greeting.receive(sock, self.system_timeout_s)
+        if answer.kind == wire.PROJECT and self._project is not None:
+            greeting.send(sock, wire.PROJECT, {}, self.system_timeout_s, self._project.archive())
+            answer = greeting.receive(sock, self.system_timeout_s)
+        if answer.kind != wire.OPEN:
+            raise ActorError(f"it takes no actors: {json.loads(answer.text)}")
+
+    def _lose_server(self) -> None:
+        """Its actors' deaths are told; then the driver's own node is linked anew, with a new forkserver."""
+        is_broken = self._lost is not None  # a new one could not import its modules either
+        super()._lose_server()
+        if not (is_broken or self.closing):
+            for node in list(self._nodes.values()):
+                if isinstance(node, HomeNode):
+                    node.lose("has lost its forkserver")
 
     def _note_change(self) -> None:
         for tell in self._tell_of_nodes:

@@ -38,6 +38,8 @@ class NodeInfo:
     memory: int
     """Bytes."""
     labels: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
+    """Its `identity`: a driver of the same one starts its actors itself. Empty: no driver does."""
     incarnation: int = 0
     """Given by the head: the how manieth node that has joined this is."""
     silent_s: float = 0.0

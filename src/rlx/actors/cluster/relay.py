@@ -45,19 +45,19 @@ class NodeEngine(LocalEngine):
 
     def __init__(
         self,
-        events: EventThread,
         name: str,
         sock: Any,
         settings: dict[str, Any],
-        patience: Patience,
         ended: Callable[[NodeEngine], None],
         folder: Path | None,
     ) -> None:
-        """sock: to the driver, authenticated. settings: what its OPEN frame says: system_timeout_s, preload, root.
+        """sock: to the driver, authenticated. settings: what its OPEN frame says: system_timeout_s, patience, preload,
+        object_memory, root.
 
         folder: the driver's project on this machine, whose folder is `root` there.
         """
         preload, timeout_s = settings["preload"], settings["system_timeout_s"]
+        events = EventThread("rlx-node-events")
         super().__init__(events, timeout_s, preload, settings.get("object_memory"), damper=_Forwarder(self._print))
         self.where = f" on {name}"
         self.memory.arena.wait_s = 0.0  # in the thread that serves everybody
@@ -68,7 +68,9 @@ class NodeEngine(LocalEngine):
         self._project_folder, self._root = folder, settings.get("root")
         self.link = Link(self.reactor, sock, self._take, self._lose_driver)
         self.mirrors = Mirrors(self.reactor, self.channel)
-        self._heart = Heartbeat(self.reactor, self.link, patience, self._note_silence, self._lose_driver)
+        self._heart = Heartbeat(
+            self.reactor, self.link, Patience(**settings["patience"]), self._note_silence, self._lose_driver
+        )
 
     def begin(self) -> None:
         """Tell the driver that it may send."""
@@ -78,6 +80,11 @@ class NodeEngine(LocalEngine):
         self.link.open()
         self.link.write(wire.encode(wire.OPEN))
         self._heart.start()
+
+    def close(self, timeout_s: float) -> None:
+        """End all actors, and who hears of them."""
+        super().close(timeout_s)
+        self.events.close(timeout_s)
 
     def hold_up(self, link: Link) -> None:
         """Read no more of an actor until the driver has read what waits for it."""

@@ -17,6 +17,7 @@ from rlx.actors.cluster.relay import CALL_BITS
 from rlx.actors.engines import pickling, wire
 from rlx.actors.engines.death import describe
 from rlx.actors.engines.link import Link
+from rlx.actors.engines.local_actor import LocalActor
 from rlx.actors.engines.memory import Parcel
 from rlx.actors.engines.process_actor import ProcessActor
 from rlx.actors.engines.wire import Frame, Lent
@@ -35,9 +36,8 @@ class Node:
     def __init__(self, engine: ClusterEngine, info: NodeInfo, sock: Any) -> None:
         """sock: to its daemon, which has answered the OPEN frame."""
         self.info, self.name, self.address = info, info.name, info.address
-        self.expected = 0
-        """Actors that live here or are on their way."""
-        self.actors: dict[int, RemoteActor] = {}
+        self.actors: dict[int, LocalActor | RemoteActor | None] = {}
+        """By number; None: on its way."""
         self._questions, self._asked = itertools.count(), dict[int, Future[dict[str, Staleness]]]()
         self.lost: str | None = None
         """Why it takes no more actors."""
@@ -46,21 +46,15 @@ class Node:
         self._heart = Heartbeat(engine.reactor, self.link, engine.patience, self._note_silence, self.lose)
         engine.reactor.post(self._begin)
 
-    def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> RemoteActor:
+    def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> LocalActor | RemoteActor:
         """Have the node start an actor."""
         try:
-            actor = RemoteActor(self._engine, self, number, spec, listener)
-        except BaseException:
-            self.expected -= 1
-            raise
-        self.actors[number] = actor
-        try:
+            self.actors[number] = actor = RemoteActor(self._engine, self, number, spec, listener)
             actor.start(spec, parcel)
         except BaseException:
             self.remove(number)
             raise
-        if self.lost is not None:  # meanwhile, or before
-            self._engine.reactor.post(partial(actor.die, self._how()))
+        self._end_if_lost(actor)
         return actor
 
     def readers(self, channel: str) -> Future[dict[str, Staleness]]:
@@ -75,8 +69,7 @@ class Node:
 
     def remove(self, number: int) -> None:
         """An actor has ended."""
-        if self.actors.pop(number, None) is not None:
-            self.expected -= 1
+        self.actors.pop(number, None)
 
     def lose(self, how: str) -> None:
         """Nothing more comes from it; whatever it still does, nobody hears of it."""
@@ -93,9 +86,15 @@ class Node:
         self.link.close()
         self._engine.forget(self)
         for actor in list(self.actors.values()):
-            actor.die(self._how())
+            if actor is not None:
+                actor.lose(self._how())
         for answer in list(self._asked.values()):
             answer.settle(lambda: Ok({}))
+
+    def _end_if_lost(self, actor: LocalActor | RemoteActor) -> None:
+        """It may have been on its way when the node was lost, or before."""
+        if self.lost is not None:
+            self._engine.reactor.post(partial(actor.lose, self._how()))
 
     def _how(self) -> str:
         return f"was lost with its node {self.name} ({self.address}), which {self.lost}"
@@ -110,13 +109,13 @@ class Node:
             self._asked.pop(frame.call_id).settle(lambda: Ok(found))
         elif frame.kind == wire.PRINTED:
             self._keep_lines(frame)
-        elif (actor := self.actors.get(frame.call_id >> CALL_BITS)) is not None:
+        elif isinstance(actor := self.actors.get(frame.call_id >> CALL_BITS), RemoteActor):
             actor.take(frame)
 
     def _keep_lines(self, frame: Frame) -> None:
         """Put what an actor has printed into its log, which is followed like that of an actor of this machine."""
         for actor in self.actors.values():
-            if actor.name == frame.text:
+            if isinstance(actor, RemoteActor) and actor.name == frame.text:
                 actor.keep_lines(bytes(frame.open(None)[0]))
 
     def _note_silence(self, silent_s: float) -> None:
@@ -137,7 +136,7 @@ class RemoteActor(ProcessActor):
         self.name, self._log = spec.name, engine.logs.open(spec.name)
         engine.follow(spec.name)
         self.slot = spec.slot or engine.slot(spec.name)
-        self.slot.update(pid=0, sent=0)
+        self.slot.update(pid=0, sent=0, elsewhere=True)
 
     def start(self, spec: ActorSpec, parcel: Parcel) -> None:
         """Send what it is made of."""
@@ -174,6 +173,10 @@ class RemoteActor(ProcessActor):
     def take(self, frame: Frame) -> None:
         """A frame has come from it, or of it."""
         self._take(frame)
+
+    def lose(self, how: str) -> None:
+        """Its node is given up."""
+        self.die(how)
 
     def keep_lines(self, lines: bytes) -> None:
         """It has printed these."""

@@ -61,12 +61,15 @@ class LocalEngine:
         self,
         events: EventThread,
         system_timeout_s: float,
-        preload: Sequence[str] = ("numpy", "torch"),
+        preload: Sequence[str] | None = ("numpy", "torch"),
         object_memory: int | None = None,
         log_folder: Path | None = None,
         damper: Damper | None = None,
     ) -> None:
-        """damper: what gets the lines that actors print; by default one that prints them to stderr, but no floods."""
+        """preload: what the forkserver imports; None: it is started later.
+
+        damper: what gets the lines that actors print; by default one that prints them to stderr, but no floods.
+        """
         if sys.platform != "linux":
             raise NotSupported(f"engine 'local' needs Linux and this is {sys.platform}; use engine 'inline'.")
         if isinstance(preload, str):
@@ -83,9 +86,10 @@ class LocalEngine:
         self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
         self._follower = LogFollower(self.logs, damper or Damper(self.logs, partial(events.post, _print_to_stderr)))
         self._channels: dict[str, Channel] = {}
-        self._start_forkserver(preload)
+        self._server: subprocess.Popen[bytes] | None = None
         self.reactor = Reactor()
-        self.reactor.register(self._control.fileno(), self._on_control)
+        if preload is not None:
+            self._start_forkserver(preload)
         if (fd := self._follower.fileno()) is not None:
             self.reactor.register(fd, lambda _: self._follow_in(self._follower.on_readable()))
         self._look_around()
@@ -122,12 +126,18 @@ class LocalEngine:
 
     def spawn(self, spec: ActorSpec, listener: Listener) -> LocalActor:
         """Ask the forkserver for a process, and put its first frame into its socket."""
-        made_of = pickling.dumps_with_channels((spec.make, spec.args, spec.kwargs), f"what {spec.name} is made of")
+        return self.start_here(spec, self.pack_actor(spec), listener)
+
+    def pack_actor(self, spec: ActorSpec) -> Parcel:
+        """Return what an actor is made of as a message."""
+        made_of = (spec.make, spec.args, spec.kwargs)
+        return Parcel(*pickling.dumps_with_channels(made_of, f"what {spec.name} is made of"))
+
+    def start_here(self, spec: ActorSpec, parcel: Parcel, listener: Listener) -> LocalActor:
+        """Start an actor on this machine."""
         settings = {"env": os.environ | spec.env, "cwd": os.getcwd(), "path": [*map(str, sys.path)]}
         settings |= {"threads": spec.threads, "concurrency": spec.concurrency}
-        return self.start(
-            spec.name, settings, Parcel(*made_of), lambda number: LocalActor(self, number, spec, listener)
-        )
+        return self.start(spec.name, settings, parcel, lambda number: LocalActor(self, number, spec, listener))
 
     def start(self, name: str, settings: dict[str, Any], parcel: Parcel, make: Callable[[int], Actor]) -> Actor:
         """Return what `make(number)` returns, an actor, with its process on the way."""
@@ -170,18 +180,12 @@ class LocalEngine:
         idle = [actor for actor in actors if actor.stop()]
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
         wait([actor.gone for actor in idle], len(idle), grace - time.monotonic())
-        if self._control.fileno() >= 0:
-            if self._lost is None:
-                self._order(1.0, (), do="close")
-            self._control.shutdown(socket.SHUT_WR)
-        try:
-            self._server.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._server.kill()
-            self._server.wait(1.0)
+        if self._server is not None:
+            self._end_forkserver(self._server, deadline)
         wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))
         self.reactor.close(max(0.1, deadline - time.monotonic()))
-        self._control.close()
+        if self._server is not None:
+            self._control.close()
         self._follower.close()
         self.board.close()
         self._folder.remove()
@@ -234,6 +238,18 @@ class LocalEngine:
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
                 pass_fds=[theirs.fileno()],
             )
+        self.reactor.register(self._control.fileno(), self._on_control)
+
+    def _end_forkserver(self, server: subprocess.Popen[bytes], deadline: float) -> None:
+        if self._control.fileno() >= 0:
+            if self._lost is None:
+                self._order(1.0, (), do="close")
+            self._control.shutdown(socket.SHUT_WR)
+        try:
+            server.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(1.0)
 
     def _look_around(self) -> None:
         self.reactor.set_deadline(self, LOOK_EVERY_S, self._look_around)
@@ -250,6 +266,7 @@ class LocalEngine:
 
     def _order(self, timeout_s: float, descriptors: Sequence[int], **order: Any) -> None:
         data, deadline = [json.dumps(order).encode()], time.monotonic() + timeout_s
+        assert self._server is not None
         while True:
             try:
                 socket.send_fds(self._control, data, list(descriptors))
@@ -288,6 +305,7 @@ class LocalEngine:
 
     def _lose_server(self) -> None:
         """The forkserver has ended, so the kernel has killed its actors; the rest of them is ours to kill."""
+        assert self._server is not None
         self.reactor.unregister(self._control.fileno())
         try:
             how = describe_exit(self._server.wait(1.0))

@@ -18,7 +18,7 @@ from rlx.actors.engines.process_actor import ProcessActor
 from rlx.actors.engines.wire import Frame
 from rlx.actors.future import Err, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener, Stall
-from rlx.errors import ActorDied, CallTimeout
+from rlx.errors import ActorDied, ActorError, CallTimeout
 
 if TYPE_CHECKING:
     from rlx.actors.engines.local import LocalEngine
@@ -52,7 +52,7 @@ class LocalActor(ProcessActor):
         super().__init__(engine, spec, listener, link)
         self._before_frame, self._lend = engine.memory.arena.check_owner, self._memory.lend
         self.slot = spec.slot or engine.slot(spec.name)
-        self.slot.update(pid=0, sent=0)  # of this process
+        self.slot.update(pid=0, sent=0, elsewhere=False)  # of this process
 
     def start(self, settings: str, parcel: Parcel, patience_s: float) -> list[int]:
         """Put the first frame into the link; return the descriptors that the new process needs."""
@@ -83,6 +83,12 @@ class LocalActor(ProcessActor):
         self._engine.kill(self._number, timeout_s)
         if not wait([self.gone], 1, timeout_s)[0]:
             raise CallTimeout(f"actor {self._name} (pid {self.pid}) is not gone {timeout_s:g} s after kill().")
+
+    def lose(self, how: str) -> None:
+        """Its machine is given up: end it. Only the reactor."""
+        with contextlib.suppress(ActorError):  # the forkserver takes no orders; it ends with the runtime
+            self._engine.kill(self._number, 0.0)
+        self.die(how)
 
     def stop(self) -> bool:
         """Ask the process to end behind all that was sent to it; False if it has calls to answer or never started."""
@@ -161,14 +167,8 @@ class LocalActor(ProcessActor):
     def _lose_link(self, how: str) -> None:
         """Wait for the forkserver's word on the end of the process; without it, end it ourselves."""
 
-        def give_up() -> None:
-            try:
-                self._engine.kill(self._number, 0.0)
-            finally:  # also when the forkserver takes no orders
-                self.die(how)
-
         if self._how is None:
-            self._reactor.set_deadline(self, EXIT_NEWS_S, give_up)
+            self._reactor.set_deadline(self, EXIT_NEWS_S, partial(self.lose, how))
 
     def _on_no_start(self) -> None:
         self.die("was not started in time by the forkserver, which is stopped or still importing")

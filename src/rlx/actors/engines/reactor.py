@@ -94,8 +94,7 @@ class Reactor:
                     os.eventfd_read(self._wake)
                 elif handler := self._handlers.get(fd):  # an earlier handler of this round may have closed it
                     _guarded(handler, events)
-            for _ in range(len(self._posted)):
-                _guarded(self._posted.popleft())
+            self._do_posted()
             if self._rushing:
                 self._hurry()
             now = time.monotonic()
@@ -103,6 +102,11 @@ class Reactor:
                 if deadline <= now:
                     self._deadlines.pop(key, None)
                     _guarded(handler)
+        self._do_posted()  # just before the end
+
+    def _do_posted(self) -> None:
+        for _ in range(len(self._posted)):
+            _guarded(self._posted.popleft())
 
     def _hurry(self) -> None:
         """Do what is wanted soon; when nothing was, fall asleep again."""
