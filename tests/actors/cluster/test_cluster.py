@@ -299,3 +299,58 @@ def test_a_daemon_ends_whichever_of_its_threads_gets_the_signal(start, head):
     for daemon in daemons:
         daemon.process.send_signal(signal.SIGCONT)
     assert [daemon.process.wait(T) for daemon in daemons] == [0] * 4
+
+
+@pytest.fixture
+def written(rt):
+    """Return the frames, as lists of (kind, call id, bytes), that go to each node from now on."""
+    frames = {}
+    for node in rt._engine._nodes.values():
+        frames[node.name] = sent = []
+
+        def write(parts, *args, write=node.link.write, sent=sent, **options):
+            _, kind, _, _, call_id, _ = wire.HEADER.unpack_from(parts[0])
+            sent.append((kind & ~wire.SHARED_BODY, call_id, sum(map(len, parts))))
+            write(parts, *args, **options)
+
+        node.link.write = write
+    return frames
+
+
+def test_a_value_that_was_put_crosses_to_a_node_once_and_is_forgotten_with_its_last_reference(rt, written):
+    workers = [rt.spawn(Worker) for _ in range(4)]  # two on each of two nodes
+    data = np.arange(500_000, dtype=np.float64)
+    ref, plain = rt.put(data), [data, "twice", data[:1000]]
+    for _ in range(3):
+        for found in rt.group(workers).echo.call(ref).result(T):
+            np.testing.assert_array_equal(found.value, data)
+    for sent in written.values():
+        assert data.nbytes < sum(size for *_, size in sent) < data.nbytes + 20_000
+    del ref, found
+    for sent in written.values():
+        (number,) = [number for kind, number, _ in sent if kind == wire.KEEP]
+        while (wire.DROP, number) not in [(kind, call_id) for kind, call_id, _ in sent]:  # until the test's timeout
+            time.sleep(0.01)
+        sent.clear()
+    for found in rt.group(workers).echo.call(plain).result(T):  # one message for all, in one block
+        np.testing.assert_array_equal(found.value[2], data[:1000])
+    for sent in written.values():
+        assert data.nbytes < sum(size for *_, size in sent) < 2 * data.nbytes
+
+
+def test_a_slice_of_what_an_actor_returned_crosses_alone(rt, written):
+    first, second = rt.spawn(Worker), rt.spawn(Worker)
+    whole = first.echo.call(np.arange(1_000_000, dtype=np.float64)).result(T)
+    for sent in written.values():
+        sent.clear()
+    part = whole[:20_000]
+    np.testing.assert_array_equal(second.echo.call(part).result(T), part)
+    assert max(size for sent in written.values() for *_, size in sent) < part.nbytes + 1000
+
+
+def test_where_object_memory_is_full_what_comes_goes_elsewhere(open_runtime, head, second):
+    rt = open_runtime(head.address, object_memory=3 * 2**20)
+    worker = rt.spawn(Worker)
+    data = np.arange(2**17, dtype=np.float64)  # 1 MiB
+    kept = [worker.echo.call(data).result(T) for _ in range(8)]
+    assert all(np.array_equal(one, data) for one in kept)

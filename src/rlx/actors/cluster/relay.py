@@ -66,7 +66,8 @@ class NodeEngine(LocalEngine):
         self.relayed: dict[int, RelayedActor] = {}
         self._ended, self._is_ended = ended, False
         self._project_folder, self._root = folder, settings.get("root")
-        self.link = Link(self.reactor, sock, self._take, self._lose_driver)
+        self._kept: dict[int, wire.Buffer] = {}  # what calls of the driver refer to, by its number
+        self.link = Link(self.reactor, sock, self._take, self._lose_driver, self.memory.allocate)
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._heart = Heartbeat(
             self.reactor, self.link, Patience(**settings["patience"]), self._note_silence, self._lose_driver
@@ -114,6 +115,10 @@ class NodeEngine(LocalEngine):
             return
         if frame.kind == wire.PUBLISH:
             self.mirrors.take(frame, self.link)
+        elif frame.kind == wire.KEEP:
+            self._kept[frame.call_id] = frame.open(None)[0]
+        elif frame.kind == wire.DROP:
+            self._kept.pop(frame.call_id, None)
         elif frame.kind == wire.SPAWN:
             self._spawn(frame)
         elif frame.kind == wire.READERS:
@@ -122,6 +127,13 @@ class NodeEngine(LocalEngine):
             self.link.write(wire.encode(wire.READERS, frame.call_id, json.dumps(found)))
         elif (actor := self.relayed.get(frame.call_id >> CALL_BITS)) is not None:
             actor.relay(frame)
+
+    def borrow(self, number: int, spans: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Return views of what the driver has sent before; ActorError if it has not."""
+        whole = memoryview(self._kept.get(number, b""))
+        if any(start + size > len(whole) for start, size in spans):
+            raise ActorError(f"a frame refers to {spans} of what was sent as number {number}, and it was not sent")
+        return [whole[start : start + size] for start, size in spans]
 
     def _order(self, timeout_s: float, descriptors: Sequence[int], **order: Any) -> None:
         """Never wait in the reactor's thread: a forkserver that still imports takes the rest later."""
@@ -160,7 +172,7 @@ class NodeEngine(LocalEngine):
             "cwd": self._here(asked["cwd"]),
             "path": self._path(asked["path"]),
         }
-        parcel = Parcel(frame.open(None), tuple(map(self.channel, asked["channels"])))
+        parcel = Parcel(frame.open(self.borrow), tuple(map(self.channel, asked["channels"])))
 
         def make(number: int) -> RelayedActor:
             actor = self.relayed[first >> CALL_BITS] = RelayedActor(self, number, spec, first)
@@ -247,7 +259,7 @@ class RelayedActor(LocalActor):
                 self._hand_over([self._node.channel(frame.text)])
             self._node.mirrors.add(frame.text, self._node.link)
             return
-        parcel = Parcel(frame.open(None))
+        parcel = Parcel(frame.open(self._node.borrow))
         places = self._lend(parcel) if parcel.message[1] else None
         with self._lock:
             if self._end is not None:
@@ -303,7 +315,7 @@ class RelayedActor(LocalActor):
         self._tell_driver(wire.STALLED, self._first_call, json.dumps(dataclasses.asdict(stall)))
 
     def _tell_driver(self, kind: int, call_id: int, text: str, message: wire.Message = pickling.EMPTY) -> None:
-        self._node.link.write(wire.encode(kind, call_id, text, message))
+        self._node.link.write(wire.encode(kind, call_id, text, message), stable=True)  # it is the actor's, lent
 
 
 def _never(error: Answer) -> None:

@@ -6,6 +6,9 @@ import contextlib
 import itertools
 import json
 import os
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ from rlx.actors.cluster.heartbeat import Heartbeat
 from rlx.actors.cluster.membership import NodeInfo
 from rlx.actors.cluster.relay import CALL_BITS
 from rlx.actors.engines import pickling, wire
+from rlx.actors.engines.arena import Block
 from rlx.actors.engines.death import describe
 from rlx.actors.engines.link import Link
 from rlx.actors.engines.local_actor import LocalActor
@@ -42,7 +46,10 @@ class Node:
         self.lost: str | None = None
         """Why it takes no more actors."""
         self._engine = engine
-        self.link = Link(engine.reactor, sock, self._take, self.lose)
+        self._keeping = threading.Lock()  # of the order in which a buffer and what refers to it are written
+        self._kept: dict[weakref.ref[Block], int] = {}  # what has crossed to it and is still alive here
+        self._kept_count = itertools.count()
+        self.link = Link(engine.reactor, sock, self._take, self.lose, engine.memory.allocate)
         self._heart = Heartbeat(engine.reactor, self.link, engine.patience, self._note_silence, self.lose)
         engine.reactor.post(self._begin)
 
@@ -56,6 +63,23 @@ class Node:
             raise
         self._end_if_lost(actor)
         return actor
+
+    def lend(self, parcel: Parcel) -> list[Lent | None] | None:
+        """Have the large buffers be on the node, where they cross to once however many calls bring them.
+
+        What is a small part of a block, such as a slice of what an actor has returned, goes in the frame.
+        """
+        if not parcel.message[1]:
+            return None
+        places = parcel.place(self._engine.memory.arena)
+        sizes = Counter[Block]()
+        for block, (_, size) in filter(None, places):
+            sizes[block] += size
+        kept = {block: self._keep(block) for block, size in sizes.items() if 2 * size >= block.extent}
+        return [
+            (place[1][1], place[1][0] - place[0].offset, kept[place[0]]) if place and place[0] in kept else None
+            for place in places
+        ]
 
     def readers(self, channel: str) -> Future[dict[str, Staleness]]:
         """Ask who reads the channel on this machine."""
@@ -90,6 +114,22 @@ class Node:
                 actor.lose(self._how())
         for answer in list(self._asked.values()):
             answer.settle(lambda: Ok({}))
+
+    def _keep(self, block: Block) -> int:
+        """Return the number by which the node knows the block; it forgets it when the block dies here."""
+        with self._keeping:
+            number = self._kept.get(weakref.ref(block))
+            if number is None:
+                number = next(self._kept_count)
+                self.link.write(wire.encode(wire.KEEP, number, message=(b"", [block.view()])), stable=True)
+                self._kept[weakref.ref(block, self._drop)] = number
+            return number
+
+    def _drop(self, block: weakref.ref[Block]) -> None:
+        """Perhaps in the middle of anything: no lock is taken here."""
+        number = self._kept.pop(block, None)
+        if number is not None:
+            self._engine.reactor.post(partial(self.link.write, wire.encode(wire.DROP, number)))
 
     def _end_if_lost(self, actor: LocalActor | RemoteActor) -> None:
         """It may have been on its way when the node was lost, or before."""
@@ -147,10 +187,11 @@ class RemoteActor(ProcessActor):
         self.slot.sent()
         names = [channel.name for channel in parcel.channels]
         asked = {"name": spec.name, "threads": spec.threads, "concurrency": spec.concurrency, "channels": names}
+        places = self._node.lend(parcel)
         asked |= {"stall_after_s": spec.stall_after_s, **self._cluster.surroundings(spec)}
         with self._lock:
             self._note_channels(parcel.channels)
-            self._link.write(wire.encode(wire.SPAWN, self._first_call, json.dumps(asked), parcel.message))
+            self._link.write(wire.encode(wire.SPAWN, self._first_call, json.dumps(asked), parcel.message, places))
 
     def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Have the node kill the process and return when it is gone."""
@@ -225,7 +266,7 @@ class RemoteActor(ProcessActor):
         self._cluster.mirrors.look()  # what was published before a call is there before it
 
     def _lend(self, parcel: Parcel) -> Sequence[Lent | None] | None:
-        return None  # all travels in the frame
+        return self._node.lend(parcel)
 
     def _open(self, frame: Frame) -> pickling.Message:
         return frame.open(None)

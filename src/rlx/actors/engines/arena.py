@@ -52,6 +52,11 @@ class Block:
         # Anywhere, perhaps inside the arena's lock: an append needs none.
         self._arena._dead.append((self.offset, self.capacity, self.populated, self.viewed))
 
+    @property
+    def extent(self) -> int:
+        """How many bytes the buffers placed take, with the gaps between them."""
+        return sum(self.spans[-1]) - self.offset
+
     def view(self) -> memoryview:
         """Return all that was placed, read-only, for the owner itself; the block lives while the view does."""
         return self._arena._view(self)
@@ -136,17 +141,19 @@ class Arena:
 
         ObjectMemoryFull, naming who holds how much, after `wait_s`, or at once for what can never fit.
         """
-        spans, end = lay_out(map(len, buffers))
-        block = self._allocate(end)
-        if not block.populated:
-            whole = self.data[block.offset : block.offset + block.capacity]
-            populate(self._memory, whole, self._start + block.offset)
-            block.populated = True
-        block.spans = [(block.offset + start, size) for start, size in spans]
+        block = self._block(map(len, buffers), self.wait_s)
         self._copier.copy(
             self.data, [(span[0], buffer) for span, buffer in zip(block.spans, buffers, strict=True)], block
         )
         return block
+
+    def room(self, sizes: Iterable[int]) -> list[memoryview]:
+        """Return writable views of one new block, to receive into; it lives while any of them does. Waits for nobody.
+
+        Their bytes can be lent without a copy. ObjectMemoryFull.
+        """
+        block = self._block(sizes, 0.0)
+        return cut(self._own(block), block.spans)
 
     def adopt(self, spans: Iterable[Span]) -> list[Block | None]:
         """Take over the blocks at `spans` from an owner that has died; all else becomes free.
@@ -199,7 +206,18 @@ class Arena:
         """End the thread that helps with copies; what has been placed stays."""
         self._copier.close()
 
-    def _allocate(self, size: int) -> Block:
+    def _block(self, sizes: Iterable[int], wait_s: float) -> Block:
+        """Return a new block for parts of these sizes, with pages behind it."""
+        spans, end = lay_out(sizes)
+        block = self._allocate(end, wait_s)
+        if not block.populated:
+            whole = self.data[block.offset : block.offset + block.capacity]
+            populate(self._memory, whole, self._start + block.offset)
+            block.populated = True
+        block.spans = [(block.offset + start, size) for start, size in spans]
+        return block
+
+    def _allocate(self, size: int, wait_s: float) -> Block:
         self.check_owner()
         fits = size <= self.limit_bytes
         capacity = min(capacity_for(size), self.limit_bytes)
@@ -210,12 +228,12 @@ class Arena:
             if block is not None:
                 return block
             waited = time.monotonic() - began
-            if not fits or waited >= self.wait_s:
+            if not fits or waited >= wait_s:
                 raise ObjectMemoryFull(self._shortage(size, waited))
             if waited >= WARN_AFTER_S and not warned:
                 warned = True
                 _log.warning("%s", self._shortage(size, waited))
-            time.sleep(min(pause, max(0.0, self.wait_s - waited)))
+            time.sleep(min(pause, max(0.0, wait_s - waited)))
             pause = min(2 * pause, MAX_POLL_S)
 
     def check_owner(self) -> None:
@@ -301,16 +319,20 @@ class Arena:
         self._cold.insert(index, (offset, size))
 
     def _view(self, block: Block) -> memoryview:
+        base = self._own(block)
+        base.flags.writeable = False
+        return cut(base, [(block.offset, block.extent)])[0]
+
+    def _own(self, block: Block) -> _OwnLease:
+        """Return all memory as an array that keeps the block, in which `find` will find it."""
         with self.lock:
             if not block.viewed:
                 block.viewed = True
                 bisect.insort(self._viewed_offsets, block.offset)
                 self._viewed[block.offset] = weakref.ref(block)
         base = self.data.view(_OwnLease)
-        base.flags.writeable = False
         base.block = block
-        start, size = block.spans[-1]
-        return cut(base, [(block.offset, start + size - block.offset)])[0]
+        return base
 
 
 class _OwnLease(np.ndarray):

@@ -18,7 +18,7 @@ from typing import Any
 
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.reactor import READ, WRITE, Reactor
-from rlx.actors.engines.wire import Frame, FrameReader, Outbox
+from rlx.actors.engines.wire import Allocate, Frame, FrameReader, Outbox
 from rlx.actors.future import Future, nothing, wait
 from rlx.errors import ActorError
 
@@ -33,14 +33,22 @@ class Link:
     `lost(how)` is called once, in the reactor's thread, when nothing more can come. `sock` does not block.
     """
 
-    def __init__(self, reactor: Reactor, sock: Any, take: Callable[[Frame], None], lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: Any,
+        take: Callable[[Frame], None],
+        lost: Callable[[str], None],
+        allocate: Allocate | None = None,
+    ) -> None:
+        """allocate: where the buffers of frames that come are put, by default into memory of their own."""
         self._reactor, self._sock, self._take, self._lost = reactor, sock, take, lost
         # Bytes that a TLS socket has decrypted and nobody has read: the kernel does not tell of them.
         self._decrypted: Callable[[], int] = getattr(sock, "pending", int)
         self.heard_at = time.monotonic()
         """When something came last."""
         self._fd, self._pid = self._sock.fileno(), os.getpid()
-        self._reader, self._outbox = FrameReader(self._sock), Outbox(self._sock)
+        self._reader, self._outbox = FrameReader(self._sock, allocate=allocate), Outbox(self._sock)
         self._poll = select.poll()
         self._poll.register(self._fd, READ)
         self._lock = threading.Lock()  # of what follows
@@ -63,16 +71,16 @@ class Link:
         if self._decrypted():  # with the end of the handshake, and nothing more may come for long
             self._reactor.post(lambda: self._on_ready(READ))
 
-    def write(self, parts: list[Buffer], urgent: bool = True) -> None:
+    def write(self, parts: list[Buffer], urgent: bool = True, stable: bool = False) -> None:
         """Write what the socket takes; the reactor writes the rest. The caller sees to the order.
 
         A frame that is not urgent, because the actor is busy with others, may wait half a millisecond for company:
         one system call and one wake-up for many frames. What is written later is copied first, so the buffers are
-        the caller's again.
+        the caller's again; unless it says that they are stable: nobody ever changes them.
         """
         with self._lock:
             if self._backlogged:
-                self._outbox.add([bytes(part) for part in parts])
+                self._outbox.add(parts if stable else [bytes(part) for part in parts])
                 self._backlog_bytes += sum(map(len, parts))
                 if self._backlog_bytes > BACKLOG_BYTES and self._room is None:
                     self._room = Future("link", "room")
@@ -86,7 +94,7 @@ class Link:
                     self._corked += size
                     self._outbox.add([bytes(part) for part in parts])
                     return
-            self._flush(parts)
+            self._flush(parts, stable)
 
     @property
     def _unfinished(self) -> bool:
@@ -252,7 +260,7 @@ class Link:
             if self._corked and not self._backlogged:
                 self._flush([])
 
-    def _flush(self, parts: list[Buffer]) -> None:
+    def _flush(self, parts: list[Buffer], stable: bool = True) -> None:
         """Write these too, as far as the socket takes it, and have the reactor write the rest. Holds the lock."""
         finished, self._corked = False, 0
         try:
@@ -263,7 +271,8 @@ class Link:
         finally:  # also after a KeyboardInterrupt: the frame is queued, and a torn one would spoil the link
             if not finished:
                 self._backlogged = True
-                self._outbox.copy_rest()
+                if not stable:
+                    self._outbox.copy_rest()
                 self._backlog_bytes = self._outbox.waiting_bytes()
                 self._arm()
 

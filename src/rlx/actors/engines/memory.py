@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from rlx.actors import channel, machine
-from rlx.actors.engines import descriptors
+from rlx.actors.engines import descriptors, wire
 from rlx.actors.engines.arena import Arena, Block, Span
 from rlx.actors.engines.leases import Borrower, Lender, actor_ends, driver_ends, driver_memory, link_memory
 from rlx.actors.engines.pickling import EMPTY, Buffer, Message
 from rlx.actors.engines.shared_memory import SharedMemory
 from rlx.actors.engines.wire import Lent
 from rlx.actors.ref import Ref
+from rlx.errors import ObjectMemoryFull
 
 DESCRIPTOR_TIMEOUT_S = 30.0  # it was sent before the frame that needs it
 SHARED_BYTES = 64 * 1024  # less goes through the socket, whose two copies cost less than a lease
@@ -35,17 +38,20 @@ class Parcel:
         self._placed: list[tuple[Block, Span] | None] | None = None
         self._lock = threading.Lock()
 
-    def lend(self, arena: Arena, lender: Lender) -> list[Lent | None] | None:
-        """Return where each buffer lies in the arena, on lease to this receiver; None for those in the frame itself."""
-        buffers = self.message[1]
-        if not buffers:
-            return None
+    def place(self, arena: Arena) -> list[tuple[Block, Span] | None]:
+        """Return where each buffer lies in the arena, once for all receivers; None for those that are too small."""
         with self._lock:
             if self._placed is None:
-                self._placed = _place(arena, buffers)
+                self._placed = _place(arena, self.message[1])
+            return self._placed
+
+    def lend(self, arena: Arena, lender: Lender) -> list[Lent | None] | None:
+        """Return where each buffer lies in the arena, on lease to this receiver; None for those in the frame itself."""
+        if not self.message[1]:
+            return None
         leases: dict[int, int | None] = {}
         places: list[Lent | None] = []
-        for place in self._placed:
+        for place in self.place(arena):
             lease = None
             if place is not None:
                 block, (offset, size) = place
@@ -94,6 +100,16 @@ class DriverMemory:
             return Ref.to_copy_of(parts)
         block = self.arena.place(parts)
         return Ref(block.view(), [(start - block.offset, size) for start, size in block.spans])
+
+    def allocate(self, sizes: Sequence[int]) -> list[memoryview]:
+        """Return memory to receive a frame's buffers into: of the arena, where that is worth it.
+
+        Half of the arena is left for what is sent, however much of what has come is kept.
+        """
+        if SHARED_BYTES <= sum(sizes) <= self.arena.free_bytes - self.limit_bytes // 2:
+            with contextlib.suppress(ObjectMemoryFull):
+                return self.arena.room(sizes)
+        return wire.allocate_each(sizes)
 
     def close(self) -> None:
         """Close the descriptors; views that are still held stay valid."""

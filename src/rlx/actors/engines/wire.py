@@ -32,6 +32,7 @@ JOIN, NODES = range(29, 31)  # to the head, and back when it has taken place; fr
 READERS = 31  # of a channel, to a node: its name; from it: JSON
 PROJECT = 32  # from a node: it needs the files of the project; to it: these
 ASK = 35  # to a node: a command that looks, as JSON; from it: exit code, output and errors for each runtime
+KEEP, DROP = range(36, 38)  # to a node: a buffer that later frames refer to as a lease of this call id; nothing
 FULL, ROOM = range(33, 35)  # from a node: no more calls for this actor for now, which leaves them unread; more again
 
 MAGIC = b"rx\x02"  # and the version
@@ -45,6 +46,8 @@ MAX_FRAME_BYTES = 2**40
 
 Lent = tuple[int, int, int]
 """A buffer in shared memory: its bytes, its offset, its lease."""
+Allocate = Callable[[Sequence[int]], list[memoryview]]
+"""Returns memory of these sizes in bytes to receive into, one after another in one piece of memory or not."""
 Borrow = Callable[[int, Sequence[tuple[int, int]]], list[memoryview]]
 """Returns views of the (offset, size) spans of a lease; the lease ends with the last of them."""
 
@@ -159,9 +162,10 @@ class Outbox:
 class FrameReader:
     """Cuts a stream into frames; what does not fit the window is received straight into its final memory."""
 
-    def __init__(self, sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES) -> None:
+    def __init__(self, sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES, allocate: Allocate | None = None) -> None:
+        """allocate: where the buffers of a frame go; by default into memory of their own."""
         self._sock = sock
-        self._max_bytes = max_bytes
+        self._max_bytes, self._allocate = max_bytes, allocate or allocate_each
         self._window = _allocate(WINDOW_BYTES)
         self._state = _State(b"", None, [], [])
 
@@ -205,7 +209,7 @@ class FrameReader:
                 start = end
                 continue
             header = self._checked(magic, kind, text_size, buffer_count, call_id, body_size)
-            partial: _Partial | None = _Partial.begin(header, self._max_bytes)
+            partial: _Partial | None = _Partial.begin(header, self._max_bytes, self._allocate)
             while partial is not None and start < filled:
                 count = min(len(partial.hole()), filled - start)
                 partial.hole()[:count] = window[start : start + count]
@@ -251,12 +255,13 @@ class _Partial(NamedTuple):
     index: int
     offset: int
     max_bytes: int
+    allocate: Allocate
 
     @classmethod
-    def begin(cls, header: tuple[int, ...], max_bytes: int) -> _Partial:
+    def begin(cls, header: tuple[int, ...], max_bytes: int, allocate: Allocate) -> _Partial:
         _, text_size, buffer_count, _, body_size = header
         head = _allocate(PLACE.size * buffer_count + text_size + body_size)
-        return cls(header, (head,), None, 0, 0, max_bytes)
+        return cls(header, (head,), None, 0, 0, max_bytes, allocate)
 
     def hole(self) -> memoryview:
         """Return the memory to be filled next; it is never empty."""
@@ -271,7 +276,7 @@ def _grown(partial: _Partial, count: int) -> tuple[list[Frame], _Partial | None]
     _, text_size, buffer_count, _, _ = partial.header
     places_size = PLACE.size * buffer_count
     if pieces is None:
-        pieces = _pieces(parts[0][:places_size], partial.max_bytes)
+        pieces = _pieces(parts[0][:places_size], partial.max_bytes, partial.allocate)
         parts = (parts[0], *(piece for piece in pieces if isinstance(piece, memoryview) and len(piece)))
     if index + 1 < len(parts):
         return [], partial._replace(parts=parts, pieces=pieces, index=index + 1, offset=0)
@@ -280,13 +285,21 @@ def _grown(partial: _Partial, count: int) -> tuple[list[Frame], _Partial | None]
     return [Frame(kind, call_id, _text(head[places_size:body_start]), head[body_start:], pieces)], None
 
 
-def _pieces(places: memoryview, max_bytes: int) -> tuple[memoryview | Lent, ...]:
+def _pieces(places: memoryview, max_bytes: int, allocate: Allocate) -> tuple[memoryview | Lent, ...]:
     """Return new memory for each buffer that follows, and the place of each that does not."""
     descriptors = list(PLACE.iter_unpack(places))
-    total = sum(size for size, _, lease in descriptors if lease == 0)
-    if total > max_bytes:
-        raise ActorError(f"a frame claims {total} bytes of buffers; at most {max_bytes} are taken; close the link.")
-    return tuple(_allocate(size) if lease == 0 else (size, offset, lease - 1) for size, offset, lease in descriptors)
+    sizes = [size for size, _, lease in descriptors if lease == 0]
+    if sum(sizes) > max_bytes:
+        raise ActorError(
+            f"a frame claims {sum(sizes)} bytes of buffers; at most {max_bytes} are taken; close the link."
+        )
+    memory = iter(allocate(sizes))
+    return tuple(next(memory) if lease == 0 else (size, offset, lease - 1) for size, offset, lease in descriptors)
+
+
+def allocate_each(sizes: Sequence[int]) -> list[memoryview]:
+    """Return new memory of each of these sizes; ActorError if there is none."""
+    return [_allocate(size) for size in sizes]
 
 
 def _text(data: memoryview) -> str:
