@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -293,6 +294,15 @@ def test_prune_keeps_the_newest_and_those_named(tmp_path):
     save_iterations(tmp_path, 1, 2, 3, 4, 5)
     prune(tmp_path, keep=2, also={checkpoint_name(2)})
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(i) for i in (2, 4, 5)]
+
+
+def test_what_a_machine_that_nobody_can_ask_has_begun_is_left_for_a_day(tmp_path):
+    begun = [tmp_path / f".iter_000001.{machine}-4026531836-7-99.tmp" for machine in ("young", "old")]
+    for folder in begun:
+        folder.mkdir()
+    os.utime(begun[1], (1, 1))
+    prune(tmp_path, keep=2, also=set())
+    assert list(tmp_path.iterdir()) == begun[:1]
 
 
 def test_prune_of_fewer_than_it_keeps_deletes_nothing(tmp_path):

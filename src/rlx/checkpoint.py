@@ -9,16 +9,21 @@ A state is a tree of dicts and lists over str, int, float, bool, None and numpy 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlx.actors import processes
 from rlx.errors import CheckpointError
 
 log = logging.getLogger("rlx")
@@ -26,6 +31,8 @@ log = logging.getLogger("rlx")
 FORMAT = 1
 STATE_FILE, TENSOR_FILE = "state.json", "tensors.safetensors"
 TENSOR_KEY = "$tensor"
+ABANDONED_S = 86400.0
+"""How old an unfinished folder is whose process nobody here can look up, and that counts as left behind."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
@@ -41,17 +48,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     tensors = to_safetensors(arrays)
     content = {"tensors_sha256": _sha256(tensors), "state": tree}
     document = {"format": FORMAT, "sha256": _sha256(_to_json(content)), "content": content}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         _refuse_to_replace_other_files(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_durably(temporary / TENSOR_FILE, tensors)
-        _write_durably(temporary / STATE_FILE, _to_json(document))
-        _sync_folder(temporary)
-        replace_folder(temporary, folder)
+        with unfinished(folder) as temporary:
+            _write_durably(temporary / TENSOR_FILE, tensors)
+            _write_durably(temporary / STATE_FILE, _to_json(document))
+            _sync_folder(temporary)
+            replace_folder(temporary, folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"could not write the checkpoint {folder}: {error.strerror or error}; the previous checkpoint is untouched."
         ) from error
@@ -126,13 +130,39 @@ def newest_whole(folder: Path) -> tuple[str, Path] | None:
 def prune(folder: Path, keep: int, also: set[str]) -> None:
     """Delete all but the newest `keep` checkpoints below `folder` and those named in `also`.
 
-    What a killed save left behind goes too, so nobody else may be saving below `folder`.
+    What a killed save left behind goes too.
     """
+    remove_abandoned(folder, "iter_*")
     unwanted = [path for path in list_checkpoints(folder)[:-keep] if path.name not in also]
-    leftovers = [*map(_aside, unwanted), *folder.glob(".iter_*.tmp")]
-    for path in [*leftovers, *unwanted]:
+    for path in [*map(_aside, unwanted), *unwanted]:
         if path.exists():
             shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, to be filled and renamed to it; what is not renamed is deleted."""
+    temporary = folder.with_name(f".{folder.name}.{_here()}-{os.getpid()}-{_started(os.getpid())}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Delete what processes that were killed left in `folder` of `unfinished` folders; names: a pattern of theirs."""
+    for left in folder.glob(f".{names}.*.tmp"):
+        here, _, rest = left.name.removesuffix(".tmp").rpartition(f".{_here()}-")
+        pid, _, started = rest.partition("-")
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            if here and pid.isdecimal():
+                is_left = not (started.isdecimal() and processes.is_running(int(pid), int(started)))
+            else:
+                is_left = time.time() - left.stat().st_mtime > ABANDONED_S
+            if is_left:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -226,6 +256,16 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _here() -> str:
+    """Return a name for where a process id means the same process: a machine, or a container."""
+    return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _started(pid: int) -> int:
+    found = processes.stat(pid)
+    return 0 if found is None else found.start_ticks
 
 
 def _aside(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
@@ -59,6 +59,8 @@ class AlgorithmConfig:
 
     algorithm_class: ClassVar[Callable[..., Any] | None] = None
     """What `build` makes; set by `class PPO(Algorithm, config=PPOConfig)`."""
+    reads: ClassVar[Literal["environment", "prompts", "data"]] = "environment"
+    """The section that experience comes from."""
     _base: ClassVar[type[Section]] = Settings
     _tree: ClassVar[type[Section]] = Settings
 
@@ -92,6 +94,11 @@ class AlgorithmConfig:
     def settings(self) -> Settings:
         """The frozen tree of sections."""
         return self._settings
+
+    @classmethod
+    def is_supervised(cls) -> bool:
+        """Return whether rows are learned from, so that there is a loss and no episode."""
+        return cls.reads == "data"
 
     @staticmethod
     def check(settings: Settings) -> None:
