@@ -234,12 +234,21 @@ class TextAlgorithm(Trainable):
         return self._export(folder)
 
     def restore(self, path: str | Path) -> None:
-        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models."""
-        if not is_origin(path, self.settings, self._fitted):
+        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models.
+
+        If these are others, all is built anew; where that fails nothing is left to go on with, and it is closed.
+        """
+        if is_origin(path, self.settings, self._fitted):
+            super().restore(path)
+            return
+        try:
             self._goes_on_from = Path(path)
             self._close_parts()
             self._build()
-        super().restore(path)
+            super().restore(path)
+        except BaseException:
+            self.close()
+            raise
 
     def check_open(self) -> None:
         """Raise RlxError where it was closed, ConfigError where the models that it was built with are gone."""
