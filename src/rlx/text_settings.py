@@ -10,11 +10,12 @@ from typing import Any
 
 from pydantic import Field
 
+from rlx.callback_settings import CallbacksSection
 from rlx.config import AlgorithmConfig
 from rlx.config_lookup import check_callable
 from rlx.errors import ConfigError
 from rlx.section import Section
-from rlx.settings import CallbacksSection, CheckpointingSection, RuntimeSection, StopSection
+from rlx.settings import CheckpointingSection, RuntimeSection, StopSection
 from rlx.text_sections import (
     DataSection,
     GenerationSection,
