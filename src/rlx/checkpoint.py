@@ -17,9 +17,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from rlx.actors import processes
 from rlx.errors import CheckpointError
 
 log = logging.getLogger("rlx")
+T = TypeVar("T")
 
 FORMAT = 1
 STATE_FILE, TENSOR_FILE = "state.json", "tensors.safetensors"
@@ -67,12 +68,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_safetensors
 
-    folder = _present(folder)
-    state_file, tensor_file = folder / STATE_FILE, folder / TENSOR_FILE
-    for file in (state_file, tensor_file):
-        if not file.is_file():
-            raise CheckpointError(f"{folder} is no rlx checkpoint: it has no {file.name}.")
-    content = _read_content(state_file)
+    content, tensor_file = _read_state(folder)
     raw = tensor_file.read_bytes()
     if _sha256(raw) != content["tensors_sha256"]:
         raise CheckpointError(f"{tensor_file} is torn: its checksum is not the one saved; use an older checkpoint.")
@@ -106,25 +102,33 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the newest checkpoint below `folder` that loads, with its state; torn ones are logged and passed over."""
+    return _newest_by(load_checkpoint, folder)
+
+
+def newest_whole(folder: Path) -> tuple[str, Path] | None:
+    """Return the name of the newest whole checkpoint below `folder`, and where it is; None where there is none.
+
+    Its arrays are not read: what is cut short is passed over, and what has changed in them is found as they are loaded.
+    """
+    try:
+        path, _ = _newest_by(_check_whole, folder)
+    except CheckpointError:
+        return None
+    return path.name, _present(path)
+
+
+def _newest_by(load: Callable[[Path], T], folder: Path) -> tuple[Path, T]:
+    """Return the newest checkpoint below `folder` that `load` takes, and what it returns of it."""
     problems = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, load_checkpoint(path)
+            return path, load(path)
         except CheckpointError as error:
             log.warning("passing over a checkpoint: %s", error)
             problems.append(str(error))
     raise CheckpointError(
         "\n".join(problems) or f"{folder} holds no checkpoint yet; delete the run folder and start afresh."
     )
-
-
-def newest_whole(folder: Path) -> tuple[str, Path] | None:
-    """Return the name of the newest checkpoint below `folder` that loads, and where it is; None where there is none."""
-    try:
-        path, _ = load_newest(folder)
-    except CheckpointError:
-        return None
-    return path.name, _present(path)
 
 
 def prune(folder: Path, keep: int, also: set[str]) -> None:
@@ -206,6 +210,28 @@ def _join(node: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(node, list):
         return [_join(value, arrays) for value in node]
     return node
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return what the state.json of a checkpoint holds, checked, and the file with its arrays."""
+    folder = _present(folder)
+    state_file, tensor_file = folder / STATE_FILE, folder / TENSOR_FILE
+    for file in (state_file, tensor_file):
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is no rlx checkpoint: it has no {file.name}.")
+    return _read_content(state_file), tensor_file
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint lacks something, or its arrays are cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    _, tensor_file = _read_state(folder)
+    try:
+        with safe_open(tensor_file, framework="numpy"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{tensor_file} is torn ({error}); use an older checkpoint.") from error
 
 
 def _read_content(file: Path) -> dict[str, Any]:
