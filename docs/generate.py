@@ -37,7 +37,19 @@ def pages() -> dict[str, str]:
 def ray_job() -> str:
     """Return what the command in its first line prints: a run on Ray, on three machines."""
     train = "rlx train ppo --set runtime.engine=ray --set runtime.address=auto --set env_runners.num_env_runners=16"
-    words = ["--rayjob", "--nodes", "3", "--image", "registry/rlx-ray:0.1", "--cpu", "8", "--memory", "32Gi"]
+    words = [
+        "--rayjob",
+        "--nodes",
+        "3",
+        "--image",
+        "registry/rlx-ray:0.1",
+        "--ray-version",
+        "2.60.0",
+        "--cpu",
+        "8",
+        "--memory",
+        "32Gi",
+    ]
     words = ["k8s", "render", *words, "--command", train]
     with redirect_stdout(io.StringIO()) as printed:
         cli.main(words)

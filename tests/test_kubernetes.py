@@ -107,6 +107,18 @@ def test_a_ray_job_of_one_pod_has_no_workers(capsys):
     assert spec["rayClusterSpec"]["workerGroupSpecs"] == []
 
 
+@pytest.mark.parametrize(("version", "mode"), [("2.51.9", None), ("2.52.0", "token"), ("3.0.0", "token")])
+def test_a_cluster_of_ray_that_knows_tokens_gets_one(capsys, version, mode):
+    job = rendered(capsys, "--rayjob", "--command", TRAIN, "--ray-version", version)["RayJob"]
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == version and cluster.get("authOptions", {}).get("mode") == mode
+
+
+def test_a_version_of_ray_without_a_ray_job_is_refused(capsys):
+    assert cli.main(["k8s", "render", "--nodes", "3", "--image", "rlx:0.1", "--ray-version", "2.60.0"]) == 2
+    assert "--ray-version is of the cluster that a RayJob has: give --rayjob" in capsys.readouterr().err
+
+
 def test_the_command_of_the_shipped_ray_job_can_be_typed(capsys):
     (job,) = yaml.safe_load_all(SHIPPED.read_text())  # tests/test_docs.py holds it equal to what is rendered
     assert faults(job) == []

@@ -149,6 +149,12 @@ def _add_k8s(group: Any) -> None:
     kind = render.add_mutually_exclusive_group()
     kind.add_argument("--jobset", action="store_true", help="a JobSet, which starts all pods again together")
     kind.add_argument("--rayjob", action="store_true", help="a RayJob of KubeRay, on a cluster of Ray")
+    render.add_argument(
+        "--ray-version",
+        metavar="V",
+        type=_version,
+        help="with --rayjob: Ray's version in the image; from 2.52.0 on its cluster has a token (by KubeRay 1.5.1)",
+    )
     render.add_argument("--queue", metavar="Q", help="a queue of Kueue")
     render.add_argument(
         "--command",
@@ -191,6 +197,12 @@ def _port(text: str) -> int:
 def _quantity(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*([kMGTPE]|[KMGTPE]i)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no amount for Kubernetes: bytes, or such as 500M, 64G, 64Gi")
+    return text
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no version, such as 2.60.0")
     return text
 
 

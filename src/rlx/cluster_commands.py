@@ -122,6 +122,8 @@ def k8s_render(options: argparse.Namespace) -> None:
 
     if options.rayjob:
         _check_ray_job(options)
+    elif options.ray_version is not None:
+        raise ConfigError("--ray-version is of the cluster that a RayJob has: give --rayjob, or leave it out.")
     if options.port == 0:
         raise ConfigError("--port 0 is no address that others can know beforehand: give one above 0.")
     options.port = options.port or kubernetes.PORT

@@ -21,6 +21,8 @@ PODS_TIMEOUT_S = 1800
 """Images are pulled meanwhile."""
 MAX_RESTARTS = 3
 REPLICATED_JOB = "nodes"
+RAY_WITH_TOKENS = (2, 52, 0)
+"""The first version of Ray that keeps out whoever does not have a cluster's token."""
 RAY_TTL_S = 600
 """How long a cluster of Ray stays after its job's end, for whoever wants to read its logs."""
 WARNING = "# This holds the cluster's key, and whoever has it owns the cluster: apply it, and do not keep it.\n"
@@ -113,6 +115,11 @@ def _ray_job(options: argparse.Namespace) -> dict[str, Any]:
     group = {"rayStartParams": {}, "template": {"spec": {"containers": [_ray_container(options)]}}}
     count = options.nodes - 1
     workers = {"groupName": "workers", "replicas": count, "minReplicas": count, "maxReplicas": count, **group}
+    version: dict[str, Any] = {}
+    if options.ray_version is not None:
+        version["rayVersion"] = options.ray_version
+        if tuple(map(int, options.ray_version.split("."))) >= RAY_WITH_TOKENS:
+            version["authOptions"] = {"mode": "token"}
     spec = {
         "entrypoint": options.run,
         # The default has the command read by two shells: a pod's beside the cluster first, and then the head's.
@@ -121,6 +128,7 @@ def _ray_job(options: argparse.Namespace) -> dict[str, Any]:
         "shutdownAfterJobFinishes": True,  # Kueue takes no other
         "ttlSecondsAfterFinished": RAY_TTL_S,
         "rayClusterSpec": {
+            **version,
             "headGroupSpec": group | {"rayStartParams": {"dashboard-host": "0.0.0.0"}},
             "workerGroupSpecs": [workers] if count else [],
         },
