@@ -7,7 +7,7 @@ the gap between chosen and rejected, measured against the reference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -37,7 +37,7 @@ class DPOTraining(TextTrainingSection):
 class DPOConfig(TextConfig, training=DPOTraining):
     """Settings of a DPO run: `DPOConfig().model("runs/sft").data("pairs.jsonl").build()`."""
 
-    reads: ClassVar[Literal["prompts", "data"]] = "data"
+    reads = "data"
 
 
 class DPO(PreferenceAlgorithm, config=DPOConfig):

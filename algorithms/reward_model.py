@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class RewardModelTraining(TextTrainingSection):
 class RewardModelConfig(TextConfig, training=RewardModelTraining):
     """Settings of a reward model's run: `RewardModelConfig().model("runs/sft").data("pairs.jsonl").build()`."""
 
-    reads: ClassVar[Literal["prompts", "data"]] = "data"
+    reads = "data"
 
 
 class RewardModelTrainer(PreferenceAlgorithm, config=RewardModelConfig):

@@ -7,7 +7,7 @@ and the EOS behind it, or all of it, is said in docs/language_models.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from rlx.trajectory import Batch
 class SFTConfig(TextConfig, training=TextTrainingSection):
     """Settings of a supervised run: `SFTConfig().model(config=...).data("examples.jsonl").build()`."""
 
-    reads: ClassVar[Literal["prompts", "data"]] = "data"
+    reads = "data"
 
 
 class SFT(TextAlgorithm, config=SFTConfig):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import shlex
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 
+from rlx import cli
 from rlx.algorithms.dpo import DPOConfig
 from rlx.algorithms.grpo import GRPOConfig
 from rlx.algorithms.ppo import PPOConfig
@@ -26,7 +30,30 @@ def pages() -> dict[str, str]:
         "metrics.md": metrics_page(),
         "configuration.md": configuration_page(),
         "text_configuration.md": text_configuration_page(),
+        "rayjob.yaml": ray_job(),
     }
+
+
+def ray_job() -> str:
+    """Return what the command in its first line prints: a run on Ray, on three machines."""
+    train = "rlx train ppo --set runtime.engine=ray --set runtime.address=auto --set env_runners.num_env_runners=16"
+    words = [
+        "--rayjob",
+        "--nodes",
+        "3",
+        "--image",
+        "registry/rlx-ray:0.1",
+        "--ray-version",
+        "2.60.0",
+        "--cpu",
+        "8",
+        "--memory",
+        "32Gi",
+    ]
+    words = ["k8s", "render", *words, "--command", train]
+    with redirect_stdout(io.StringIO()) as printed:
+        cli.main(words)
+    return f"# rlx {shlex.join(words)}\n{printed.getvalue()}"
 
 
 def metrics_page() -> str:

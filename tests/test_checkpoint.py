@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -11,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlx.checkpoint import checkpoint_name, list_checkpoints, load_checkpoint, load_newest, prune, save_checkpoint
+from rlx.checkpoint import (
+    checkpoint_name,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    newest_whole,
+    prune,
+    save_checkpoint,
+)
 from rlx.errors import CheckpointError
 
 STATE = {"iteration": 7, "learner": {"weights": np.arange(5, dtype=np.float32)}}
@@ -289,10 +298,29 @@ def test_checkpoints_are_listed_by_iteration_beyond_six_digits(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["iter_000020", "iter_999999", "iter_1000000"]
 
 
+def test_the_newest_whole_one_is_found_without_its_arrays(tmp_path, monkeypatch):
+    save_iterations(tmp_path, 1, 2, 3)
+    for iteration, lost in ((3, 1), (2, 4096)):  # of the arrays, and with them their description
+        file = tmp_path / checkpoint_name(iteration) / "tensors.safetensors"
+        file.write_bytes(file.read_bytes()[:-lost])
+    monkeypatch.setattr("rlx.checkpoint.load_checkpoint", lambda folder: pytest.fail(f"{folder} was read"))
+    assert newest_whole(tmp_path) == (checkpoint_name(1), tmp_path / checkpoint_name(1))
+    assert newest_whole(tmp_path / "nothing") is None
+
+
 def test_prune_keeps_the_newest_and_those_named(tmp_path):
     save_iterations(tmp_path, 1, 2, 3, 4, 5)
     prune(tmp_path, keep=2, also={checkpoint_name(2)})
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(i) for i in (2, 4, 5)]
+
+
+def test_what_a_machine_that_nobody_can_ask_has_begun_is_left_for_a_day(tmp_path):
+    begun = [tmp_path / f".iter_000001.{machine}-4026531836-7-99.tmp" for machine in ("young", "old")]
+    for folder in begun:
+        folder.mkdir()
+    os.utime(begun[1], (1, 1))
+    prune(tmp_path, keep=2, also=set())
+    assert list(tmp_path.iterdir()) == begun[:1]
 
 
 def test_prune_of_fewer_than_it_keeps_deletes_nothing(tmp_path):

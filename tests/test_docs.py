@@ -75,7 +75,7 @@ def test_the_readme_tree_has_a_phrase_for_every_line():
     assert [path for path, phrase in tree() if not phrase] == []
 
 
-@pytest.mark.parametrize("name", ["metrics.md", "configuration.md", "text_configuration.md"])
+@pytest.mark.parametrize("name", ["metrics.md", "configuration.md", "text_configuration.md", "rayjob.yaml"])
 def test_a_generated_page_is_what_the_code_says(name):
     assert (ROOT / "docs" / name).read_text() == generator().pages()[name], "run: python docs/generate.py"
 

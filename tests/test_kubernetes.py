@@ -1,22 +1,27 @@
 """rlx k8s render: what Kubernetes requires of each object, names that belong together, and the pods' script at work."""
 
+import copy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from rlx import cli
+from tests.kubernetes_api import faults
 
 pytestmark = pytest.mark.timeout(90)
 T = 60.0
+SHIPPED = Path(__file__).parents[1] / "docs" / "rayjob.yaml"
+TRAIN = "rlx train ppo --set runtime.engine=ray --set runtime.address=auto"
 
 
 def rendered(capsys, *words):
     assert cli.main(["k8s", "render", "--nodes", "3", "--image", "rlx:0.1", *words]) == 0
     found = list(yaml.safe_load_all(capsys.readouterr().out))
-    assert all(one["apiVersion"] and one["metadata"]["name"] for one in found)
+    assert [fault for one in found for fault in faults(one)] == []
     return {one["kind"]: one for one in found}
 
 
@@ -74,6 +79,99 @@ def test_a_job_set_in_a_queue_is_rendered(capsys, key_file):
     assert of_key == "mine" and one["replicas"] == 1 and one["template"]["spec"]["backoffLimit"] == 0
     assert container["resources"]["limits"] == {"cpu": "4", "memory": "8Gi"}
     assert container["args"][0].count("--block") == 2  # nothing to run: the cluster stays
+
+
+def test_a_ray_job_in_a_queue_is_rendered(capsys):
+    found = rendered(
+        capsys, "--rayjob", "--queue", "team", "--gpu", "8", "--memory", "64Gi", "--name", "big", "--command", TRAIN
+    )
+    assert list(found) == ["RayJob"]  # Ray has no key of rlx, and KubeRay makes the Service
+    job = found["RayJob"]
+    assert job["metadata"] == {"name": "big", "labels": {"kueue.x-k8s.io/queue-name": "team"}}
+    spec = job["spec"]
+    assert spec["entrypoint"] == TRAIN and spec["submissionMode"] == "HTTPMode"
+    assert (
+        spec["shutdownAfterJobFinishes"] is True and spec["ttlSecondsAfterFinished"] > 0 and spec["backoffLimit"] == 3
+    )
+    head, (workers,) = spec["rayClusterSpec"]["headGroupSpec"], spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 2  # and the head
+    assert head["rayStartParams"]["dashboard-host"] == "0.0.0.0"  # who starts the command asks from another pod
+    for group in (head, workers):
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] == "rlx:0.1" and "command" not in container  # KubeRay says what runs
+        assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "8"}
+
+
+def test_a_ray_job_of_one_pod_has_no_workers(capsys):
+    spec = rendered(capsys, "--rayjob", "--nodes", "1", "--command", TRAIN)["RayJob"]["spec"]
+    assert spec["rayClusterSpec"]["workerGroupSpecs"] == []
+
+
+@pytest.mark.parametrize(("version", "mode"), [("2.51.9", None), ("2.52.0", "token"), ("3.0.0", "token")])
+def test_a_cluster_of_ray_that_knows_tokens_gets_one(capsys, version, mode):
+    job = rendered(capsys, "--rayjob", "--command", TRAIN, "--ray-version", version)["RayJob"]
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == version and cluster.get("authOptions", {}).get("mode") == mode
+
+
+def test_a_version_of_ray_without_a_ray_job_is_refused(capsys):
+    assert cli.main(["k8s", "render", "--nodes", "3", "--image", "rlx:0.1", "--ray-version", "2.60.0"]) == 2
+    assert "--ray-version is of the cluster that a RayJob has: give --rayjob" in capsys.readouterr().err
+
+
+def test_the_command_of_the_shipped_ray_job_can_be_typed(capsys):
+    (job,) = yaml.safe_load_all(SHIPPED.read_text())  # tests/test_docs.py holds it equal to what is rendered
+    assert faults(job) == []
+    _, *words = shlex.split(job["spec"]["entrypoint"])
+    assert cli.main([*words, "--dry-run"]) == 0
+    assert "engine: ray" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--rayjob needs what the head is to run"),
+        (("--command", TRAIN, "--secret", "mine"), "--secret: a RayJob has Ray's ports, and no key of rlx"),
+        (("--command", TRAIN, "--port", "0", "--token-file", "k"), "--port and --token-file: a RayJob has"),
+    ],
+)
+def test_a_ray_job_refuses_what_it_cannot_heed(capsys, words, said):
+    assert cli.main(["k8s", "render", "--rayjob", "--nodes", "3", "--image", "rlx:0.1", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_amount_that_kubernetes_does_not_know_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["k8s", "render", "--nodes", "3", "--image", "rlx:0.1", "--memory", "64GiB"])
+    assert "'64GiB' is no amount for Kubernetes" in capsys.readouterr().err
+
+
+HEAD = ("spec", "rayClusterSpec", "headGroupSpec")
+CONTAINER = (*HEAD, "template", "spec", "containers", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "fault"),
+    [
+        (("spec",), "shutdownAfterJobFinish", True, "$.spec: Additional properties are not allowed"),
+        (("spec",), "backoffLimit", "3", "$.spec.backoffLimit: '3' is not of type 'integer'"),
+        (("spec",), "submissionMode", "Http", "$.spec.submissionMode: 'Http' is not one of"),
+        (HEAD, "rayStartParams", None, "$.spec.rayClusterSpec.headGroupSpec: 'rayStartParams' is a required property"),
+        (CONTAINER, "limits", {}, "containers[0]: Additional properties are not allowed"),
+        (CONTAINER, "resources", {"limits": {"memory": "64GiB"}}, "'64GiB' does not match"),
+        ((), "apiVersion", "ray.io/v1beta1", "$.apiVersion: 'ray.io/v1beta1' is not one of"),
+    ],
+)
+def test_fields_are_held_against_the_api(place, name, value, fault):
+    job = copy.deepcopy(yaml.safe_load(SHIPPED.read_text()))
+    there = job
+    for step in place:
+        there = there[step]
+    there[name] = value
+    if value is None:
+        del there[name]
+    (found,) = faults(job)
+    assert fault in found
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_supervised_training_shows_its_loss_and_what_was_measured(capsys):
     made = SFTConfig().data([{"text": "1"}]).stop(iterations=10).reporting(progress="plain").settings
     parts = ("generate_s", "train_s")
     row = iteration(1, **{"learner/loss": 1.2345, "learner/accuracy": 0.0625, "time/train_s": 0.06})
-    with progress_display(made, parts) as progress:
+    with progress_display(made, parts, SFTConfig.is_supervised()) as progress:
         progress.update(row | {"evaluation/loss": 12.5})
         progress.update(row | {"iteration": 2})
     shown = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,8 +92,18 @@ def test_an_export_that_fails_half_way_leaves_what_was_there(rlx, monkeypatch):
 
 def test_a_run_has_a_place_for_its_model_and_a_checkpoint_none(rlx):
     Path("sft/model/left_over").write_text("of an older export")
-    Path("sft/.model.99.tmp").mkdir()  # of one that was killed
-    before = set(names("sft")) - {".model.99.tmp"}
+    before = set(names("sft"))
+    holder = "import sys\nfrom pathlib import Path\nfrom rlx.checkpoint import unfinished\n"
+    holder += "with unfinished(Path('sft/model')):\n    print(flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.readline()
+        (theirs,) = set(names("sft")) - before
+        assert rlx("export", "sft") == (0, "sft/model\n", "")
+        assert set(names("sft")) == {*before, theirs}  # another export is at work
+        other.kill()
+    assert set(names("sft")) == {*before, theirs}
     assert rlx("export", "sft") == (0, "sft/model\n", "")
     assert set(names("sft")) == before
     assert names("sft/model") == FILES

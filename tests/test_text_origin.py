@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlx.cli import main
-from rlx.errors import ConfigError
+from rlx.errors import ConfigError, RlxError
 from rlx.fitting import iterate
 from rlx.metrics import read_metrics
 from rlx.text_inference import load_text_policy
@@ -85,6 +85,19 @@ def test_an_algorithm_that_was_built_beside_other_models_is_built_anew(tiny_text
         other.restore("run")
         assert other.evaluate() == expected
         assert other.train()["iteration"] == 2
+
+
+def test_an_algorithm_that_cannot_be_built_anew_is_closed(tiny_text, source):
+    made = begin(tiny_text, "adapter")
+    with made.copy().build("run") as run:
+        run.fit()
+    source()
+    Path("run/origin/path/config.json").write_text("torn")
+    with made.copy().build() as other:
+        with pytest.raises(ConfigError, match="run/origin/path"):
+            other.restore("run")
+        with pytest.raises(RlxError, match="this algorithm was closed, and its processes with it"):
+            other.train()
 
 
 def test_a_new_run_that_goes_on_from_another_keeps_what_that_began_with(tiny_text, source):

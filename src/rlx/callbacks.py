@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlx.callback_settings import CallbackSpec
 from rlx.errors import ConfigError, RlxError
 from rlx.metrics import Metrics
 from rlx.rollout.hooks import Episode, call
 from rlx.section import spelled
-from rlx.settings import CallbackSpec
 from rlx.trajectory import Trajectory
 
 if TYPE_CHECKING:

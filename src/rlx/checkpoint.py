@@ -9,23 +9,31 @@ A state is a tree of dicts and lists over str, int, float, bool, None and numpy 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from rlx.actors import processes
 from rlx.errors import CheckpointError
 
 log = logging.getLogger("rlx")
+T = TypeVar("T")
 
 FORMAT = 1
 STATE_FILE, TENSOR_FILE = "state.json", "tensors.safetensors"
 TENSOR_KEY = "$tensor"
+ABANDONED_S = 86400.0
+"""How old an unfinished folder is whose process nobody here can look up, and that counts as left behind."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
@@ -41,17 +49,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> Path:
     tensors = to_safetensors(arrays)
     content = {"tensors_sha256": _sha256(tensors), "state": tree}
     document = {"format": FORMAT, "sha256": _sha256(_to_json(content)), "content": content}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         _refuse_to_replace_other_files(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_durably(temporary / TENSOR_FILE, tensors)
-        _write_durably(temporary / STATE_FILE, _to_json(document))
-        _sync_folder(temporary)
-        replace_folder(temporary, folder)
+        with unfinished(folder) as temporary:
+            _write_durably(temporary / TENSOR_FILE, tensors)
+            _write_durably(temporary / STATE_FILE, _to_json(document))
+            _sync_folder(temporary)
+            replace_folder(temporary, folder)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"could not write the checkpoint {folder}: {error.strerror or error}; the previous checkpoint is untouched."
         ) from error
@@ -63,12 +68,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_safetensors
 
-    folder = _present(folder)
-    state_file, tensor_file = folder / STATE_FILE, folder / TENSOR_FILE
-    for file in (state_file, tensor_file):
-        if not file.is_file():
-            raise CheckpointError(f"{folder} is no rlx checkpoint: it has no {file.name}.")
-    content = _read_content(state_file)
+    content, tensor_file = _read_state(folder)
     raw = tensor_file.read_bytes()
     if _sha256(raw) != content["tensors_sha256"]:
         raise CheckpointError(f"{tensor_file} is torn: its checksum is not the one saved; use an older checkpoint.")
@@ -102,10 +102,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Return the newest checkpoint below `folder` that loads, with its state; torn ones are logged and passed over."""
+    return _newest_by(load_checkpoint, folder)
+
+
+def newest_whole(folder: Path) -> tuple[str, Path] | None:
+    """Return the name of the newest whole checkpoint below `folder`, and where it is; None where there is none.
+
+    Its arrays are not read: what is cut short is passed over, and what has changed in them is found as they are loaded.
+    """
+    try:
+        path, _ = _newest_by(_check_whole, folder)
+    except CheckpointError:
+        return None
+    return path.name, _present(path)
+
+
+def _newest_by(load: Callable[[Path], T], folder: Path) -> tuple[Path, T]:
+    """Return the newest checkpoint below `folder` that `load` takes, and what it returns of it."""
     problems = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return path, load_checkpoint(path)
+            return path, load(path)
         except CheckpointError as error:
             log.warning("passing over a checkpoint: %s", error)
             problems.append(str(error))
@@ -114,25 +131,42 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def newest_whole(folder: Path) -> tuple[str, Path] | None:
-    """Return the name of the newest checkpoint below `folder` that loads, and where it is; None where there is none."""
-    try:
-        path, _ = load_newest(folder)
-    except CheckpointError:
-        return None
-    return path.name, _present(path)
-
-
 def prune(folder: Path, keep: int, also: set[str]) -> None:
     """Delete all but the newest `keep` checkpoints below `folder` and those named in `also`.
 
-    What a killed save left behind goes too, so nobody else may be saving below `folder`.
+    What a killed save left behind goes too.
     """
+    remove_abandoned(folder, "iter_*")
     unwanted = [path for path in list_checkpoints(folder)[:-keep] if path.name not in also]
-    leftovers = [*map(_aside, unwanted), *folder.glob(".iter_*.tmp")]
-    for path in [*leftovers, *unwanted]:
+    for path in [*map(_aside, unwanted), *unwanted]:
         if path.exists():
             shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, to be filled and renamed to it; what is not renamed is deleted."""
+    temporary = folder.with_name(f".{folder.name}.{_here()}-{os.getpid()}-{_started(os.getpid())}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, names: str) -> None:
+    """Delete what processes that were killed left in `folder` of `unfinished` folders; names: a pattern of theirs."""
+    for left in folder.glob(f".{names}.*.tmp"):
+        here, _, rest = left.name.removesuffix(".tmp").rpartition(f".{_here()}-")
+        pid, _, started = rest.partition("-")
+        with contextlib.suppress(OSError):  # another process may have deleted it
+            if here and pid.isdecimal():
+                is_left = not (started.isdecimal() and processes.is_running(int(pid), int(started)))
+            else:
+                is_left = time.time() - left.stat().st_mtime > ABANDONED_S
+            if is_left:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -176,6 +210,28 @@ def _join(node: Any, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(node, list):
         return [_join(value, arrays) for value in node]
     return node
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Return what the state.json of a checkpoint holds, checked, and the file with its arrays."""
+    folder = _present(folder)
+    state_file, tensor_file = folder / STATE_FILE, folder / TENSOR_FILE
+    for file in (state_file, tensor_file):
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is no rlx checkpoint: it has no {file.name}.")
+    return _read_content(state_file), tensor_file
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint lacks something, or its arrays are cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    _, tensor_file = _read_state(folder)
+    try:
+        with safe_open(tensor_file, framework="numpy"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{tensor_file} is torn ({error}); use an older checkpoint.") from error
 
 
 def _read_content(file: Path) -> dict[str, Any]:
@@ -226,6 +282,16 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _here() -> str:
+    """Return a name for where a process id means the same process: a machine, or a container."""
+    return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def _started(pid: int) -> int:
+    found = processes.stat(pid)
+    return 0 if found is None else found.start_ticks
 
 
 def _aside(folder: Path) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 import rlx
 from rlx import cluster_arguments, cluster_inspection, commands, inspection
 from rlx.arguments import add_command, natural, positive
-from rlx.errors import RlxError
+from rlx.errors import ConfigError, RlxError
 
 log = logging.getLogger("rlx")
 
@@ -57,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(options: argparse.Namespace) -> Any:
     """Return what does it: the command here, or that on a cluster's machines."""
-    return options.there if getattr(options, "address", None) is not None and "there" in options else options.command
+    if "there" not in options:
+        return options.command
+    if options.address is None and options.token_file is not None:
+        raise ConfigError("--token-file is the key of the cluster at --address: give both, or neither.")
+    return options.command if options.address is None else options.there
 
 
 def _drop_output() -> None:

@@ -11,8 +11,6 @@ from rlx import cluster_commands, kubernetes
 from rlx.arguments import add_command, natural, positive
 
 MAX_DAYS = 36500  # that certificates are made for
-PORT = 6380
-"""Where heads listen when machines are to know it beforehand."""
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,200}[A-Za-z0-9])?")
 _HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 
@@ -143,7 +141,8 @@ def _add_k8s(group: Any) -> None:
         "render",
         cluster_commands.k8s_render,
         "Print what a cluster of rlx is made of on Kubernetes, with its key: an Indexed Job, or a JobSet, a headless\n"
-        "Service and a Secret. Pod 0 is the head and runs the command; when that has ended well, so has the job.",
+        "Service and a Secret. Pod 0 is the head and runs the command; when that has ended well, so has the job.\n"
+        "With --rayjob: what KubeRay makes a cluster of Ray of, for commands with runtime.engine=ray.",
         "rlx k8s render --nodes 4 --image rlx:0.1 --gpu 8 --command 'rlx train big.yaml' | kubectl apply -f -",
     )
     render.add_argument("--nodes", metavar="N", type=positive, required=True, help="pods, the head among them")
@@ -151,8 +150,16 @@ def _add_k8s(group: Any) -> None:
     render.add_argument("--name", metavar="NAME", type=_dns_label, default="rlx", help="of the job (default: rlx)")
     render.add_argument("--cpu", metavar="N", type=positive, help="CPUs of each pod")
     render.add_argument("--gpu", metavar="G", type=positive, help="NVIDIA GPUs of each pod")
-    render.add_argument("--memory", metavar="M", help="memory of each pod, such as 64Gi")
-    render.add_argument("--jobset", action="store_true", help="a JobSet, which starts all pods again together")
+    render.add_argument("--memory", metavar="M", type=_quantity, help="memory of each pod, such as 64Gi")
+    kind = render.add_mutually_exclusive_group()
+    kind.add_argument("--jobset", action="store_true", help="a JobSet, which starts all pods again together")
+    kind.add_argument("--rayjob", action="store_true", help="a RayJob of KubeRay, on a cluster of Ray")
+    render.add_argument(
+        "--ray-version",
+        metavar="V",
+        type=_version,
+        help="with --rayjob: Ray's version in the image; from 2.52.0 on its cluster has a token (by KubeRay 1.5.1)",
+    )
     render.add_argument("--queue", metavar="Q", help="a queue of Kueue")
     render.add_argument(
         "--command",
@@ -161,7 +168,7 @@ def _add_k8s(group: Any) -> None:
         help=f"what pod 0 runs once all have joined, in a shell; the cluster is at ${kubernetes.ADDRESS} "
         "(default: nothing, so the cluster stays until it is deleted)",
     )
-    render.add_argument("--port", metavar="P", type=_port, default=PORT, help=f"of the head (default: {PORT})")
+    render.add_argument("--port", metavar="P", type=_port, help=f"of the head (default: {kubernetes.PORT})")
     secret = render.add_mutually_exclusive_group()
     secret.add_argument("--secret", metavar="NAME", help="a Secret that exists, with the file cluster.key in it")
     _add_token_file(secret)
@@ -190,6 +197,18 @@ def _port(text: str) -> int:
     if (port := natural(text)) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
     return port
+
+
+def _quantity(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*([kMGTPE]|[KMGTPE]i)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount for Kubernetes: bytes, or such as 500M, 64G, 64Gi")
+    return text
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no version, such as 2.60.0")
+    return text
 
 
 def _address(text: str) -> str:

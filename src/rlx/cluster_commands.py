@@ -120,10 +120,26 @@ def k8s_render(options: argparse.Namespace) -> None:
     """Print the objects of Kubernetes."""
     from rlx import kubernetes
 
-    if not options.port:
+    if options.rayjob:
+        _check_ray_job(options)
+    elif options.ray_version is not None:
+        raise ConfigError("--ray-version is of the cluster that a RayJob has: give --rayjob, or leave it out.")
+    if options.port == 0:
         raise ConfigError("--port 0 is no address that others can know beforehand: give one above 0.")
-    key = None if options.secret else load_key(options.token_file, may_create=True)
+    options.port = options.port or kubernetes.PORT
+    key = None if options.secret or options.rayjob else load_key(options.token_file, may_create=True)
     print(kubernetes.render(options, None if key is None else key.path.read_text()), end="")
+
+
+def _check_ray_job(options: argparse.Namespace) -> None:
+    given = {"--port": options.port, "--secret": options.secret, "--token-file": options.token_file}
+    if alien := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{' and '.join(alien)}: a RayJob has Ray's ports, and no key of rlx; leave it out.")
+    if options.run is None:
+        raise ConfigError(
+            "--rayjob needs what the head is to run, such as --command 'rlx train big.yaml --set runtime.engine=ray "
+            "--set runtime.address=auto'."
+        )
 
 
 def load_key(path: Path | None, *, may_create: bool = False) -> ClusterKey:

@@ -12,6 +12,9 @@ from rlx.errors import ActorError, ConfigError
 from rlx.inspection import write_trace
 
 TIMEOUT_S = 30.0
+OF_ONE_MACHINE = ("runtime", "run", "follow", "json")
+"""Options that are not passed on to the nodes."""
+WITH_JSON = ("ps", "trace")
 
 
 class _Said(NamedTuple):
@@ -66,8 +69,9 @@ def _ask(options: argparse.Namespace, words: list[str]) -> Iterator[_Said]:
     from rlx.actors.engines import wire
     from rlx.cluster_commands import load_key
 
-    if getattr(options, "json", False) and words[0] != "ps":
-        raise ConfigError(f"rlx {words[0]} has no --json with --address; leave one out.")
+    given = [name for name in OF_ONE_MACHINE if getattr(options, name, None)]
+    if alien := [f"--{name}" for name in given if name != "json" or words[0] not in WITH_JSON]:
+        raise ConfigError(f"rlx {words[0]} has no {' and no '.join(alien)} with --address; leave one out.")
     key = load_key(options.token_file)
     for node in roll_call.present(options.address, key):
         try:

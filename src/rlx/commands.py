@@ -298,7 +298,7 @@ def _print_outcome(config: AlgorithmConfig, folder: Path, metrics: Metrics, reas
     from rlx.metrics import significant, supervised_figures
 
     print(f"stopped  {reason}" + ("" if metrics else " before this session began"))
-    if getattr(config.settings, "is_supervised", False):
+    if config.is_supervised():
         if figures := supervised_figures(metrics):
             print(f"learned  {', '.join(f'{word} {number}' for word, number in figures.items())}")
     elif metrics.get("episode_return_mean") is not None:

@@ -9,21 +9,19 @@ Names, types, ranges, defaults and help all come from the sections in settings.p
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, create_model
-from pydantic.fields import FieldInfo
 
 from rlx.config_document import Document, Written, flow, read_value, with_value
+from rlx.config_errors import in_python, is_section, sentences
 from rlx.config_lookup import (
     check_callbacks,
     check_environment,
     check_network,
     config_class,
-    did_you_mean,
     find_config,
     list_algorithms,
     list_configs,
@@ -59,6 +57,8 @@ class AlgorithmConfig:
 
     algorithm_class: ClassVar[Callable[..., Any] | None] = None
     """What `build` makes; set by `class PPO(Algorithm, config=PPOConfig)`."""
+    reads: ClassVar[Literal["environment", "prompts", "data"]] = "environment"
+    """The section that experience comes from."""
     _base: ClassVar[type[Section]] = Settings
     _tree: ClassVar[type[Section]] = Settings
 
@@ -92,6 +92,11 @@ class AlgorithmConfig:
     def settings(self) -> Settings:
         """The frozen tree of sections."""
         return self._settings
+
+    @classmethod
+    def is_supervised(cls) -> bool:
+        """Return whether rows are learned from, so that there is a loss and no episode."""
+        return cls.reads == "data"
 
     @staticmethod
     def check(settings: Settings) -> None:
@@ -215,7 +220,7 @@ class AlgorithmConfig:
         ]
 
     def _not_found(self, key: str, check: Callable[..., None], value: Any) -> list[str]:
-        return _problems(check, value, f"{key} is {self._written.get(key, _in_python(value))}")
+        return _problems(check, value, f"{key} is {self._written.get(key, in_python(value))}")
 
     def _flat(self) -> dict[str, Any]:
         """Return the plain value of every setting by its dotted key."""
@@ -245,7 +250,7 @@ class AlgorithmConfig:
         if name is None:
             names = ", ".join(shipped for shipped, _ in list_algorithms())
             raise ConfigError(f"algorithm is not given; write algorithm: NAME, where the shipped ones are {names}.")
-        subject = f"algorithm is {document.written.get('algorithm', _in_python(name))}"
+        subject = f"algorithm is {document.written.get('algorithm', in_python(name))}"
         if not isinstance(name, str):
             raise ConfigError(f"{subject}; it must be a string.")
         found = config_class(name, folder, AlgorithmConfig, subject)
@@ -264,7 +269,7 @@ class AlgorithmConfig:
             parsed = cls._tree.model_validate({**values, "algorithm": reference(cls)})
         except ValidationError as error:
             name = cls.__name__.removesuffix("Config")
-            raise ConfigError("\n".join(_sentences(error, cls._tree, values, written, name))) from error
+            raise ConfigError("\n".join(sentences(error, cls._tree, values, written, name))) from error
         # Not an instance of the class made above, which cannot be pickled by name.
         return cls._base.model_construct(**dict(parsed))  # type: ignore[return-value]
 
@@ -309,58 +314,6 @@ def _builder_method(name: str, section: type[Section]) -> Callable[..., Algorith
     return method
 
 
-def _sentences(
-    error: ValidationError, tree: type[Section], values: Mapping[str, Any], written: Mapping[str, Written], owner: str
-) -> Iterator[str]:
-    """Yield one sentence per wrong key: the key, the value as written, where, and what is allowed."""
-    done = set()
-    for detail in error.errors(include_url=False):
-        key, section, field = _locate(tree, detail["loc"])
-        if key in done:
-            continue
-        done.add(key)
-        shown = written.get(key) or Written(_in_python(_value_at(values, key)))
-        reason = detail.get("ctx", {}).get("error")
-        if field is None:
-            yield _unknown(key, section, tree, shown.location, owner)
-        elif _is_section(field.annotation):
-            yield f"{key}: {reason}." if reason else f"{key} is {shown}; it must be a mapping of its settings."
-        else:
-            yield f"{key} is {shown}; {reason or f'it must be {allowed(field)}'}."
-
-
-def _locate(tree: type[Section], location: tuple[int | str, ...]) -> tuple[str, type[Section], FieldInfo | None]:
-    """Return the key that pydantic's location lies in, the section that holds it, and its field (None: unknown)."""
-    section, path = tree, []
-    for part in map(str, location):
-        path.append(part)
-        field = section.model_fields.get(part)
-        if field is None or not _is_section(field.annotation) or len(path) == len(location):
-            return ".".join(path), section, field
-        section = field.annotation
-    raise AssertionError(f"pydantic reported an error without a location in {tree.__name__}")
-
-
-def _value_at(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else getattr(values, part, None)
-    return values
-
-
-def _unknown(key: str, section: type[Section], tree: type[Section], location: str, owner: str) -> str:
-    parent, _, name = key.rpartition(".")
-    known = list(_keys(tree))
-    namesakes = [other for other in known if _leaf(other) == name]
-    own = [f"{parent}.{sibling}" if parent else sibling for sibling in section.model_fields]
-    hint = (
-        did_you_mean(name, namesakes, count=3, key=_leaf)
-        or did_you_mean(name, own, key=_leaf)
-        or did_you_mean(name, known, key=_leaf)
-        or f" {'It has' if parent else 'The sections are'} {', '.join(map(_leaf, own))}."
-    )
-    return f"{key} is not a {f'setting of {owner}' if parent else 'section'}{location}.{hint}"
-
-
 def _problems(check: Callable[..., None], *arguments: Any) -> list[str]:
     try:
         check(*arguments)
@@ -377,29 +330,8 @@ def _sections(settings: Settings) -> dict[str, dict[str, Any]]:
     }
 
 
-def _keys(tree: type[Section], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted key of every setting."""
-    for name, field in tree.model_fields.items():
-        if _is_section(field.annotation):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _leaf(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _in_python(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
 def _section_types(tree: type[Section]) -> dict[str, type[Section]]:
-    return {name: field.annotation for name, field in tree.model_fields.items() if _is_section(field.annotation)}
+    return {name: field.annotation for name, field in tree.model_fields.items() if is_section(field.annotation)}
 
 
 def _add_builder_methods(config: type[AlgorithmConfig], tree: type[Section]) -> None:

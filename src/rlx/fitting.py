@@ -47,7 +47,8 @@ def fit(algo: Trainable) -> Metrics:
 def _train(algo: Trainable) -> Metrics:
     """Make iterations until there is a reason to stop; return the last one's metrics, none where none was made."""
     metrics: Metrics = {}
-    with deferred_interrupt() as interrupted, progress_display(algo.settings, algo.clock_parts) as progress:
+    display = progress_display(algo.settings, algo.clock_parts, algo.config.is_supervised())
+    with deferred_interrupt() as interrupted, display as progress:
         while not (reason := INTERRUPTED if interrupted() else reason_to_stop(algo)):
             try:
                 metrics = iterate(algo)

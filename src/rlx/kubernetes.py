@@ -1,6 +1,7 @@
-"""`rlx k8s render`: a cluster of rlx as objects that Kubernetes knows by itself, or a JobSet; no operator.
+"""`rlx k8s render`: a cluster of rlx as objects that Kubernetes knows by itself, or a JobSet; or a RayJob of KubeRay.
 
-All pods run one script. Pod 0 is the head, the others join by its name in DNS, and whoever starts again joins anew.
+All pods of rlx's own run one script. Pod 0 is the head, the others join by its name in DNS, and whoever starts again
+joins anew. A RayJob's pods are started by KubeRay's operator, and rlx is a program on its cluster of Ray.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 ADDRESS, TOKEN_FILE = "RLX_ADDRESS", "RLX_TOKEN_FILE"
 """Variables of the command's environment: HOST:PORT of the head, and the file of the key."""
+PORT = 6380
+"""Where heads listen when machines are to know it beforehand."""
 KEY_FILE, KEY_FOLDER = "cluster.key", "/var/run/rlx"
 KEY_MODE = 0o400
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -18,6 +21,10 @@ PODS_TIMEOUT_S = 1800
 """Images are pulled meanwhile."""
 MAX_RESTARTS = 3
 REPLICATED_JOB = "nodes"
+RAY_WITH_TOKENS = (2, 52, 0)
+"""The first version of Ray that keeps out whoever does not have a cluster's token."""
+RAY_TTL_S = 600
+"""How long a cluster of Ray stays after its job's end, for whoever wants to read its logs."""
 WARNING = "# This holds the cluster's key, and whoever has it owns the cluster: apply it, and do not keep it.\n"
 
 
@@ -26,7 +33,9 @@ def render(options: argparse.Namespace, key: str | None) -> str:
     objects: list[dict[str, Any]] = []
     if key is not None:
         objects.append(_object("v1", "Secret", _secret_name(options), type="Opaque", stringData={KEY_FILE: key}))
-    if options.jobset:
+    if options.rayjob:
+        objects.append(_ray_job(options))
+    elif options.jobset:
         objects.append(_job_set(options))
     else:
         objects += [_service(options), _job(options)]
@@ -86,11 +95,8 @@ def _pod(options: argparse.Namespace, address: str) -> dict[str, Any]:
         "ports": [{"name": "rlx", "containerPort": options.port}],
         "volumeMounts": [{"name": "key", "mountPath": KEY_FOLDER, "readOnly": True}],
     }
-    asked = {"cpu": options.cpu, "memory": options.memory, "nvidia.com/gpu": options.gpu}
-    if limits := {name: str(amount) for name, amount in asked.items() if amount is not None}:
-        container["resources"] = {"limits": limits}  # requests are as much where only limits are given
     secret = {"secretName": _secret_name(options), "defaultMode": KEY_MODE}
-    return {"containers": [container], "volumes": [{"name": "key", "secret": secret}]}
+    return {"containers": [container | _resources(options)], "volumes": [{"name": "key", "secret": secret}]}
 
 
 def _script(options: argparse.Namespace) -> str:
@@ -102,6 +108,43 @@ def _script(options: argparse.Namespace) -> str:
         f"exec {head} --block" if options.run is None else f"{head} || exit\n  exec sh -c {shlex.quote(options.run)}"
     )
     return f'if [ "$JOB_COMPLETION_INDEX" = 0 ]; then\n  {first}\nfi\n{node}\n'
+
+
+def _ray_job(options: argparse.Namespace) -> dict[str, Any]:
+    """Return a RayJob: KubeRay starts a cluster of Ray, and the pod of its head runs the command when all are there."""
+    group = {"rayStartParams": {}, "template": {"spec": {"containers": [_ray_container(options)]}}}
+    count = options.nodes - 1
+    workers = {"groupName": "workers", "replicas": count, "minReplicas": count, "maxReplicas": count, **group}
+    version: dict[str, Any] = {}
+    if options.ray_version is not None:
+        version["rayVersion"] = options.ray_version
+        if tuple(map(int, options.ray_version.split("."))) >= RAY_WITH_TOKENS:
+            version["authOptions"] = {"mode": "token"}
+    spec = {
+        "entrypoint": options.run,
+        # The default has the command read by two shells: a pod's beside the cluster first, and then the head's.
+        "submissionMode": "HTTPMode",
+        "backoffLimit": MAX_RESTARTS,
+        "shutdownAfterJobFinishes": True,  # Kueue takes no other
+        "ttlSecondsAfterFinished": RAY_TTL_S,
+        "rayClusterSpec": {
+            **version,
+            "headGroupSpec": group | {"rayStartParams": {"dashboard-host": "0.0.0.0"}},
+            "workerGroupSpecs": [workers] if count else [],
+        },
+    }
+    return _object("ray.io/v1", "RayJob", options.name, labels=_queue(options), spec=spec)
+
+
+def _ray_container(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the container of a pod of Ray's, which KubeRay tells what to run, and Ray what its limits are."""
+    return {"name": "ray", "image": options.image, **_resources(options)}
+
+
+def _resources(options: argparse.Namespace) -> dict[str, Any]:
+    asked = {"cpu": options.cpu, "memory": options.memory, "nvidia.com/gpu": options.gpu}
+    limits = {name: str(amount) for name, amount in asked.items() if amount is not None}
+    return {"resources": {"limits": limits}} if limits else {}  # requests are as much where only limits are given
 
 
 def _secret_name(options: argparse.Namespace) -> str:

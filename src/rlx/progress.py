@@ -28,28 +28,29 @@ SPARKS = "▁▂▃▄▅▆▇█"
 PART_COLORS = ("green", "cyan", "magenta", "yellow", "red", "bright_black")
 
 
-def progress_display(settings: Settings, parts: Sequence[str] = Clock.PARTS) -> Progress:
+def progress_display(settings: Settings, parts: Sequence[str] = Clock.PARTS, is_supervised: bool = False) -> Progress:
     """Return the display that `reporting.progress` asks for: a context manager with `update(metrics)`.
 
-    parts: what the seconds of an iteration are shared out to, time/<part> in the metrics.
+    parts: what the seconds of an iteration are shared out to, time/<part> in the metrics. is_supervised: whether what
+    counts is a loss and no return.
     """
     kind = settings.reporting.progress
     if kind == "auto":
         kind = "rich" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         kind = "rich" if _in_notebook() else kind
-    if kind == "rich":
-        return NotebookProgress(settings, parts) if _in_notebook() else RichProgress(settings, parts)
-    return PlainProgress(settings, parts) if kind == "plain" else Progress(settings, parts)
+    rich = NotebookProgress if _in_notebook() else RichProgress
+    made = {"rich": rich, "plain": PlainProgress}.get(kind, Progress)
+    return made(settings, parts, is_supervised)
 
 
 class Progress:
     """Keeps the numbers and shows nothing; the other displays draw them."""
 
-    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS) -> None:
+    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS, is_supervised: bool = False) -> None:
         self._parts = (*parts, "other_s")
         self.stop = settings.stop
         self.title = f"{settings.algorithm.rpartition('/')[2] or 'training'} · {settings.subject or 'no environment'}"
-        self.is_supervised = getattr(settings, "is_supervised", False)
+        self.is_supervised = is_supervised
         self.metrics: Metrics = {}
         self.curve = Sparkline()
         """Of the return, or in supervised training of the loss."""
@@ -129,8 +130,8 @@ class Progress:
 class PlainProgress(Progress):
     """Prints a line to stderr every two seconds at most, and the last one."""
 
-    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS) -> None:
-        super().__init__(settings, parts)
+    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS, is_supervised: bool = False) -> None:
+        super().__init__(settings, parts, is_supervised)
         self._next_s = 0.0
         self._is_shown = True
 
@@ -155,8 +156,8 @@ class PlainProgress(Progress):
 class NotebookProgress(Progress):
     """Keeps one text under the cell up to date."""
 
-    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS) -> None:
-        super().__init__(settings, parts)
+    def __init__(self, settings: Settings, parts: Sequence[str] = Clock.PARTS, is_supervised: bool = False) -> None:
+        super().__init__(settings, parts, is_supervised)
         self._next_s = 0.0
         self._handle: Any = None
 

@@ -20,7 +20,7 @@ from rlx.rollout.token_runner import Completions
 from rlx.text.prompts import Prompt
 from rlx.text.rewards import Scores
 from rlx.text.tokenizers import encode, encode_start
-from rlx.text_models import build_model, build_tokenizer, load_trained
+from rlx.text_models import build_model, build_tokenizer, load_trained, trained_in
 from rlx.text_origin import with_origin
 from rlx.text_sections import TextModelSection
 from rlx.text_settings import TextSettings
@@ -43,8 +43,7 @@ def build_reward_model(
 def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
     """Return the reward model of a run's newest checkpoint, its scores normalised, and its tokenizer."""
     state = load_state(_folder(run))
-    numbers = state.get("numbers") or {}
-    if "score_std" not in numbers:
+    if trained_in(state) != "reward model":
         raise CheckpointError(f"{run} is a run of {state['config']['algorithm']}, which trains no reward model.")
     sections = {name: value for name, value in state["config"].items() if name != "training"}
     settings = TextSettings.model_validate(sections)
@@ -53,7 +52,7 @@ def load_reward_model(run: str | Path) -> tuple[RewardModel, Any]:
     model = build_reward_model(m, vocabulary=len(tokenizer), seed=settings.runtime.seed)
     saved = {name: torch.from_numpy(array) for name, array in state["learners"]["learner"]["policy"].items()}
     load_trained(model, saved, str(run))
-    model.normalize(numbers["score_mean"], numbers["score_std"])
+    model.normalize(state["numbers"]["score_mean"], state["numbers"]["score_std"])
     return model.requires_grad_(False), tokenizer
 
 

@@ -85,7 +85,7 @@ class TextAlgorithm(Trainable):
     def generates(cls, s: TextSettings) -> bool:
         """Return whether completions are drawn: to learn from, or to evaluate what supervised training has made."""
         is_scored = s.reward.is_set or s.environment.env is not None
-        return not cls._is_supervised() or (s.evaluation.source is not None and is_scored)
+        return not cls.config_class.is_supervised() or (s.evaluation.source is not None and is_scored)
 
     @classmethod
     def policy_builder(cls, s: TextSettings, vocabulary: int) -> Callable[[], Any]:
@@ -234,12 +234,21 @@ class TextAlgorithm(Trainable):
         return self._export(folder)
 
     def restore(self, path: str | Path) -> None:
-        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models."""
-        if not is_origin(path, self.settings, self._fitted):
+        """Continue from a checkpoint folder, or from the newest checkpoint of a run folder, beside its own models.
+
+        If these are others, all is built anew; where that fails nothing is left to go on with, and it is closed.
+        """
+        if is_origin(path, self.settings, self._fitted):
+            super().restore(path)
+            return
+        try:
             self._goes_on_from = Path(path)
             self._close_parts()
             self._build()
-        super().restore(path)
+            super().restore(path)
+        except BaseException:
+            self.close()
+            raise
 
     def check_open(self) -> None:
         """Raise RlxError where it was closed, ConfigError where the models that it was built with are gone."""
@@ -283,8 +292,8 @@ class TextAlgorithm(Trainable):
         self.tokenizer = build_tokenizer(s.model)
         self._fitted = s = fitted(s, self.tokenizer)
         self._prompts: Sequence[Prompt] = ()
-        with named(f"{self.config_class.reads}.source"):  # type: ignore[attr-defined]
-            if self._is_supervised():
+        with named(f"{self.config.reads}.source"):
+            if self.config.is_supervised():
                 self.rows = self._examples(s.data)
             else:
                 self._prompts = self._questions(s.prompts)
@@ -329,12 +338,12 @@ class TextAlgorithm(Trainable):
     def _announce_plan(self, policy: Any) -> None:
         """Log how updates are cut and what memory they need; ConfigError where a device has too little."""
         s = self._fitted
-        if self._is_supervised():
+        if self.config.is_supervised():
             sequences, longest = s.data.rows_per_iteration, max(map(len, self.rows))
         else:
             sequences = s.prompts.prompts_per_iteration * s.prompts.samples_per_prompt
             longest = longest_sequence(s, self._prompts, self.tokenizer)
-        self._plan = plan_memory(s, policy, sequences, longest, generates=not self._is_supervised())
+        self._plan = plan_memory(s, policy, sequences, longest, generates=not self.config.is_supervised())
         log.info("%s", self._plan)
 
     def _learning(self, doing: str) -> AbstractContextManager[None]:
@@ -348,10 +357,6 @@ class TextAlgorithm(Trainable):
     def _export(self, folder: str | Path, *, replace: bool = False) -> Path:
         with torch.no_grad():
             return export_model(self._model_now(), self.tokenizer, folder, replace=replace)
-
-    @classmethod
-    def _is_supervised(cls) -> bool:
-        return cls.config_class.reads == "data"  # type: ignore[attr-defined]
 
     def _train_once(self) -> Metrics:
         self._rollout = self._batch = self._mismatch_kl = None

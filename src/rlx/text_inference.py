@@ -16,7 +16,7 @@ from rlx.nets.language_model import load_language_model
 from rlx.text.chat import render
 from rlx.text.prompts import prompt_tokens
 from rlx.text.tokenizers import decode, load_tokenizer, stop_ids
-from rlx.text_models import build_model, build_tokenizer, export_model, load_trained, stop_tokens
+from rlx.text_models import build_model, build_tokenizer, export_model, load_trained, stop_tokens, trained_in
 from rlx.text_origin import with_origin
 from rlx.text_sections import GenerationSection
 from rlx.text_settings import TextSettings
@@ -76,9 +76,9 @@ def load_text_policy(path: str | Path) -> TextPolicy:
         tokenizer = load_tokenizer(path)
         return TextPolicy(model, tokenizer, stop_ids(tokenizer, model.generation_config), GenerationSection())
     state = load_state(folder)
-    if "rollouts" not in state:
+    if (trained := trained_in(state)) == "policy":
         raise CheckpointError(f"{path} is no run on text; use rlx.load_policy for it.")
-    if "score_std" in state["numbers"]:
+    if trained == "reward model":
         raise CheckpointError(f"{path} is a run of {state['config']['algorithm']}: it scores texts and writes none.")
     # Without the algorithm's own section no module of its has to be imported: loading executes no code.
     sections = {name: value for name, value in state["config"].items() if name != "training"}

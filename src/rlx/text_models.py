@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rlx.checkpoint import load_state, replace_folder
+from rlx.checkpoint import load_state, remove_abandoned, replace_folder, unfinished
 from rlx.config_lookup import command_of_run
 from rlx.errors import CheckpointError, ConfigError
 from rlx.nets.language_model import export_language_model, find_model, language_model_config, load_language_model
@@ -38,16 +37,23 @@ def model_path(path: str) -> str:
     return str(folder / EXPORT)
 
 
+def trained_in(state: Mapping[str, Any]) -> str:
+    """Return what a checkpoint's state is of: a "language model", a "reward model", or a "policy" on environments."""
+    if "rollouts" not in state:
+        return "policy"
+    return "reward model" if "score_std" in state["numbers"] else "language model"
+
+
 def _check_exports(run: Path) -> None:
     """Raise ConfigError where a run has no language model to export."""
     try:
         state = load_state(run)
     except CheckpointError:  # none yet
         return
-    algorithm = state["config"]["algorithm"]
-    if "rollouts" not in state:
+    algorithm, trained = state["config"]["algorithm"], trained_in(state)
+    if trained == "policy":
         raise ConfigError(f"the run {run} is of {algorithm}, which trains no language model; give a run of sft, say.")
-    if "score_std" in state["numbers"]:
+    if trained == "reward model":
         raise ConfigError(
             f"the run {run} is of {algorithm}: a model that scores texts and writes none, so nothing begins with it. "
             f"Give the model or run that it was made from, and score with it by reward.model={run}."
@@ -207,26 +213,21 @@ def export_model(model: nn.Module, tokenizer: Any, folder: str | Path, *, replac
     """
     folder = Path(folder).expanduser()
     if replace:
-        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed; models are large
-            shutil.rmtree(left, ignore_errors=True)
+        remove_abandoned(folder.parent, glob.escape(folder.name))  # models are large
     else:
         check_export_folder(folder)
     into = folder if folder.is_dir() and not replace else folder.parent  # an empty one stays: it may be a mount
-    temporary = into / f".{folder.resolve().name}.{os.getpid()}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        export_language_model(model, tokenizer, temporary)
-        if into is folder:
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # it makes a model
-                file.rename(folder / file.name)
-            temporary.rmdir()
-        else:
-            replace_folder(temporary, folder)
+        with unfinished(into / folder.resolve().name) as temporary:
+            export_language_model(model, tokenizer, temporary)
+            if into is folder:
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):  # makes a model
+                    file.rename(folder / file.name)
+            else:
+                replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"no model can be written to {folder}: {why}; give another folder, or make room.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

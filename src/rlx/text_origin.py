@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlx.checkpoint import STATE_FILE, newest_whole
+from rlx.checkpoint import STATE_FILE, newest_whole, remove_abandoned, unfinished
 from rlx.errors import CheckpointError, ConfigError
 from rlx.run import holds_run
 from rlx.text_models import model_folder
@@ -129,7 +129,7 @@ def _keep_origin(s: TextSettings, run: Path, owner: str) -> None:
     CheckpointError where they cannot be written.
     """
     folders, judge = {name: _folder(s.model, name) for name in MODELS}, _newest(s.reward.model)
-    origin, temporary, name = run / ORIGIN, run / f".{ORIGIN}.{os.getpid()}.tmp", ""
+    origin, name = run / ORIGIN, ""
     is_needed = judge is not None or any(folders.values())
     if is_needed and origin.exists() and _owner(run) is None:
         raise ConfigError(
@@ -137,21 +137,23 @@ def _keep_origin(s: TextSettings, run: Path, owner: str) -> None:
             "another run folder."
         )
     try:
-        for left in [*run.glob(f".{ORIGIN}.*.tmp"), *([origin] if _owner(run) else [])]:  # of a build before this one
-            shutil.rmtree(left)
-        for name, folder in folders.items():
-            if folder is not None:
-                (temporary / name).mkdir(parents=True)
-                for file in _files(folder, name):
-                    shutil.copy2(file, temporary / name / file.name)  # with its time, by which `is_origin` knows it
-        if judge is not None:
-            name = REWARD
-            _keep_reward_model(*judge, temporary / REWARD)
-        if is_needed:
+        remove_abandoned(run, ORIGIN)
+        if _owner(run):  # of a build before this one
+            shutil.rmtree(origin)
+        if not is_needed:
+            return
+        with unfinished(origin) as temporary:
+            for name, folder in folders.items():
+                if folder is not None:
+                    (temporary / name).mkdir()
+                    for file in _files(folder, name):
+                        shutil.copy2(file, temporary / name / file.name)  # with its time, for `is_origin`
+            if judge is not None:
+                name = REWARD
+                _keep_reward_model(*judge, temporary / REWARD)
             (temporary / OWNER).write_text(owner)
             temporary.rename(origin)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         setting = "reward.model" if name == REWARD else f"model.{name}"
         raise CheckpointError(
             f"could not copy {setting} into {origin}, which the run goes on with: {error.strerror or error}."

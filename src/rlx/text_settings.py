@@ -6,15 +6,16 @@ Sections that mean the same on both sides are the same classes. `TextConfig` is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from pydantic import Field
 
+from rlx.callback_settings import CallbacksSection
 from rlx.config import AlgorithmConfig
 from rlx.config_lookup import check_callable
 from rlx.errors import ConfigError
 from rlx.section import Section
-from rlx.settings import CallbacksSection, CheckpointingSection, RuntimeSection, StopSection
+from rlx.settings import CheckpointingSection, RuntimeSection, StopSection
 from rlx.text_sections import (
     DataSection,
     GenerationSection,
@@ -60,19 +61,14 @@ class TextSettings(Section):
         """What is trained, in a word: the last part of the model's path, or its type."""
         return (self.model.path or str(self.model.config.get("model_type", ""))).rstrip("/").rpartition("/")[2]
 
-    @property
-    def is_supervised(self) -> bool:
-        """Whether rows are learned from, so that there is a loss and no episode."""
-        return self.data.source is not None
-
 
 class TextConfig(AlgorithmConfig, settings=TextSettings):
     """The settings of one algorithm's run on text; the base of GRPOConfig and its kin.
 
-    `reads`: the section that its rows come from.
+    `reads`: the section that its rows come from, "prompts" or "data".
     """
 
-    reads: ClassVar[Literal["prompts", "data"]] = "prompts"
+    reads = "prompts"
 
     def network(self) -> str:
         """Return what model these settings build, a line a part, and where each model of the run lives."""

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class Channel:
         self._last_count = 0
 
     @classmethod
-    def create(cls, name: str, size: int, max_readers: int = 1024) -> Channel:
+    def create(cls, name: str, size: int, max_readers: int = 1024) -> Self:
         """Return a new channel whose versions in memory have up to `size` bytes together.
 
         These are the newest version, the one being published, and the older ones that readers keep.

@@ -19,6 +19,8 @@ STRATEGIES = ("spread", "pack", "strict_spread", "strict_pack")
 EPSILON = 1e-9  # so that three thirds of a GPU are one
 Amounts = dict[str, float]
 Devices = tuple[str, ...]
+Placement = list[tuple[Any, Devices]]
+"""Of each of a claim's wants its machine, as the engine calls it (None where there is one only), and its GPUs there."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ class Pool:
         """Grant what has become possible."""
         granted: list[Claim] = []
         with self._lock:
-            while self._waiting and self._fit(self._waiting[0]):
+            while self._waiting and (placement := self._fit(self._waiting[0])) is not None:
                 claim = self._waiting.popleft()
+                claim.places, claim.devices = [at for at, _ in placement], [devices for _, devices in placement]
                 self._book(claim, -1)
                 self._holding.append(claim)
                 granted.append(claim)
@@ -163,12 +166,10 @@ class Pool:
         """Whether there is enough for it once nobody else holds anything. The lock is the caller's, as below."""
         return place(self.total.amounts(), self._devices, claim.wants) is not None
 
-    def _fit(self, claim: Claim) -> bool:
-        """Say where the claim's wants would lie now, in the claim; False if there is no room."""
+    def _fit(self, claim: Claim) -> Placement | None:
+        """Return where the claim's wants would lie now; None if there is no room."""
         placed = place(self._free, self._free_devices, claim.wants)
-        if placed is not None:
-            claim.devices, claim.places = placed, [None] * len(placed)
-        return placed is not None
+        return None if placed is None else [(None, devices) for devices in placed]
 
     def _free_of(self, name: str) -> float:
         return self._free[name]
@@ -196,9 +197,9 @@ class Claim:
         self.holder = holder
         self.wants, self.strategy = list(wants), strategy
         self.devices: list[Devices] = []
-        """The GPUs of each of `wants`, once granted."""
+        """The GPUs of each of `wants`, once granted; empty until then."""
         self.places: list[Any] = []
-        """The machine of each, as the engine calls it; None where there is one only."""
+        """The machine of each, likewise."""
         self.is_lost = False
         """Whether one of these machines is gone."""
         self._pool = pool

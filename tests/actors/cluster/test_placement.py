@@ -56,6 +56,7 @@ def test_an_actor_gets_all_from_one_machine_and_its_gpus_are_that_machines():
     assert first.devices == second.devices == [("0", "1")]
     third = pool.claim("late", [Resources(gpu=0.5)])
     assert not third.granted and "0 GPUs of 4 free" in third.waiting()
+    assert third.places == [] and third.devices == []  # it has been asked where it could be, and is nowhere
     second.release()
     assert third.granted and third.places == second.places
 

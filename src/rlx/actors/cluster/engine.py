@@ -44,7 +44,6 @@ class ClusterEngine(LocalEngine):
     """A link to the daemon of every node; what the local engine does beside them is done on the driver's machine."""
 
     capabilities = LocalEngine.capabilities - {"resources"} | {"machines"}
-    kind_of_channel = MirroredChannel
 
     def __init__(
         self,
@@ -139,10 +138,8 @@ class ClusterEngine(LocalEngine):
             raise ActorError(f"actor {spec.name} cannot be started: the node where its resources were has left.")
         return node
 
-    def channel(self, name: str) -> Channel:
-        """Return the channel of that name; a version crosses to each machine once."""
-        channel = super().channel(name)
-        assert isinstance(channel, MirroredChannel)
+    def _new_channel(self, name: str) -> Channel:
+        channel = MirroredChannel.create(name, self.memory.limit_bytes)
         channel.readers_elsewhere = self._readers
         return channel
 

@@ -20,13 +20,14 @@ LOOK_EVERY_S = 0.002  # at one number a channel
 class MirroredChannel(Channel):
     """A channel that other machines have as well."""
 
-    readers_elsewhere: Callable[[str], dict[str, Staleness]] | None = None
+    readers_elsewhere: Callable[[str], dict[str, Staleness]]
+    """Of a channel's name, how far behind the readers on other machines are."""
 
     def readers(self) -> dict[str, Staleness]:
         """Return how far behind each reader is, on every machine, by its name."""
         readers = super().readers()
         readers.pop(FOR_OTHERS, None)
-        return readers | (self.readers_elsewhere(self.name) if self.readers_elsewhere is not None else {})
+        return readers | self.readers_elsewhere(self.name)
 
 
 class Mirrors:
@@ -41,7 +42,7 @@ class Mirrors:
         self._reactor, self._channel = reactor, channel
         self._lock = threading.Lock()  # of the order of versions on a link, too
         self._links: dict[str, dict[Link, int]] = {}  # by channel: how many versions the machine behind it knows of
-        self._late: dict[str, tuple[Frame, Link]] = {}  # the newest version that there is no room for, and its source
+        self._late: dict[str, tuple[int, Frame, Link]] = {}  # the newest version that there is no room for, its source
         self._refused: set[str] = set()  # channels that another process of this machine publishes on, as was said
 
     def add(self, name: str, link: Link) -> None:
@@ -65,20 +66,21 @@ class Mirrors:
 
     def take(self, frame: Frame, source: Link) -> None:
         """Publish here, and to the others, what was published behind `source`."""
-        name = json.loads(frame.text)["channel"]
+        said = json.loads(frame.text)
+        name = said["channel"]
         with self._lock:
             self._note(name, source)
             self._look_at(name)
-            self._publish(name, frame, source)
+            self._publish(name, said["version"], frame, source)
 
-    def _publish(self, name: str, frame: Frame, source: Link) -> None:
+    def _publish(self, name: str, version: int, frame: Frame, source: Link) -> None:
         """Publish here, or try again later: this may be the thread that serves all, which never waits for readers."""
         channel = self._channel(name)
         was_late = self._late.pop(name, None)
         try:
-            channel.publish_message(frame.open(None), json.loads(frame.text)["version"], wait_s=0.0)
+            channel.publish_message(frame.open(None), version, wait_s=0.0)
         except ObjectMemoryFull as error:
-            self._late[name] = frame, source
+            self._late[name] = version, frame, source
             if not was_late:
                 logger.warning("readers of channel %r have to wait for its newest version: %s", name, error)
         except ActorError as error:
@@ -103,8 +105,8 @@ class Mirrors:
     def _look_around(self) -> None:
         self._reactor.set_deadline(self, LOOK_EVERY_S, self._look_around)
         with self._lock:
-            for name, (frame, source) in list(self._late.items()):
-                self._publish(name, frame, source)
+            for name, late in list(self._late.items()):
+                self._publish(name, *late)
             for name in self._links:
                 self._look_at(name, in_a_hurry=False)
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 from rlx.actors.cluster.membership import NodeInfo
-from rlx.actors.resources import EPSILON, Amounts, Claim, Devices, Pool, Resources, place
+from rlx.actors.resources import EPSILON, Amounts, Claim, Devices, Placement, Pool, Resources, place
 
 MAX_TRIES = 10_000  # of bundles on machines, before a reservation counts as one that does not fit
 
@@ -74,16 +74,15 @@ class ClusterPool(Pool):
         return Resources(sum(t.cpu for t in totals), sum(t.gpu for t in totals), sum(t.memory for t in totals))
 
     def _could_fit(self, claim: Claim) -> bool:
-        return self._distribute(claim, {number: ledger.empty() for number, ledger in self._ledgers.items()})
+        return self._distribute(claim, {number: one.empty() for number, one in self._ledgers.items()}) is not None
 
-    def _fit(self, claim: Claim) -> bool:
+    def _fit(self, claim: Claim) -> Placement | None:
         return self._distribute(claim, copy.deepcopy(self._ledgers))
 
-    def _distribute(self, claim: Claim, ledgers: dict[int, Ledger]) -> bool:
+    def _distribute(self, claim: Claim, ledgers: dict[int, Ledger]) -> Placement | None:
         """Find a machine for each bundle, the largest first, and go back where that leads nowhere."""
         order = sorted(range(len(claim.wants)), key=lambda index: _size(claim.wants[index]), reverse=True)
-        places: dict[int, int] = {}
-        devices: dict[int, Devices] = {}
+        placed: dict[int, tuple[int, Devices]] = {}  # by the bundle's index
         tries = 0
 
         def settle(position: int) -> bool:
@@ -91,7 +90,7 @@ class ClusterPool(Pool):
             if position == len(order):
                 return True
             index, want = order[position], claim.wants[order[position]]
-            for number in _preferred(ledgers, list(places.values()), claim.strategy):
+            for number in _preferred(ledgers, [number for number, _ in placed.values()], claim.strategy):
                 found = ledgers[number].fit(want)
                 if found is None:
                     continue
@@ -99,18 +98,14 @@ class ClusterPool(Pool):
                 if tries > MAX_TRIES:
                     return False
                 ledgers[number].book(want, found, -1)
-                places[index], devices[index] = number, found
+                placed[index] = number, found
                 if settle(position + 1):
                     return True
-                del places[index], devices[index]
+                del placed[index]
                 ledgers[number].book(want, found, 1)
             return False
 
-        if not settle(0):
-            return False
-        claim.places = [places[index] for index in range(len(order))]
-        claim.devices = [devices[index] for index in range(len(order))]
-        return True
+        return [placed[index] for index in range(len(order))] if settle(0) else None
 
     def _book(self, claim: Claim, sign: int) -> None:
         for want, number, devices in zip(claim.wants, claim.places, claim.devices, strict=True):

@@ -51,7 +51,6 @@ class LocalEngine:
     """A forkserver, the links to the actors it has forked, and the thread that reads them."""
 
     capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation", "resources"})
-    kind_of_channel: type[Channel] = Channel
     where = ""
     """In the text of a death, where it was: nothing on the reader's own machine."""
     closed = "was closed with its runtime"
@@ -113,8 +112,11 @@ class LocalEngine:
         """Return the channel of that name; its versions share the memory of one process."""
         with self._lock:
             if name not in self._channels:
-                self._channels[name] = self.kind_of_channel.create(name, self.memory.limit_bytes)
+                self._channels[name] = self._new_channel(name)
             return self._channels[name]
+
+    def _new_channel(self, name: str) -> Channel:
+        return Channel.create(name, self.memory.limit_bytes)
 
     def pool(self, given: Resources) -> Pool:
         """Return what this machine has."""
