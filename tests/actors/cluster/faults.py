@@ -1,5 +1,5 @@
-"""A middle between a driver and the daemons of a cluster that knows their frames by name: it loses, doubles and delays
-them, and cuts the connection before, inside or behind one.
+"""A middle between a driver and the daemons of a cluster that knows their frames by name: it loses, doubles, delays and
+garbles them, and cuts the connection before, inside or behind one.
 
 It stands at the driver's ends, where frames are plain. Whether a frame is struck depends on the seed, its name and the
 how manieth of its name it is, and on nothing else, so what has happened happens again with the same seed.
@@ -28,7 +28,7 @@ NAMES = {
         *("JOIN", "NODES", "READERS", "PROJECT", "ASK", "FULL", "ROOM"),
     )
 }
-LOSE, DOUBLE, DELAY = "lose", "double", "delay"
+LOSE, DOUBLE, DELAY, GARBLE = "lose", "double", "delay", "garble"
 CUTS = BEFORE, INSIDE, BEHIND = "cut before", "cut inside", "cut behind"
 DELAY_S = 0.2
 READ, WRITE = select.POLLIN, select.POLLOUT
@@ -155,6 +155,8 @@ class _Line:
                         with contextlib.suppress(OSError):
                             end.shutdown(socket.SHUT_RDWR)
                     return
+                if do == GARBLE:
+                    frame = b"".join(wire.encode(kind & ~wire.SHARED_BODY, call_id, "?", (b"?", ())))
                 if do == DELAY:
                     time.sleep(DELAY_S)  # and what is behind it: a stream has an order
                 for _ in range({LOSE: 0, DOUBLE: 2}.get(do, 1)):

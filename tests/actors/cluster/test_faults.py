@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import itertools
 import os
+import pickle
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from rlx.actors import Restart
 from rlx.actors.cluster import engine
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout, RlxError
-from tests.actors.cluster.faults import BEFORE, BEHIND, DELAY, DOUBLE, INSIDE, LOSE, Fault, Faults
+from tests.actors.cluster.faults import BEFORE, BEHIND, DELAY, DOUBLE, GARBLE, INSIDE, LOSE, Fault, Faults
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 WATCH_S = 45.0
@@ -372,9 +373,8 @@ def pressure(stage, worker):
 
 
 def _open_when_full(stage, busy, path):
-    body = busy._actor.body
-    deadline = time.monotonic() + stage.patience_s
-    while body._room is None and not body.gone.done() and time.monotonic() < deadline:
+    body, deadline = busy._actor.body, time.monotonic() + T
+    while not (body._room or body.gone.done() or stage.faults.done) and time.monotonic() < deadline:
         time.sleep(0.005)
     path.touch()
 
@@ -513,6 +513,22 @@ def test_a_connection_that_is_cut_at_a_frame_ends_its_actors_and_is_made_again(q
     while answer is None:  # until the timeout of this test: it may not have heard of its end yet
         with contextlib.suppress(ActorDied):
             answer = stage.ask(again)
+    calls(stage, stage.living())
+    stage.check()
+
+
+@EVERY_FRAME
+def test_what_is_not_understood_ends_the_link_at_most(hasty, kind, to_node):
+    stage, worker = hasty, hasty.living()
+    stage.patience_s, stage.birth_s = SOON_S, 2.0
+    with stage.faults(Fault(GARBLE, kind, to_node)) as faults:
+        with contextlib.suppress(RlxError, AssertionError, ValueError, pickle.UnpicklingError):
+            scenario(kind, to_node)(stage, worker)
+        assert faults.done
+    stage.patience_s, node = T, stage.rt._engine._nodes.get(1)
+    with contextlib.suppress(ActorDied):  # of a link that is about to be lost
+        calls(stage, stage.living())
+    wait_until(lambda: node is None or node.lost or stage.rt._engine._nodes.get(1) is node)
     calls(stage, stage.living())
     stage.check()
 
