@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from rlx.actors.future import Answer, Err, Future, nothing
-from rlx.errors import CallTimeout
+from rlx.errors import ActorError, CallTimeout
 
 T = TypeVar("T")
 
@@ -97,11 +97,14 @@ class Stream(Generic[T]):
         self.close()
 
     def feed(self, index: int, answer: Answer) -> None:
-        """Add item number `index` (for engines); one that has come before is ignored."""
+        """Add item number `index` (for engines); one that has come before is ignored, ActorError if one is missing."""
         with self._lock:
             if self._end is not None:
                 return
-            if index >= (self._items[-1][0] + 1 if self._items else self._next):
+            expected = self._items[-1][0] + 1 if self._items else self._next
+            if index > expected:
+                raise ActorError(f"item {expected} of {self.actor}.{self.method}() is missing; close the link.")
+            if index == expected:
                 self._items.append((index, answer))
             self._news.settle(nothing)  # also if it is known: an interrupt may have cut the first call short
             self._news = Future(self.actor, self.method)

@@ -61,7 +61,7 @@ class _Peer:
         lost: Callable[[_Peer, str], None],
     ) -> None:
         self._every_s = patience.every_s
-        self._reactor, self._take, self._lost, self._is_lost = reactor, take, lost, False
+        self._take, self._lost, self._is_lost = take, lost, False
         self.link = Link(reactor, sock, self._on_frame, self.lose)
         self._heart = Heartbeat(reactor, self.link, patience, lambda silent_s: None, self.lose)
 
@@ -87,13 +87,8 @@ class _Peer:
             self._lost(self, how)
 
     def _on_frame(self, frame: Frame) -> None:
-        if frame.kind == wire.PING:
-            return
-        try:
+        if frame.kind != wire.PING:
             self._take(self, frame)
-        except (ValueError, TypeError, KeyError) as error:
-            how = f"said what is not understood ({error!r})"
-            self._reactor.post(lambda: self.lose(how))
 
 
 class Head:

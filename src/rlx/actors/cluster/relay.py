@@ -64,6 +64,7 @@ class NodeEngine(LocalEngine):
         self._orders: deque[tuple[bytes, list[int]]] = deque()  # that the forkserver has not taken yet
         self._held_up: list[Link] = []  # of actors, while the driver leaves much unread
         self.relayed: dict[int, RelayedActor] = {}
+        self._asked_for: set[int] = set()  # numbers of all actors, also of those that have ended
         self._ended, self._is_ended = ended, False
         self._project_folder, self._root = folder, settings.get("root")
         self._kept: dict[int, wire.Buffer] = {}  # what calls of the driver refer to, by its number
@@ -164,6 +165,9 @@ class NodeEngine(LocalEngine):
 
     def _spawn(self, frame: Frame) -> None:
         first, asked = frame.call_id, json.loads(frame.text)
+        if first in self._asked_for:  # it has come twice, and would run twice
+            return
+        self._asked_for.add(first)
         name, limits = asked["name"], (asked["threads"], asked["concurrency"])
         spec = ActorSpec(name, object, (), {}, {}, *limits, stall_after_s=asked["stall_after_s"])
         settings = {"threads": asked["threads"], "concurrency": asked["concurrency"]}
@@ -242,7 +246,7 @@ class RelayedActor(LocalActor):
     """An actor of this machine whose callers are on another one."""
 
     def __init__(self, engine: NodeEngine, number: int, spec: ActorSpec, first_call: int) -> None:
-        self._node, self._first_call = engine, first_call
+        self._node, self._first_call, self._newest_call = engine, first_call, first_call
         self._is_full = False  # as the driver knows
         super().__init__(engine, number, spec, Listener(self._tell_end, _never, self._tell_stall))
         self._lend = self._lend_what_fits
@@ -259,6 +263,10 @@ class RelayedActor(LocalActor):
                 self._hand_over([self._node.channel(frame.text)])
             self._node.mirrors.add(frame.text, self._node.link)
             return
+        if kind in (wire.CALL, wire.SEND, wire.STREAM):
+            if call_id <= self._newest_call:  # it has come before: no call runs twice
+                return
+            self._newest_call = call_id
         parcel = Parcel(frame.open(self._node.borrow))
         places = self._lend(parcel) if parcel.message[1] else None
         with self._lock:

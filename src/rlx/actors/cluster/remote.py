@@ -146,7 +146,8 @@ class Node:
             self._engine.mirrors.take(frame, self.link)
         elif frame.kind == wire.READERS:
             found = {name: Staleness(*how) for name, how in json.loads(frame.text).items()}
-            self._asked.pop(frame.call_id).settle(lambda: Ok(found))
+            if (answer := self._asked.pop(frame.call_id, None)) is not None:
+                answer.settle(lambda: Ok(found))
         elif frame.kind == wire.PRINTED:
             self._keep_lines(frame)
         elif isinstance(actor := self.actors.get(frame.call_id >> CALL_BITS), RemoteActor):

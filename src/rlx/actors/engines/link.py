@@ -221,8 +221,10 @@ class Link:
             return False
         except ActorError as error:
             self._how_lost = f"sent what is no frame ({error})"
-            self._reactor.post(self._lose)
-            return False
+        except (ValueError, TypeError, LookupError) as error:  # it would be taken again and again
+            self._how_lost = f"sent what is not understood ({error!r})"
+        self._reactor.post(self._lose)
+        return False
 
     def _on_ready(self, events: int) -> None:
         if events & WRITE:
