@@ -25,7 +25,7 @@ NAMES = {
         *("SPAWN", "CALL", "SEND", "STREAM", "CANCEL", "CREDIT", "STOP"),
         *("READY", "INIT_FAILED", "REPLY", "ERROR", "SEND_FAILED", "CANCELLED", "ITEM"),
         *("OPEN", "KILL", "CHANNEL", "STARTED", "EXITED", "STALLED", "PRINTED", "PUBLISH", "PING"),
-        *("JOIN", "NODES", "READERS", "PROJECT", "ASK", "FULL", "ROOM"),
+        *("JOIN", "NODES", "READERS", "PROJECT", "ASK", "FULL", "ROOM", "KEEP", "DROP"),
     )
 }
 LOSE, DOUBLE, DELAY, GARBLE = "lose", "double", "delay", "garble"

@@ -20,7 +20,7 @@ from rlx import actors
 from rlx.actors import Restart
 from rlx.actors.cluster import engine
 from rlx.actors.cluster.heartbeat import Patience
-from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout, RlxError
+from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, CallTimeout, RlxError
 from tests.actors.cluster.faults import BEFORE, BEHIND, DELAY, DOUBLE, GARBLE, INSIDE, LOSE, Fault, Faults
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
@@ -81,6 +81,10 @@ class Worker:
 
     def take(self, token, value):
         return self.run(token)
+
+    def total(self, token, value):
+        self.run(token)
+        return value.sum().item()
 
     def newest(self, token, channel):
         self.run(token)
@@ -329,6 +333,18 @@ def readers(stage, worker):
     assert {name: how.version for name, how in channel.readers().items()} == {worker.name: 1}
 
 
+def puts(stage, worker):
+    for number in range(1, 4):
+        ref = stage.rt.put(np.full(50_000, number))
+        for _ in range(2):
+            assert stage.ask(worker, "total", ref) == number * 50_000
+
+
+def drops(stage, worker):
+    puts(stage, worker)
+    beats(stage, worker)
+
+
 def stalls(stage, worker):
     stalled, path = threading.Event(), stage.folder / f"go on {stage.token()}"
     slow = stage.living(stall_after_s=0.05)
@@ -387,6 +403,8 @@ TO_NODE = {
     "CREDIT": streams,
     "CANCEL": cancellations,
     "KILL": kills,
+    "KEEP": puts,
+    "DROP": drops,
     "CHANNEL": channels_in_calls,
     "PUBLISH": versions,
     "READERS": readers,
@@ -428,6 +446,7 @@ LOST = {
     ("CREDIT", True): (CallTimeout, r"worker/\d+\.count_up\(\) has yielded nothing for 0\.3 s"),
     ("CANCEL", True): (CallTimeout, LATE.format("wait")),
     ("KILL", True): (CallTimeout, r"actor worker/\d+ \(pid \d+ on alone\) is not gone 1 s after kill\(\)"),
+    ("KEEP", True): (ActorError, "what was sent as number 0, and it was not sent"),
     ("CHANNEL", True): (CallTimeout, LATE.format("newest")),
     ("PUBLISH", True): (AssertionError, "None"),  # older versions are what readers live with
     ("READERS", True): (CallTimeout, r"alone\.readers\(\) has not answered within 1 s"),

@@ -107,9 +107,10 @@ class NodeEngine(LocalEngine):
             self._do(frame)
         except Exception as error:
             logger.warning("a frame of kind %d of a driver cannot be dealt with: %s", frame.kind, error)
-            if frame.kind in (wire.CALL, wire.STREAM):
+            if frame.kind in (wire.CALL, wire.STREAM, wire.SEND):
+                kind = wire.SEND_FAILED if frame.kind == wire.SEND else wire.ERROR
                 text, message = pickling.dump_error(error, f"the node{self.where}")
-                self.link.write(wire.encode(wire.ERROR, frame.call_id, text, message))
+                self.link.write(wire.encode(kind, frame.call_id, text, message))
 
     def _do(self, frame: Frame) -> None:
         if frame.kind == wire.PING:
@@ -133,7 +134,9 @@ class NodeEngine(LocalEngine):
         """Return views of what the driver has sent before; ActorError if it has not."""
         whole = memoryview(self._kept.get(number, b""))
         if any(start + size > len(whole) for start, size in spans):
-            raise ActorError(f"a frame refers to {spans} of what was sent as number {number}, and it was not sent")
+            raise ActorError(
+                f"a frame refers to what was sent as number {number}, and it was not sent (or not {spans})"
+            )
         return [whole[start : start + size] for start, size in spans]
 
     def _order(self, timeout_s: float, descriptors: Sequence[int], **order: Any) -> None:
