@@ -28,7 +28,7 @@ from rlx.actors.engines.wire import Frame, Lent
 from rlx.actors.future import Err, Future, Ok, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener, Stall
 from rlx.actors.monitor import logger
-from rlx.errors import ActorDied, CallTimeout
+from rlx.errors import ActorDied, CallTimeout, ObjectMemoryFull
 
 if TYPE_CHECKING:
     from rlx.actors.cluster.engine import ClusterEngine
@@ -67,11 +67,15 @@ class Node:
     def lend(self, parcel: Parcel) -> list[Lent | None] | None:
         """Have the large buffers be on the node, where they cross to once however many calls bring them.
 
-        What is a small part of a block, such as a slice of what an actor has returned, goes in the frame.
+        In the frame go small parts of a block, such as a slice of what an actor has returned, and all of it where the
+        driver's object memory is full.
         """
         if not parcel.message[1]:
             return None
-        places = parcel.place(self._engine.memory.arena)
+        try:
+            places = parcel.place(self._engine.memory.arena, 0.0)
+        except ObjectMemoryFull:
+            return None
         sizes = Counter[Block]()
         for block, (_, size) in filter(None, places):
             sizes[block] += size

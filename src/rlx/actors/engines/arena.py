@@ -136,12 +136,13 @@ class Arena:
         held["this process"] = own
         return {holder: size for holder, size in sorted(held.items(), key=lambda item: -item[1]) if size}
 
-    def place(self, buffers: Sequence[Buffer]) -> Block:
+    def place(self, buffers: Sequence[Buffer], wait_s: float | None = None) -> Block:
         """Copy flat byte buffers into one new block; blocks while the limit is reached.
 
-        ObjectMemoryFull, naming who holds how much, after `wait_s`, or at once for what can never fit.
+        ObjectMemoryFull, naming who holds how much, after `wait_s` (by default the arena's), or at once for what can
+        never fit.
         """
-        block = self._block(map(len, buffers), self.wait_s)
+        block = self._block(map(len, buffers), self.wait_s if wait_s is None else wait_s)
         self._copier.copy(
             self.data, [(span[0], buffer) for span, buffer in zip(block.spans, buffers, strict=True)], block
         )

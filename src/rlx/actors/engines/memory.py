@@ -38,11 +38,11 @@ class Parcel:
         self._placed: list[tuple[Block, Span] | None] | None = None
         self._lock = threading.Lock()
 
-    def place(self, arena: Arena) -> list[tuple[Block, Span] | None]:
+    def place(self, arena: Arena, wait_s: float | None = None) -> list[tuple[Block, Span] | None]:
         """Return where each buffer lies in the arena, once for all receivers; None for those that are too small."""
         with self._lock:
             if self._placed is None:
-                self._placed = _place(arena, self.message[1])
+                self._placed = _place(arena, self.message[1], wait_s)
             return self._placed
 
     def lend(self, arena: Arena, lender: Lender) -> list[Lent | None] | None:
@@ -70,12 +70,12 @@ def default_object_memory() -> int:
     return int(0.3 * machine.memory_bytes())
 
 
-def _place(arena: Arena, buffers: list[Buffer] | Any) -> list[tuple[Block, Span] | None]:
+def _place(arena: Arena, buffers: list[Buffer] | Any, wait_s: float | None) -> list[tuple[Block, Span] | None]:
     placed = [arena.find(buffer) for buffer in buffers]
     rest = [buffer for buffer, place in zip(buffers, placed, strict=True) if place is None]
     if sum(map(len, rest)) < SHARED_BYTES:
         return placed
-    block = arena.place(rest)
+    block = arena.place(rest, wait_s)
     spans = iter(block.spans)
     return [(block, next(spans)) if place is None else place for place in placed]
 
