@@ -28,6 +28,7 @@ from tests.actors.cluster.scenarios import FRAMES, FROM_NODE, TO_NODE, Stage, T,
 WATCH_S = 45.0
 pytestmark = pytest.mark.timeout(WATCH_S + 5)
 SOON_S = 0.3  # for an answer that has been lost
+HURRY_S = 3.0  # of the system's own calls, while something is lost
 PATIENCE = Patience(every_s=0.05, suspect_s=30.0, dead_s=60.0)
 
 
@@ -86,8 +87,8 @@ def stage(shared, faults, tmp_path):
 
 @pytest.fixture
 def hasty(open_runtime, faults, tmp_path):
-    """A stage whose runtime gives up soon."""
-    return Stage(open_runtime(system_timeout_s=1.0), faults, tmp_path)
+    """A stage with a runtime of its own."""
+    return Stage(open_runtime(), faults, tmp_path)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def quick(shared, faults, tmp_path):
 
 
 EVERY_FRAME = pytest.mark.parametrize(("kind", "to_node"), FRAMES)
-AT_ONCE = ("CALL", "REPLY", "ITEM", "KILL")  # others are lost in slow tests: most wait for a timeout
+AT_ONCE = ("CALL", "REPLY", "ITEM")  # others are lost in slow tests: most wait for a timeout
 
 
 def scenario(kind, to_node):
@@ -106,29 +107,29 @@ def scenario(kind, to_node):
 
 LATE = r"worker/\d+\.{}\(\) on alone has not answered within 0\.3 s"
 LOST = {
-    ("SPAWN", True): (ActorDied, r"worker/\d+ \(pid unknown: not started on alone\) was not started within 1 s"),
+    ("SPAWN", True): (ActorDied, r"worker/\d+ \(pid unknown: not started on alone\) was not started within 3 s"),
     ("CALL", True): (CallTimeout, LATE.format("run")),
     ("SEND", True): (AssertionError, None),  # nobody has waited for it
     ("STREAM", True): (CallTimeout, r"worker/\d+\.count_up\(\) on alone has yielded nothing for 0\.3 s"),
     ("CREDIT", True): (CallTimeout, r"worker/\d+\.count_up\(\) on alone has yielded nothing for 0\.3 s"),
     ("CANCEL", True): (CallTimeout, LATE.format("wait")),
-    ("KILL", True): (CallTimeout, r"actor worker/\d+ \(pid \d+ on alone\) is not gone 1 s after kill\(\)"),
+    ("KILL", True): (CallTimeout, r"actor worker/\d+ \(pid \d+ on alone\) is not gone 3 s after kill\(\)"),
     ("CHANNEL", True): (CallTimeout, LATE.format("newest")),
     ("PUBLISH", True): (AssertionError, None),  # older versions are what readers live with
-    ("READERS", True): (CallTimeout, r"alone\.readers\(\) has not answered within 1 s"),
-    ("READY", False): (CallTimeout, r"worker/\d+.__init__\(\) has not answered within 2 s"),
+    ("READERS", True): (CallTimeout, r"alone\.readers\(\) has not answered within 3 s"),
+    ("READY", False): (CallTimeout, r"worker/\d+.__init__\(\) has not answered within 4 s"),
     ("INIT_FAILED", False): (ActorDied, r"worker/\d+ \(pid \d+ on alone\) ended with exit code 1 in __init__\(\)"),
     ("REPLY", False): (CallTimeout, LATE.format("run")),
     ("ERROR", False): (CallTimeout, LATE.format("fail")),
     ("SEND_FAILED", False): (AssertionError, None),
     ("CANCELLED", False): (CallTimeout, LATE.format("wait")),
     ("ITEM", False): (ActorDied, r"its node alone .* \(item 0 of worker/\d+\.count_up\(\) is missing"),
-    ("EXITED", False): (CallTimeout, r"actor worker/\d+ \(pid \d+ on alone\) is not gone 1 s after kill\(\)"),
+    ("EXITED", False): (CallTimeout, r"actor worker/\d+ \(pid \d+ on alone\) is not gone 3 s after kill\(\)"),
     ("STALLED", False): (AssertionError, None),
     ("PRINTED", False): (AssertionError, None),
     ("PUBLISH", False): (AssertionError, None),
-    ("READERS", False): (CallTimeout, r"alone\.readers\(\) has not answered within 1 s"),
-    ("ROOM", False): (ActorBusy, r"worker/\d+ has read nothing for 1 s"),
+    ("READERS", False): (CallTimeout, r"alone\.readers\(\) has not answered within 3 s"),
+    ("ROOM", False): (ActorBusy, r"worker/\d+ has read nothing for 3 s"),
 }
 """What who waits for it gets when a frame is lost, which takes a bug: TCP loses none."""
 
@@ -150,7 +151,7 @@ def test_a_frame_that_comes_twice_or_late_changes_nothing(stage, kind, to_node, 
 )
 def test_who_waits_for_a_lost_frame_is_told_in_time_and_nobody_else_notices(hasty, kind, to_node):
     stage, worker, other = hasty, hasty.living(), hasty.living()
-    stage.patience_s, stage.birth_s = SOON_S, 2.0
+    _hurry(stage)
     with stage.faults(Fault(LOSE, kind, to_node, nth=kind != "CREDIT")) as faults:  # one less is a smaller window
         kind_of_error, says = LOST.get((kind, to_node), (None, None))
         if kind_of_error is None:
@@ -159,13 +160,18 @@ def test_who_waits_for_a_lost_frame_is_told_in_time_and_nobody_else_notices(hast
             with pytest.raises(kind_of_error, match=says):
                 scenario(kind, to_node)(stage, worker)
         assert faults.done
-    stage.patience_s = T
+    _hurry(stage, T, T)
     if (kind, to_node) != ("ITEM", False):  # which ends the link
         assert not stage.rt._engine._nodes[1].lost
         calls(stage, other)
     calls(stage, stage.living())
     stage.check()
     _close(stage)
+
+
+def _hurry(stage, patience_s=SOON_S, system_timeout_s=HURRY_S):
+    stage.patience_s, stage.birth_s = patience_s, system_timeout_s + 1.0
+    stage.rt.system_timeout_s = stage.rt._engine.system_timeout_s = system_timeout_s
 
 
 def _close(stage):
@@ -206,12 +212,13 @@ def test_a_connection_that_is_cut_at_a_frame_ends_its_actors_and_is_made_again(q
 @EVERY_FRAME
 def test_what_is_not_understood_ends_the_link_at_most(hasty, kind, to_node):
     stage, worker = hasty, hasty.living()
-    stage.patience_s, stage.birth_s = SOON_S, 2.0
+    _hurry(stage)
     with stage.faults(Fault(GARBLE, kind, to_node)) as faults:
         with contextlib.suppress(RlxError, AssertionError, ValueError, pickle.UnpicklingError):
             scenario(kind, to_node)(stage, worker)
         assert faults.done
-    stage.patience_s, node = T, stage.rt._engine._nodes.get(1)
+    _hurry(stage, T, T)
+    node = stage.rt._engine._nodes.get(1)
     with contextlib.suppress(ActorDied):  # of a link that is about to be lost
         calls(stage, stage.living())
     wait_until(lambda: node is None or node.lost or stage.rt._engine._nodes.get(1) is node)
@@ -253,7 +260,7 @@ def project(tmp_path, monkeypatch):
 def test_a_runtime_opens_or_says_why_not(open_runtime, faults, project, tmp_path, do, kind, to_node, role):
     with faults(Fault(do, kind, to_node, role=role)):
         try:
-            stage = Stage(open_runtime(system_timeout_s=1.0), faults, tmp_path)
+            stage = Stage(open_runtime(system_timeout_s=HURRY_S), faults, tmp_path)
         except ActorError as error:
             assert do in {LOSE, GARBLE, *CUTS} and "the head of the cluster (127.0.0.1:" in str(error)
         else:
