@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlx.errors import ActorError, ConfigError
 from rlx.inspection import write_trace
+
+if TYPE_CHECKING:
+    from rlx.actors.cluster.credentials import ClusterKey
 
 TIMEOUT_S = 30.0
 OF_ONE_MACHINE = ("runtime", "run", "follow", "json")
@@ -62,11 +66,8 @@ def trace(options: argparse.Namespace) -> None:
 
 
 def _ask(options: argparse.Namespace, words: list[str]) -> Iterator[_Said]:
-    """Yield what every node says of every runtime that has actors there."""
-    from rlx.actors.cluster import greeting, roll_call
-    from rlx.actors.cluster.daemon import parse_address
-    from rlx.actors.cluster.handshake import Role, connect
-    from rlx.actors.engines import wire
+    """Yield what every node says of every runtime that has actors there; stderr names who does not answer."""
+    from rlx.actors.cluster import roll_call
     from rlx.cluster_commands import load_key
 
     given = [name for name in OF_ONE_MACHINE if getattr(options, name, None)]
@@ -75,14 +76,23 @@ def _ask(options: argparse.Namespace, words: list[str]) -> Iterator[_Said]:
     key = load_key(options.token_file)
     for node in roll_call.present(options.address, key):
         try:
-            sock = connect(parse_address(node.address), key, Role.DRIVER)
-        except ActorError as error:
+            said = _ask_one(node.address, key, words + (["--json"] if words[0] == "ps" and options.json else []))
+        except (ActorError, ValueError) as error:
             print(f"rlx: node {node}: {error}", file=sys.stderr)
             continue
-        try:
-            asked = words + (["--json"] if words[0] == "ps" and options.json else [])
-            greeting.send(sock, wire.ASK, asked, TIMEOUT_S)
-            for code, out, err in json.loads(greeting.receive(sock, TIMEOUT_S).text):
-                yield _Said(node.name, code, out, err)
-        finally:
-            sock.close()
+        yield from (_Said(node.name, *of_runtime) for of_runtime in said)
+
+
+def _ask_one(address: str, key: ClusterKey, words: list[str]) -> list[tuple[int, str, str]]:
+    """Return code, output and errors for each runtime; ActorError if the node does not answer."""
+    from rlx.actors.cluster import greeting
+    from rlx.actors.cluster.daemon import parse_address
+    from rlx.actors.cluster.handshake import Role, connect
+    from rlx.actors.engines import wire
+
+    with contextlib.closing(connect(parse_address(address), key, Role.DRIVER)) as sock:
+        greeting.send(sock, wire.ASK, words, TIMEOUT_S)
+        answer = greeting.receive(sock, TIMEOUT_S)
+    if answer.kind != wire.ASK:
+        raise ActorError(f"it cannot tell: {json.loads(answer.text)}")
+    return json.loads(answer.text)

@@ -48,11 +48,23 @@ _lock = threading.Lock()
 class Future(Generic[T]):
     """The answer to one call, now or later."""
 
-    __slots__ = ("__weakref__", "_answer", "_callbacks", "_outcome", "actor", "lead", "method", "request_cancel")
+    __slots__ = (
+        "__weakref__",
+        "_answer",
+        "_callbacks",
+        "_outcome",
+        "actor",
+        "lead",
+        "method",
+        "request_cancel",
+        "where",
+    )
 
     def __init__(self, actor: str, method: str) -> None:
         self.actor = actor
         self.method = method
+        self.where = ""
+        """On which machine, for errors, where an engine has many of them: " on NAME"."""
         self.request_cancel: Callable[[], None] | None = None
         self.lead: Callable[[Future[Any], float | None], None] | None = None
         """Set by engines in which a waiting thread may read replies itself, up to a deadline (monotonic s)."""
@@ -138,7 +150,7 @@ class Future(Generic[T]):
 
     def _late(self, timeout_s: float | None) -> CallTimeout:
         return CallTimeout(
-            f"{self.actor}.{self.method}() has not answered within {timeout_s:g} s; the call goes on: "
+            f"{self.actor}.{self.method}(){self.where} has not answered within {timeout_s:g} s; the call goes on: "
             f"result() waits again, kill() ends the actor."
         )
 

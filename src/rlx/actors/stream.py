@@ -24,7 +24,7 @@ class Stream(Generic[T]):
     def __init__(self, actor: str, method: str, credits: int = 8) -> None:
         if credits < 1:
             raise ValueError(f"credits={credits}: the actor could never yield an item; use 1 or more.")
-        self.actor, self.method, self.credits = actor, method, credits
+        self.actor, self.method, self.credits, self.where = actor, method, credits, ""
         self.grant: Callable[[int], None] | None = None
         """Set by the engine: allow the method that many items more."""
         self.cancel: Callable[[], None] | None = None
@@ -56,8 +56,8 @@ class Stream(Generic[T]):
                 news.outcome(timeout_s)
             except CallTimeout:
                 raise CallTimeout(
-                    f"{self.actor}.{self.method}() has yielded nothing for {timeout_s:g} s; it goes on: next() waits "
-                    f"again, close() ends it."
+                    f"{self.actor}.{self.method}(){self.where} has yielded nothing for {timeout_s:g} s; it goes on: "
+                    f"next() waits again, close() ends it."
                 ) from None
 
     def close(self) -> None:

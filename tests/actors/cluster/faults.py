@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from rlx.actors.cluster import daemon, engine
+from rlx.actors.cluster import daemon, engine, handshake
 from rlx.actors.cluster.handshake import Role
 from rlx.actors.engines import wire
 
@@ -66,7 +66,7 @@ class Faults:
 
     def install(self, monkeypatch):
         """Stand at the driver's ends of all connections that are made from now on, and at a node's to its head."""
-        for module in (engine, daemon):
+        for module in (engine, daemon, handshake):
             monkeypatch.setattr(module, "connect", partial(self._connect, module.connect))
 
     @contextlib.contextmanager

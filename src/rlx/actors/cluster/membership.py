@@ -134,6 +134,8 @@ class Head:
         return peer
 
     def _take_node(self, peer: _Peer, frame: Frame) -> None:
+        if peer in self._nodes:
+            return
         if frame.kind != wire.JOIN:
             peer.lose("sent what no node sends")
             return

@@ -178,6 +178,7 @@ class RemoteActor(ProcessActor):
         super().__init__(engine, spec, listener, node.link, first)
         self._cluster, self._node, self._number, self._first_call = engine, node, number, first
         self._channels: set[str] = set()  # those that it knows
+        self._where = f" on {node.name}"
         self.name, self._log = spec.name, engine.logs.open(spec.name)
         engine.follow(spec.name)
         self.slot = spec.slot or engine.slot(spec.name)

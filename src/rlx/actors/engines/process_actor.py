@@ -32,6 +32,8 @@ class ProcessActor:
     """`post`, `stream` and `state` are for callers, what is told of by frames and deaths for the reactor's thread."""
 
     slot: Slot
+    _where = ""
+    """Where it is, for errors: " on NAME", or nothing where that is clear."""
 
     def __init__(
         self, engine: LocalEngine, spec: ActorSpec, listener: Listener, link: Link, first_call: int = 0
@@ -103,6 +105,8 @@ class ProcessActor:
                 self._hand_over(message.channels)
             call_id, urgent = self._next_call(), not self._pending
             try:
+                if answer is not None:
+                    answer.where = self._where
                 if isinstance(answer, Future):
                     self._pending[call_id] = answer
                     answer.lead = self._link.lead
