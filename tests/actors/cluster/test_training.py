@@ -9,6 +9,7 @@ import pytest
 from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPOConfig
 from rlx.building import LazyRuntime
+from rlx.errors import Infeasible
 from tests.actors.cluster.namespaces import why_not
 
 pytestmark = [
@@ -62,6 +63,32 @@ def test_ppo_computes_the_same_on_every_engine(request):
     cluster = train(ppo().runtime(seed=3), 4)
     assert {node_of(rt, f"env_runner/{index}") for index in range(2)} == {"a", "b"}
     assert repr(cluster) == repr(local) == repr(inline)  # repr: nan is not equal to itself
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_two_learners_compute_the_same_on_two_machines_as_on_one(spread, start_apart, open_apart, monkeypatch):
+    local = train(ppo().learners(num_learners=2).runtime(seed=3), 4)
+    head = start_apart("a", cpu=1)
+    start_apart("b", head.address, cpu=1 if spread else 2)
+    rt = open_apart(head, preload=PRELOAD)
+    monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
+    made = ppo().learners(num_learners=2, allow_plain_gradients=spread).runtime(seed=3)
+    with made.build() as algorithm:
+        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == (["a", "b"] if spread else ["b", "b"])
+        hosts = algorithm.learners._actors[1].node.call().result(30.0)
+        cluster = [computed(algorithm.train()) for _ in range(4)]
+    assert str(hosts) == "b (10.77.2.2)"
+    assert repr(cluster) == repr(local)
+
+
+def test_learners_that_fit_on_no_machine_together_need_leave_to_be_on_several(start_apart, open_apart, monkeypatch):
+    head = start_apart("a", cpu=1)
+    start_apart("b", head.address, cpu=1)
+    rt = open_apart(head, preload=PRELOAD)
+    monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
+    with pytest.raises(Infeasible, match=r"learners.num_learners=2: .*set learners.allow_plain_gradients=true"):
+        ppo().learners(num_learners=2).build()
+    assert not [name for name, state in rt.state().items() if name.startswith("learner") and state.status == "alive"]
 
 
 def test_impala_learns_across_machines(on_cluster):

@@ -132,7 +132,8 @@ class NodeDaemon:
                 return
             patience = Patience(**settings["patience"])
             folder = _project(sock, settings.get("project"))
-            engine = NodeEngine(events, self.info.name, sock, settings, patience, self._on_end, folder)
+            here = machine.Node(self.info.name, parse_address(self.address)[0])
+            engine = NodeEngine(events, here, sock, settings, patience, self._on_end, folder)
         except Exception as error:
             logger.warning("a driver got no place here: %s", error)
             with contextlib.suppress(RlxError, OSError):  # it is gone
