@@ -6,10 +6,11 @@ import time
 
 import pytest
 
+from rlx.actors.cluster.heartbeat import Patience
 from rlx.algorithms.impala import IMPALAConfig
 from rlx.algorithms.ppo import PPOConfig
 from rlx.building import LazyRuntime
-from rlx.errors import Infeasible
+from rlx.errors import ActorError, Infeasible
 from tests.actors.cluster.namespaces import why_not
 
 pytestmark = [
@@ -119,3 +120,54 @@ def test_a_killed_node_costs_its_runners_a_restart_and_nothing_is_counted_twice(
         wait_for_restart(algorithm._runtime(), f"env_runner/{lost}")
         expected += [algorithm.train() for _ in range(4)]
     assert repr([*map(computed, rows)]) == repr([*map(computed, expected)])
+
+
+def learning(**fault_tolerance):
+    """Two learners, and nobody else beside the driver."""
+    made = ppo(**fault_tolerance).learners(num_learners=2, allow_plain_gradients=True)
+    return made.env_runners(num_env_runners=0).checkpointing(interval=1).runtime(seed=3)
+
+
+@pytest.mark.parametrize("victim", ["learner/1 killed", "b killed", "b unplugged"])
+def test_learners_go_on_from_the_last_save_elsewhere_when_one_dies_with_its_node(
+    victim, network, start_apart, open_apart, monkeypatch
+):
+    local = train(learning(), 6)
+    patience = Patience(every_s=0.1, suspect_s=0.5, dead_s=3.0)
+    head = start_apart("a", cpu=1, patience=patience)
+    other = start_apart("b", head.address, cpu=1, patience=patience)
+    start_apart("driver", head.address, cpu=1, patience=patience)
+    rt = open_apart(head, preload=PRELOAD, patience=patience)
+    monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
+    with learning(max_restarts=2).build() as algorithm:
+        rows = {number: algorithm.train() for number in range(1, 4)}
+        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", "b"]
+        if victim == "learner/1 killed":
+            os.kill(rt.state()["learner/1"].pid, signal.SIGKILL)
+        elif victim == "b killed":
+            other.end(signal.SIGKILL)
+        else:
+            network.pull("b")
+        try:
+            while 6 not in rows:
+                row = algorithm.train()
+                rows[row["iteration"]] = row
+        finally:
+            network.plug("b")
+        left = "b" if victim == "learner/1 killed" else "driver"
+        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", left]
+    assert rows[6]["learner_restarts"] == 1
+    assert repr([computed(rows[number]) for number in range(1, 7)]) == repr(local)
+
+
+def test_learners_for_which_there_is_no_room_any_more_end_the_run_and_say_so(start_apart, open_apart, monkeypatch):
+    head = start_apart("a", cpu=1)
+    other = start_apart("b", head.address, cpu=1)
+    rt = open_apart(head, preload=PRELOAD)
+    monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
+    with learning(max_restarts=2).build() as algorithm:
+        algorithm.train()
+        other.end(signal.SIGKILL)
+        algorithm.learners._start_timeout_s = 2.0
+        with pytest.raises(ActorError, match=r"learner/1.* 2 s: it waits for 1 CPU: 0 CPUs of 1 free; held by .*"):
+            algorithm.train()
