@@ -267,7 +267,8 @@ class Claim:
         return {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
 
     def __str__(self) -> str:
-        return " + ".join(str(want) for want in self.wants)
+        counts = collections.Counter(map(str, self.wants))
+        return " + ".join(want if count == 1 else f"{count} times {want}" for want, count in counts.items())
 
 
 def place(free: Amounts, free_devices: Mapping[str, float], wants: Sequence[Resources]) -> list[Devices] | None:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from rlx.actors import ActorHandle, Err, Future, GroupFuture, Reservation, Resources, Restart, Runtime, Stall
-from rlx.actors.machine import Node
 from rlx.errors import ActorDied, Infeasible, RlxError
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
@@ -78,7 +77,7 @@ class LearnerGroup:
         self._actors: list[ActorHandle] = []
         self._ends: dict[str, str] = {}  # by actor, in words: how its last incarnation ended
         self._stalls: dict[str, str] = {}  # and why it does not answer, where the system knows
-        self._nodes: list[Node] = []  # where they have met
+        self._where: dict[str, str] = {}  # by actor, in words, on which machine, where they are on several
         self._sharded, self._may_spread = sharded, allow_plain_gradients
         if num_learners == 0:
             self._local = Learner(build_policy, loss, device=device, **learner_options)
@@ -198,8 +197,10 @@ class LearnerGroup:
         """Have the learners find each other, at a store that learner 0 opens for this."""
         timeout_s, met = self._start_timeout_s, self._incarnations_up()
         if len(self._actors) > 1:
-            self._nodes = self._answers([actor.node.call() for actor in self._actors], timeout_s)
-            meeting = Meeting.of([actor.name for actor in self._actors], self._nodes)
+            nodes = self._answers([actor.node.call() for actor in self._actors], timeout_s)
+            names = [actor.name for actor in self._actors]
+            meeting = Meeting.of(names, nodes)
+            self._where = {name: words.removeprefix(name) for name, words in zip(names, meeting.names, strict=True)}
             if meeting.is_exposed and not self._may_spread:
                 raise RlxError(
                     f"{', '.join(meeting.names)} would send gradients over the network neither encrypted nor "
@@ -250,7 +251,8 @@ class LearnerGroup:
             name = next((name for name in late if name in self._stalls), next(iter(late)))  # others wait for that one
             self._rt.restart(late[name])
             why = f": it is {self._stalls[name]}" if name in self._stalls else ""
-            raise LearnersLost(f"{name}.{futures[0].method}() has not answered within {timeout_s:g} s{why}.")
+            call = f"{name}.{futures[0].method}(){self._where.get(name, '')}"
+            raise LearnersLost(f"{call} has not answered within {timeout_s:g} s{why}.")
         for outcome in outcomes:
             if isinstance(outcome, Err) and isinstance(outcome.error, ActorDied):
                 raise LearnersLost(str(outcome.error)) from outcome.error

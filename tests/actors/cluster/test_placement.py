@@ -93,7 +93,7 @@ def test_bundles_that_are_lost_with_their_machine_are_claimed_anew_together_and_
     pool.remove(1)
     assert [claim.is_lost for claim in claims] == [False, True, True] and other.places == [2]
     first = claims[1].anew()
-    assert not first.granted and "waits for 1 CPU + 1 CPU" in first.waiting()  # for both, or for none
+    assert not first.granted and "waits for 2 times 1 CPU: " in first.waiting()  # for both, or for none
     second = claims[2].anew()
     other.release()
     assert first.granted and second.granted and first.places == second.places == [2]
@@ -110,7 +110,7 @@ def test_bundles_that_can_never_be_had_again_say_so():
     reserved = pool.reserve([CPU, CPU], T, "strict_pack")
     claim = reserved[0].claim("actor 0", [CPU])
     pool.remove(1)
-    with pytest.raises(Infeasible, match=r'asks for 1 CPU \+ 1 CPU, which do not fit .* strategy="strict_pack"'):
+    with pytest.raises(Infeasible, match=r'asks for 2 times 1 CPU, which do not fit .* strategy="strict_pack"'):
         claim.anew()
     pool.add(2, NodeInfo("new", "-", 2, 0, 0))
     assert claim.anew().places == [2]

@@ -128,9 +128,9 @@ def learning(**fault_tolerance):
     return made.env_runners(num_env_runners=0).checkpointing(interval=1).runtime(seed=3)
 
 
-@pytest.mark.parametrize("victim", ["learner/1 killed", "b killed", "b unplugged"])
+@pytest.mark.parametrize("victim", ["learner/1 killed", "learner/1 stopped", "b killed", "b unplugged"])
 def test_learners_go_on_from_the_last_save_elsewhere_when_one_dies_with_its_node(
-    victim, network, start_apart, open_apart, monkeypatch
+    victim, network, start_apart, open_apart, monkeypatch, caplog
 ):
     local = train(learning(), 6)
     patience = Patience(every_s=0.1, suspect_s=0.5, dead_s=3.0)
@@ -139,11 +139,12 @@ def test_learners_go_on_from_the_last_save_elsewhere_when_one_dies_with_its_node
     start_apart("driver", head.address, cpu=1, patience=patience)
     rt = open_apart(head, preload=PRELOAD, patience=patience)
     monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
-    with learning(max_restarts=2).build() as algorithm:
+    with learning(max_restarts=2, update_timeout_s=6.0 if "stopped" in victim else 300.0).build() as algorithm:
         rows = {number: algorithm.train() for number in range(1, 4)}
         assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", "b"]
-        if victim == "learner/1 killed":
-            os.kill(rt.state()["learner/1"].pid, signal.SIGKILL)
+        if victim.startswith("learner/1"):
+            number = signal.SIGKILL if "killed" in victim else signal.SIGSTOP
+            os.kill(rt.state()["learner/1"].pid, number)
         elif victim == "b killed":
             other.end(signal.SIGKILL)
         else:
@@ -154,9 +155,11 @@ def test_learners_go_on_from_the_last_save_elsewhere_when_one_dies_with_its_node
                 rows[row["iteration"]] = row
         finally:
             network.plug("b")
-        left = "b" if victim == "learner/1 killed" else "driver"
+        left = "b" if victim.startswith("learner/1") else "driver"
         assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", left]
     assert rows[6]["learner_restarts"] == 1
+    if "stopped" in victim:
+        assert "learner/1.update() on node b (10.77.2.2) has not answered within 6 s" in caplog.text
     assert repr([computed(rows[number]) for number in range(1, 7)]) == repr(local)
 
 
