@@ -185,13 +185,13 @@ class LearnerGroup:
         try:
             return self._rt.reserve(wants, self._start_timeout_s, "pack" if self._may_spread else "strict_pack")
         except Infeasible as error:
-            advice = "Lower learners.num_learners or learners.torch_threads"
+            advice = "lower learners.num_learners or learners.torch_threads"
             if count > 1 and not self._may_spread:
                 advice += (
                     ", or set learners.allow_plain_gradients=true to have learners on several machines, between which "
                     "gradients then travel neither encrypted nor authenticated (docs/cluster_security.md)"
                 )
-            raise Infeasible(f"learners.num_learners={count}: {error} {advice}.") from error
+            raise Infeasible(f"learners.num_learners={count}: {str(error).rstrip('.')}; {advice}.") from error
 
     def _meet(self) -> None:
         """Have the learners find each other, at a store that learner 0 opens for this."""

@@ -1,7 +1,10 @@
 """Training whose env runners are on machines that are really apart: the numbers of one machine, and a node killed."""
 
+import collections
 import os
 import signal
+import socket
+import subprocess
 import time
 
 import pytest
@@ -18,6 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
 ]
+LISTEN = "0A"  # in /proc/net/tcp
 PRELOAD = ("numpy", "torch", "gymnasium")
 
 
@@ -66,8 +70,17 @@ def test_ppo_computes_the_same_on_every_engine(request):
     assert repr(cluster) == repr(local) == repr(inline)  # repr: nan is not equal to itself
 
 
+def listening(network, machine):
+    """Return at which addresses a machine listens, with how many ports each."""
+    table = subprocess.run([*network.command(machine), "cat", "/proc/net/tcp"], capture_output=True, check=True)
+    fields = [line.split() for line in table.stdout.decode().splitlines()[1:]]
+    hosts = [bytes.fromhex(field[1].partition(":")[0])[::-1] for field in fields if field[3] == LISTEN]
+    return collections.Counter(map(socket.inet_ntoa, hosts))
+
+
 @pytest.mark.parametrize("spread", [True, False])
-def test_two_learners_compute_the_same_on_two_machines_as_on_one(spread, start_apart, open_apart, monkeypatch):
+def test_two_learners_compute_the_same_on_two_machines_as_on_one(spread, network, start_apart, open_apart, monkeypatch):
+    """And expose what they have to: each of two machines a daemon's port, and beyond that only where they are apart."""
     local = train(ppo().learners(num_learners=2).runtime(seed=3), 4)
     head = start_apart("a", cpu=1)
     start_apart("b", head.address, cpu=1 if spread else 2)
@@ -76,10 +89,30 @@ def test_two_learners_compute_the_same_on_two_machines_as_on_one(spread, start_a
     made = ppo().learners(num_learners=2, allow_plain_gradients=spread).runtime(seed=3)
     with made.build() as algorithm:
         assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == (["a", "b"] if spread else ["b", "b"])
-        hosts = algorithm.learners._actors[1].node.call().result(30.0)
+        on_b = algorithm.learners._actors[1].node.call().result(30.0)
         cluster = [computed(algorithm.train()) for _ in range(4)]
-    assert str(hosts) == "b (10.77.2.2)"
+        ports = {machine: listening(network, machine) for machine in ("a", "b")}
+    assert str(on_b) == "b (10.77.2.2)"
     assert repr(cluster) == repr(local)
+    if spread:
+        assert {machine: set(found) for machine, found in ports.items()} == {"a": {"10.77.1.2"}, "b": {"10.77.2.2"}}
+    else:
+        assert ports["b"].pop("127.0.0.1") >= 3
+        assert ports == {"a": {"10.77.1.2": 1}, "b": {"10.77.2.2": 1}}
+
+
+def test_a_language_model_is_shared_out_over_two_machines(tiny_text, start_apart, open_apart, monkeypatch):
+    def made(**learners):
+        return tiny_text("sft", learners={"num_learners": 2, "sharding": "full"} | learners).runtime(seed=3)
+
+    local = train(made(), 2)
+    head = start_apart("a", cpu=1)
+    start_apart("b", head.address, cpu=1)
+    rt = open_apart(head, preload=("numpy", "torch"))
+    monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
+    with made(allow_plain_gradients=True).build() as algorithm:
+        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", "b"]
+        assert repr([computed(algorithm.train()) for _ in range(2)]) == repr(local)
 
 
 def test_learners_that_fit_on_no_machine_together_need_leave_to_be_on_several(start_apart, open_apart, monkeypatch):
@@ -87,7 +120,8 @@ def test_learners_that_fit_on_no_machine_together_need_leave_to_be_on_several(st
     start_apart("b", head.address, cpu=1)
     rt = open_apart(head, preload=PRELOAD)
     monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
-    with pytest.raises(Infeasible, match=r"learners.num_learners=2: .*set learners.allow_plain_gradients=true"):
+    said = r"num_learners=2: a reservation asks for 2 times 1 CPU.*; lower .*set learners.allow_plain_gradients=true"
+    with pytest.raises(Infeasible, match=said):
         ppo().learners(num_learners=2).build()
     assert not [name for name, state in rt.state().items() if name.startswith("learner") and state.status == "alive"]
 
