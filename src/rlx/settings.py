@@ -181,6 +181,9 @@ class LearnersSection(Section):
     """Compile the networks with torch.compile."""
     torch_threads: int = Field(default=1, gt=0)
     """CPU threads that torch uses in each learner; small networks are fastest with 1."""
+    allow_plain_gradients: bool = False
+    """On a cluster, let learners be on several machines, between which gradients travel neither encrypted nor
+    authenticated; false: all learners are on one machine."""
 
 
 class EvaluationSection(Section):
@@ -285,11 +288,6 @@ class RuntimeSection(Section):
             raise ConfigError(
                 f"runtime.token_file={self.token_file} is read with runtime.engine=cluster, and it is {self.engine}; "
                 "leave it out."
-            )
-        if self.address is not None and num_learners > 1:
-            raise ConfigError(
-                f"learners.num_learners={num_learners} on the cluster {self.address} may be on several machines, "
-                "where they do not find each other; set num_learners to 0 or 1, or leave runtime.address out."
             )
         if self.engine == "inline" and num_learners > 1:
             raise ConfigError(

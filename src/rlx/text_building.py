@@ -75,6 +75,7 @@ def build_learners(
         weigh=weigh,
         max_tokens_per_microbatch=s.learners.max_tokens_per_microbatch,
         sharded=shares(s) > 1,
+        allow_plain_gradients=s.learners.allow_plain_gradients,
         optimizer_offload=s.learners.optimizer_offload,
     )
 

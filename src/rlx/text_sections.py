@@ -287,6 +287,9 @@ class TextLearnersSection(Section):
     optimizer_offload: bool = False
     """Keep the optimizer's moments and the float32 weights in host memory, and make the steps there: a GPU is left with
     the weights that it computes with and their gradient. Slower by a copy of both for every step."""
+    allow_plain_gradients: bool = False
+    """On a cluster, let learners be on several machines, between which gradients, and parameters that are sharded,
+    travel neither encrypted nor authenticated; false: all learners are on one machine."""
     max_memory_gb: float | None = Field(default=None, gt=0)
     """Memory that a device may need by the plan that is printed before the start; null: what it has."""
 

@@ -481,8 +481,6 @@ def test_ray_may_be_shut_down_before_the_runtime_is_closed():
 def test_an_address_is_for_ray_alone():
     with pytest.raises(ConfigError, match=r"runtime.address=auto is that of a cluster"):
         PPOConfig().environment("CartPole-v1").runtime(address="auto").validate()
-    with pytest.raises(ConfigError, match=r"num_learners=2 on the cluster auto may be on several machines"):
-        PPOConfig().environment("CartPole-v1").runtime(engine="ray", address="auto").learners(num_learners=2).validate()
 
 
 # Resources.
@@ -551,9 +549,11 @@ def test_the_start_of_an_environments_process_is_no_lost_time(rt, monkeypatch):
     envs.close()
 
 
-def test_one_program_learns_the_same_inline_in_processes_and_on_ray():
+@pytest.mark.parametrize("num_learners", [0, 2])
+def test_one_program_learns_the_same_inline_in_processes_and_on_ray(num_learners):
     def train(engine):
         made = PPOConfig().environment("CartPole-v1").reporting(progress="none").runtime(engine=engine, seed=3)
+        made.learners(num_learners=num_learners)
         made.env_runners(num_env_runners=2, num_envs_per_env_runner=2, rollout_fragment_length=16)
         with made.training(epochs=2, minibatch_size=16).build() as algorithm:
             rows = [algorithm.train() for _ in range(3)]
@@ -561,7 +561,9 @@ def test_one_program_learns_the_same_inline_in_processes_and_on_ray():
         return [{name: value for name, value in row.items() if not name.startswith(apart)} for row in rows]
 
     on_ray = train("ray")
-    assert on_ray == train("inline") == train("local") and on_ray[-1]["env_steps"] > 150
+    assert on_ray == train("local") and on_ray[-1]["env_steps"] > 150
+    if not num_learners:
+        assert on_ray == train("inline")
 
 
 def test_a_language_model_learns_the_same_from_runners_on_ray_and_here(tiny_text):

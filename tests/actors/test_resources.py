@@ -10,7 +10,7 @@ import cloudpickle
 import pytest
 
 from rlx import actors
-from rlx.actors import Resources, Restart, machine, resources
+from rlx.actors import Resources, Restart, machine, reservation
 from rlx.actors.resources import Pool
 from rlx.errors import ActorDied, ActorError, CallTimeout, Infeasible
 
@@ -338,7 +338,7 @@ def test_reservations_made_at_once_never_wait_for_each_other(rt):
 
 
 def test_a_reservation_that_is_not_granted_in_time_says_who_holds_what_and_leaves_the_queue(rt, caplog, monkeypatch):
-    monkeypatch.setattr(resources, "WAIT_WARNING_S", 0.01)
+    monkeypatch.setattr(reservation, "WAIT_WARNING_S", 0.01)
     holder = rt.spawn(User, resources=Resources(gpu=1))
     start = time.monotonic()
     with pytest.raises(CallTimeout, match=rf"was not granted within 0.1 s: .*held by actor {holder.name} \(1 GPU\)"):

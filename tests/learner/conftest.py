@@ -1,6 +1,6 @@
 """A small PPO problem: a policy, its loss written out, and a batch with masked rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from rlx.actors import ActorHandle
+from rlx.actors.machine import Node
+from rlx.learner.meeting import Meeting
 from rlx.nets.policy import build_policy
 from rlx.trajectory import Batch
 
@@ -17,6 +20,15 @@ OBS = spaces.Box(-1, 1, (4,), np.float32)
 build_discrete = partial(build_policy, OBS, spaces.Discrete(3), hidden=(8, 8), seed=1)
 build_continuous = partial(build_policy, OBS, spaces.Box(-1, 1, (2,), np.float32), hidden=(8, 8), seed=1)
 UPDATE = {"epochs": 3, "minibatch_size": 8, "lr": 3e-3, "coefficients": {"clip_range": 0.2}, "target_kl": None}
+
+
+def have_meet(learners: Sequence[ActorHandle]) -> None:
+    """Have learners on actors of this machine meet, in the order given."""
+    meeting = Meeting.of([actor.name for actor in learners], [Node("here", "127.0.0.1")] * len(learners))
+    meeting = meeting._replace(port=learners[0].open_store.call(meeting.hosts[0]).result(60.0))
+    joins = [actor.join.call(rank, meeting, 60.0) for rank, actor in enumerate(learners)]
+    for join in joins:
+        join.result(60.0)
 
 
 def ppo_loss(policy: Any, minibatch: Batch, coefficients: Mapping[str, Any]) -> tuple[torch.Tensor, dict]:

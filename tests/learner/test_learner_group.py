@@ -12,6 +12,7 @@ import torch
 from rlx import actors
 from rlx.learner.learner import Learner
 from rlx.learner.learner_group import GPU_WORTH_PARAMETERS, LearnerGroup, LearnersLost, choose_device
+from tests.learner.conftest import have_meet
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def assert_same_stats(stats, expected) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "rows"), [(2, "batch"), (3, "batch"), (2, "sequences")])
-def test_learners_in_processes_of_their_own_equal_one(problem, runtime, tmp_path, world_size, rows):
+def test_learners_in_processes_of_their_own_equal_one(problem, runtime, world_size, rows):
     """21 samples in minibatches of 8, 8, 5, or as 7 sequences of 3 in minibatches of 2, 2, 2, 1.
 
     Shares differ in size, and one is empty; some rows are masked; the KL is watched.
@@ -34,12 +35,9 @@ def test_learners_in_processes_of_their_own_equal_one(problem, runtime, tmp_path
     make = getattr(problem, rows)
     update = problem.update | {"target_kl": 50.0}
     ranks = [  # each starts from weights of its own: joining must give it rank 0's
-        runtime.spawn(Learner, partial(problem.build, seed=1 + rank), problem.loss, env={"GLOO_SOCKET_IFNAME": "lo"})
-        for rank in range(world_size)
+        runtime.spawn(Learner, partial(problem.build, seed=1 + rank), problem.loss) for rank in range(world_size)
     ]
-    joins = [actor.join.call(rank, world_size, str(tmp_path / "store"), 60.0) for rank, actor in enumerate(ranks)]
-    for join in joins:
-        join.result(60.0)
+    have_meet(ranks)
     one, group = Learner(problem.build, problem.loss), runtime.group(ranks)
     for seed in (1, 2):
         expected = one.update(make(seed=seed), **update, seed=seed)

@@ -19,6 +19,7 @@ from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.nets.language_model import load_language_model
 from rlx.nets.transformer import TransformerPolicy, decoder_layers
 from rlx.trajectory import Batch
+from tests.learner.conftest import have_meet
 
 LLAMA = {"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -53,7 +54,7 @@ def runtime():
 
 
 @pytest.fixture
-def joined(runtime, tmp_path):
+def joined(runtime):
     """Start so many sharded learners that tell what they hold, and have them meet."""
     from rlx.learner.sharded import ShardedLearner
 
@@ -85,12 +86,9 @@ def joined(runtime, tmp_path):
     started = []
 
     def start(count: int, make: Any = build, **options: Any) -> list[Any]:
-        environment = {"GLOO_SOCKET_IFNAME": "lo"}
-        ranks = [runtime.spawn(Telling, make, loss, env=environment, **OPTIONS, **options) for _ in range(count)]
+        ranks = [runtime.spawn(Telling, make, loss, **OPTIONS, **options) for _ in range(count)]
         started.extend(ranks)
-        calls = [actor.join.call(rank, count, str(tmp_path / "store"), 60.0) for rank, actor in enumerate(ranks)]
-        for call in calls:
-            call.result(60.0)
+        have_meet(ranks)
         return ranks
 
     yield start

@@ -23,7 +23,8 @@ from rlx.actors.handle import ActorHandle, Group
 from rlx.actors.interface import ActorState, Stall
 from rlx.actors.monitor import EventThread
 from rlx.actors.ref import Ref
-from rlx.actors.resources import Reservation, Resources
+from rlx.actors.reservation import Reservation
+from rlx.actors.resources import Resources
 from rlx.actors.runtime import Runtime
 from rlx.actors.stream import Stream
 from rlx.actors.supervision import Restart

@@ -358,8 +358,8 @@ class ActorLife:
 
     def _start_granted(self) -> None:
         assert self._claim is not None
-        env, place = self._given_env | self._claim.environment(), self._claim.places[0]
-        self._spec = dataclasses.replace(self._spec, env=env, place=self._spec.place if place is None else place)
+        env = self._given_env | self._claim.environment()
+        self._spec = dataclasses.replace(self._spec, env=env, place=self._claim.places[0])
         with self._lock:
             if self._end is None:
                 self._phase = "starting"

@@ -5,10 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 NAMESPACES = ("mnt", "net", "pid")
+LOOPBACK = "127.0.0.1"
+NODE = "RLX_NODE"
+"""The environment variable that tells an actor of a cluster which of its machines this is: NAME@HOST."""
+
+
+class Node(NamedTuple):
+    """A machine, as the others of its cluster know it."""
+
+    name: str
+    host: str
+    """Its IP address, at which the others reach it."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.host})"
+
+    def environment(self) -> dict[str, str]:
+        """Return the variable by which actors here know."""
+        return {NODE: f"{self.name}@{self.host}"}
+
+
+def node() -> Node:
+    """Return the machine that this process is on; with loopback as its address where it is of no cluster."""
+    name, _, host = os.environ.get(NODE, "").rpartition("@")
+    return Node(name, host) if host else Node("here", LOOPBACK)
 
 
 def cpu_count() -> float:

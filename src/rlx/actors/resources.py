@@ -7,12 +7,13 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlx.actors import machine
-from rlx.actors.monitor import logger
-from rlx.errors import ActorError, CallTimeout, Infeasible
+from rlx.errors import ActorError, Infeasible
+
+if TYPE_CHECKING:
+    from rlx.actors.reservation import Reservation
 
 WAIT_WARNING_S = 5.0  # until the log says what somebody waits for
 STRATEGIES = ("spread", "pack", "strict_spread", "strict_pack")
@@ -92,14 +93,17 @@ class Pool:
         )
         return cls("this runtime", total, dict.fromkeys(names, 1.0), no_gpu)
 
-    def claim(self, holder: str, wants: Sequence[Resources], strategy: str = "spread") -> Claim:
+    def claim(
+        self, holder: str, wants: Sequence[Resources], strategy: str = "spread", beside: Sequence[Any] = ()
+    ) -> Claim:
         """Return a claim to all of `wants` or nothing, granted or waiting; Infeasible if that can never be.
 
-        strategy: one of STRATEGIES, which says how they lie on the machines of a cluster.
+        strategy: one of STRATEGIES, which says how they lie on the machines of a cluster. beside: the machines that
+        count for it as if more of the same claim were there already.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r} of {holder} is not one of {', '.join(STRATEGIES)}.")
-        claim = Claim(self, holder, wants, strategy)
+        claim = Claim(self, holder, wants, strategy, beside)
         with self._lock:
             if self._closed is not None:
                 raise ActorError(f"{holder} cannot have {claim}: {self._closed}.")
@@ -111,6 +115,8 @@ class Pool:
 
     def reserve(self, bundles: Sequence[Resources], timeout_s: float | None, strategy: str = "pack") -> Reservation:
         """Return all of `bundles` once they are granted together; CallTimeout otherwise."""
+        from rlx.actors.reservation import Reservation  # whose bundles are pools
+
         return Reservation.wait_for(self.claim("a reservation", bundles, strategy), timeout_s)
 
     def grant_waiting(self) -> None:
@@ -145,9 +151,18 @@ class Pool:
             claim.decide(ActorError(f"{claim.holder} cannot have {claim}: {why}."))
 
     def in_use(self) -> bool:
-        """True while somebody holds something."""
+        """True while somebody holds something, or waits for it."""
         with self._lock:
-            return bool(self._holding)
+            return bool(self._holding or self._waiting)
+
+    def is_lost(self, claim: Claim) -> bool:
+        """Whether a machine of the claim is gone."""
+        return bool(claim.lost)
+
+    def anew(self, claim: Claim) -> Claim:
+        """Take back what the claim holds and return one to the same; Infeasible if that can never be any more."""
+        self.give_back(claim)
+        return self.claim(claim.holder, claim.wants, claim.strategy)
 
     def waiting_for(self, claim: Claim) -> str | None:
         """Return what the claim waits for, in words; None if it does not wait."""
@@ -193,19 +208,26 @@ class Pool:
 class Claim:
     """What one holder asked for: waiting, then granted, then released."""
 
-    def __init__(self, pool: Pool, holder: str, wants: Sequence[Resources], strategy: str) -> None:
+    def __init__(
+        self, pool: Pool, holder: str, wants: Sequence[Resources], strategy: str, beside: Sequence[Any] = ()
+    ) -> None:
         self.holder = holder
-        self.wants, self.strategy = list(wants), strategy
+        self.wants, self.strategy, self.beside = list(wants), strategy, list(beside)
         self.devices: list[Devices] = []
         """The GPUs of each of `wants`, once granted; empty until then."""
         self.places: list[Any] = []
-        """The machine of each, likewise."""
-        self.is_lost = False
-        """Whether one of these machines is gone."""
-        self._pool = pool
+        """The machine of each, as the engine calls it, likewise; None where there is one only."""
+        self.lost: list[Any] = []
+        """Those of them that are gone."""
+        self.pool = pool
         self._lock = threading.Lock()
         self._decision: list[Exception | None] = []
         self._tell: Callable[[Exception | None], None] | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a machine of what was granted is gone."""
+        return self.pool.is_lost(self)
 
     @property
     def granted(self) -> bool:
@@ -230,16 +252,15 @@ class Claim:
 
     def waiting(self) -> str | None:
         """Return what it waits for and who holds it, None if it does not wait."""
-        return self._pool.waiting_for(self)
+        return self.pool.waiting_for(self)
 
     def anew(self) -> Claim:
         """Give back what was granted and claim the same once more; Infeasible if that can never be any more."""
-        self.release()
-        return self._pool.claim(self.holder, self.wants, self.strategy)
+        return self.pool.anew(self)
 
     def release(self) -> None:
         """Give back what was granted, or step out of the queue; twice is fine."""
-        self._pool.give_back(self)
+        self.pool.give_back(self)
 
     def environment(self) -> dict[str, str]:
         """Return the variables that show an actor its GPUs; none if it asked for none."""
@@ -247,92 +268,8 @@ class Claim:
         return {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
 
     def __str__(self) -> str:
-        return " + ".join(str(want) for want in self.wants)
-
-
-class Reservation:
-    """Bundles of resources, got all or none; actors draw from them: `rt.spawn(..., reservation=reservation[0])`.
-
-    `release()`, or the end of its `with` block, ends no actor: no more can be spawned from it, and what it reserved
-    is free again when the last actor that draws from it has ended.
-    """
-
-    def __init__(self, claim: Claim) -> None:
-        self._claim = claim
-        self._bundles = [
-            Bundle(self, f"bundle {index} of the reservation", want, dict.fromkeys(devices, min(want.gpu, 1.0)))
-            for index, (want, devices) in enumerate(zip(claim.wants, claim.devices, strict=True))
-        ]
-        for bundle, at in zip(self._bundles, claim.places, strict=True):
-            bundle.place = at
-        self._released = False
-        self._give_back: Callable[[], None] | None = None
-
-    @classmethod
-    def wait_for(cls, claim: Claim, timeout_s: float | None) -> Reservation:
-        """Return the reservation once the claim is granted; CallTimeout otherwise."""
-        decided, errors = threading.Event(), []
-        claim.when_decided(lambda error: (errors.append(error), decided.set())[1])
-        first_s = WAIT_WARNING_S if timeout_s is None else min(WAIT_WARNING_S, timeout_s)
-        try:
-            if not decided.wait(first_s):
-                logger.warning("%s %s", claim.holder, claim.waiting())
-                if not decided.wait(None if timeout_s is None else timeout_s - first_s):
-                    raise CallTimeout(f"{claim.holder} was not granted within {timeout_s:g} s: it {claim.waiting()}.")
-            if errors[0] is not None:
-                raise errors[0]
-        except BaseException:
-            claim.release()
-            raise
-        return cls(claim)
-
-    def set_aside(self, places: Sequence[Any], give_back: Callable[[], None]) -> None:
-        """Have the actors of each bundle started at its place, until all is given back (for engines)."""
-        self._give_back = give_back
-        for bundle, place in zip(self._bundles, places, strict=True):
-            bundle.place = place
-
-    def release(self) -> None:
-        """Spawn nothing more from it; twice is fine."""
-        self._released = True
-        for bundle in self._bundles:
-            bundle.close("the reservation has been released")
-        self.return_unused()
-
-    def return_unused(self) -> None:
-        """Return everything if it has been released and nobody draws from it any more."""
-        if self._released and not any(bundle.in_use() for bundle in self._bundles):
-            self._claim.release()
-            give_back, self._give_back = self._give_back, None
-            if give_back is not None:
-                give_back()
-
-    def __getitem__(self, index: int) -> Bundle:
-        return self._bundles[index]
-
-    def __len__(self) -> int:
-        return len(self._bundles)
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
-
-
-class Bundle(Pool):
-    """One bundle of a reservation: a small pool."""
-
-    def __init__(self, reservation: Reservation, name: str, total: Resources, devices: Mapping[str, float]) -> None:
-        super().__init__(name, total, devices)
-        self._reservation = reservation
-        self.place: Any = None
-        """Where the engine starts its actors; None: anywhere."""
-
-    def give_back(self, claim: Claim) -> None:
-        """Take back what the claim holds."""
-        super().give_back(claim)
-        self._reservation.return_unused()
+        counts = collections.Counter(map(str, self.wants))
+        return " + ".join(want if count == 1 else f"{count} times {want}" for want, count in counts.items())
 
 
 def place(free: Amounts, free_devices: Mapping[str, float], wants: Sequence[Resources]) -> list[Devices] | None:

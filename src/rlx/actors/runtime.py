@@ -19,7 +19,8 @@ from rlx.actors.interface import ActorSpec, ActorState, AnyChannel, Engine, Stal
 from rlx.actors.life import ENDED, ActorLife
 from rlx.actors.monitor import EventThread, Watchers
 from rlx.actors.ref import Ref
-from rlx.actors.resources import Bundle, Pool, Reservation, Resources
+from rlx.actors.reservation import Bundle, Reservation
+from rlx.actors.resources import Pool, Resources
 from rlx.actors.supervision import STRATEGIES, Restart, Supervisor
 from rlx.actors.tasks import TaskPool
 from rlx.errors import ActorDied, ActorError, NotSupported
@@ -94,9 +95,8 @@ class Runtime:
             name = self._check_name(name) if name else self._free_name(make)
             limits = concurrency, max_pending, stall_after_s
             slot = self._engine.slot(name)
-            place, whole = (None, Resources()) if reservation is None else (reservation.place, reservation.total)
-            where = resources or whole, place
-            spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot, *where)
+            wanted = resources or (Resources() if reservation is None else reservation.total)
+            spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot, wanted)
             handle = self._actors[name] = ActorHandle(self, name)
             handle._watchers = Watchers(handle, name, self._events)
             life = handle._actor = ActorLife(self._engine, spec, handle._watchers, self._work, self.system_timeout_s)
@@ -104,7 +104,7 @@ class Runtime:
             if restart is not None:
                 life.supervise(Supervisor(restart, [life], False, self._work, self.system_timeout_s))
             if reservation is not None:
-                claim = reservation.claim(f"actor {name}", [resources or reservation.total])
+                claim = reservation.claim(f"actor {name}", [wanted])
                 life.start_with(claim, self._pending_timeout_s)
             elif resources:
                 life.start_with(self._machine.claim(f"actor {name}", [resources]), self._pending_timeout_s)

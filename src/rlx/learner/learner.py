@@ -7,7 +7,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
 
@@ -16,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlx.actors import machine
 from rlx.errors import CheckpointError, RlxError
 from rlx.functional.masking import sample_weight
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Loss, Stats, gradient_function
+from rlx.learner.meeting import Meeting, meet, open_store
 from rlx.learner.microbatches import Parts, accumulated_gradient, blank, evaluate_in_microbatches, microbatches
 from rlx.learner.target import Target
 from rlx.nets.flat import FlatParameters
@@ -78,6 +79,7 @@ class Learner:
             None if target_update_interval is None else Target(build_policy, target_update_interval, self.device)
         )
         self.rank, self.world_size = 0, 1
+        self._store = None  # that learners meet at, where this is learner 0
 
     def _own_parameters(self, compile: bool) -> None:
         """Make what holds the parameters, steps them and finds their gradient."""
@@ -92,18 +94,21 @@ class Learner:
                 log.info("learners.compile has nothing to do: every microbatch of tokens has a shape of its own")
             self.gradient = accumulated_gradient(self.policy, self.flat, self._loss, self.max_tokens)
 
-    def join(self, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
+    def node(self) -> machine.Node:
+        """Return the machine that this learner is on."""
+        return machine.node()
+
+    def open_store(self, host: str) -> int:
+        """Have the next meeting at this address of this machine; return the port."""
+        self._store = open_store(host)
+        return self._store.port
+
+    def join(self, rank: int, meeting: Meeting, timeout_s: float) -> None:
         """Meet the other learners (gloo on CPU, nccl on GPU) and start from the weights of rank 0."""
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = rank, len(meeting.hosts)
         if dist.is_initialized():  # with learners that have ended since
             dist.destroy_process_group()
-        dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
-            init_method=f"file://{store_path}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        meet(self._store, rank, meeting, timeout_s, "nccl" if self.device.type == "cuda" else "gloo")
         self._agree()
 
     def _agree(self) -> None:

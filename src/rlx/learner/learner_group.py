@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from rlx.actors import ActorHandle, Err, Future, GroupFuture, Restart, Runtime, Stall
-from rlx.errors import ActorDied
+from rlx.actors import ActorHandle, Err, Future, GroupFuture, Reservation, Resources, Restart, Runtime, Stall
+from rlx.errors import ActorDied, Infeasible, RlxError
 from rlx.learner.gradient import Loss
 from rlx.learner.learner import Learner
+from rlx.learner.meeting import Meeting
 from rlx.nets.device import check_device, nth
 from rlx.nets.threads import limit_threads
 from rlx.out_of_memory import is_out_of_memory
@@ -27,6 +26,7 @@ log = logging.getLogger("rlx")
 GPU_WORTH_PARAMETERS = 200_000
 STALLS_PER_TIMEOUT = 4
 """A call is looked at as a possible stall after the timeout divided by this."""
+MEETING_GRACE_S = 5.0  # in which learners that wait in vain for one can say for which
 
 
 class LearnersLost(ActorDied):
@@ -42,6 +42,8 @@ class LearnerGroup:
     lost their state then, so every call raises LearnersLost until `set_state`; ActorDied, with advice, when they may
     not be started again.
     sharded: each of at least two learners holds a share of the parameters; see ShardedLearner.
+    allow_plain_gradients: on a cluster, learners may be on several machines, between which what they sum travels
+    neither encrypted nor authenticated; else all are on one machine, wherever there is room for them together.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LearnerGroup:
         update_timeout_s: float = 300.0,
         restart: Restart | None = None,
         sharded: bool = False,
+        allow_plain_gradients: bool = False,
         **learner_options: Any,
     ) -> None:
         device, reason = choose_device(device, build_policy)
@@ -74,30 +77,20 @@ class LearnerGroup:
         self._actors: list[ActorHandle] = []
         self._ends: dict[str, str] = {}  # by actor, in words: how its last incarnation ended
         self._stalls: dict[str, str] = {}  # and why it does not answer, where the system knows
-        self._sharded = sharded
+        self._where: dict[str, str] = {}  # by actor, in words, on which machine, where they are on several
+        self._sharded, self._may_spread = sharded, allow_plain_gradients
         if num_learners == 0:
             self._local = Learner(build_policy, loss, device=device, **learner_options)
         else:
             assert runtime is not None
             self._rt = runtime()
-            # gloo listens on the loopback interface only: learners of one machine need no other.
-            environment = {"GLOO_SOCKET_IFNAME": "lo"}
-            kind = Learner
+            make = (Learner, build_policy, loss)
             if sharded:
-                from rlx.learner.sharded import ShardedLearner as kind
-            self._actors = [
-                self._rt.spawn(
-                    *(kind, build_policy, loss),
-                    name=f"learner/{rank}",
-                    env=environment,
-                    threads=torch_threads,
-                    stall_after_s=update_timeout_s / STALLS_PER_TIMEOUT,
-                    device=nth(device, rank),
-                    **learner_options,
-                )
-                for rank in range(num_learners)
-            ]
+                from rlx.learner.sharded import ShardedLearner
+
+                make = (ShardedLearner, build_policy, loss)
             try:
+                self._spawn(make, num_learners, torch_threads, **learner_options)
                 for actor in self._actors:  # before they are supervised: what __init__ raises, no restart cures
                     actor.ready(start_timeout_s)
                 if restart is not None:
@@ -168,13 +161,55 @@ class LearnerGroup:
         for actor in actors:
             self._rt.kill(actor)
 
+    def _spawn(self, make: tuple[Any, ...], count: int, threads: int, **options: Any) -> None:
+        """Start the learners: on a cluster where their resources are, which they get all or none."""
+        reserved = self._reserve(count, threads) if "machines" in self._rt.capabilities else None
+        try:
+            for rank in range(count):
+                actor = self._rt.spawn(
+                    *make,
+                    name=f"learner/{rank}",
+                    threads=threads,
+                    reservation=None if reserved is None else reserved[rank],
+                    stall_after_s=self.timeout_s / STALLS_PER_TIMEOUT,
+                    device=nth(self.device, rank) if reserved is None else self.device,
+                    **options,
+                )
+                self._actors.append(actor)
+        finally:
+            if reserved is not None:
+                reserved.release()  # with the last of them
+
+    def _reserve(self, count: int, threads: int) -> Reservation:
+        wants = [Resources(cpu=threads, gpu=int(self.device == "cuda"))] * count
+        try:
+            return self._rt.reserve(wants, self._start_timeout_s, "pack" if self._may_spread else "strict_pack")
+        except Infeasible as error:
+            advice = "lower learners.num_learners or learners.torch_threads"
+            if count > 1 and not self._may_spread:
+                advice += (
+                    ", or set learners.allow_plain_gradients=true to have learners on several machines, between which "
+                    "gradients then travel neither encrypted nor authenticated (docs/cluster_security.md)"
+                )
+            raise Infeasible(f"learners.num_learners={count}: {str(error).rstrip('.')}; {advice}.") from error
+
     def _meet(self) -> None:
-        """Have the learners find each other, by way of a file that nobody needs once they have."""
-        size, timeout_s, met = len(self._actors), self._start_timeout_s, self._incarnations_up()
-        with tempfile.TemporaryDirectory(prefix="rlx-learners-") as folder:
-            store = str(Path(folder) / "store")
-            joins = [actor.join.call(rank, size, store, timeout_s) for rank, actor in enumerate(self._actors)]
-            self._answers(joins, timeout_s)
+        """Have the learners find each other, at a store that learner 0 opens for this."""
+        timeout_s, met = self._start_timeout_s, self._incarnations_up()
+        if len(self._actors) > 1:
+            nodes = self._answers([actor.node.call() for actor in self._actors], timeout_s)
+            names = [actor.name for actor in self._actors]
+            meeting = Meeting.of(names, nodes)
+            self._where = {name: words.removeprefix(name) for name, words in zip(names, meeting.names, strict=True)}
+            if meeting.is_exposed and not self._may_spread:
+                raise RlxError(
+                    f"{', '.join(meeting.names)} would send gradients over the network neither encrypted nor "
+                    "authenticated; set learners.allow_plain_gradients=true if nobody else is on it."
+                )
+            [port] = self._answers([self._actors[0].open_store.call(meeting.hosts[0])], timeout_s)
+            meeting = meeting._replace(port=port)
+            joins = [actor.join.call(rank, meeting, timeout_s) for rank, actor in enumerate(self._actors)]
+            self._answers(joins, timeout_s + MEETING_GRACE_S)
         self._joined = met
 
     def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
@@ -216,7 +251,8 @@ class LearnerGroup:
             name = next((name for name in late if name in self._stalls), next(iter(late)))  # others wait for that one
             self._rt.restart(late[name])
             why = f": it is {self._stalls[name]}" if name in self._stalls else ""
-            raise LearnersLost(f"{name}.{futures[0].method}() has not answered within {timeout_s:g} s{why}.")
+            call = f"{name}.{futures[0].method}(){self._where.get(name, '')}"
+            raise LearnersLost(f"{call} has not answered within {timeout_s:g} s{why}.")
         for outcome in outcomes:
             if isinstance(outcome, Err) and isinstance(outcome.error, ActorDied):
                 raise LearnersLost(str(outcome.error)) from outcome.error

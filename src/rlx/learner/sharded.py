@@ -17,6 +17,7 @@ from rlx.errors import ConfigError, RlxError
 from rlx.learner.adam import FlatAdam
 from rlx.learner.gradient import Stats
 from rlx.learner.learner import VALUE_FUNCTION, Learner
+from rlx.learner.meeting import Meeting
 from rlx.learner.microbatches import Parts, accumulate, not_empty, nothing
 from rlx.nets.transformer import decoder_layers
 from rlx.nets.trunk import Trunk
@@ -38,12 +39,12 @@ class ShardedLearner(Learner):
     either kind goes on from the other's.
     """
 
-    def join(self, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
+    def join(self, rank: int, meeting: Meeting, timeout_s: float) -> None:
         """Meet the other learners, and hold from now on a share of the weights of rank 0."""
         if self.device.type == "cuda":  # one device a learner: nccl serves no two on the same
             self.device = torch.device("cuda", rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
-        super().join(rank, world_size, store_path, timeout_s)
+        super().join(rank, meeting, timeout_s)
 
     def _own_parameters(self, compile: bool) -> None:
         """Leave them where they were made until the others are there."""

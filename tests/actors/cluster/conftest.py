@@ -162,8 +162,8 @@ def start_apart(key, network):
     """Return a function that starts the daemon of a machine; they end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def start_one(name, head=None, patience=CALM):
-            options = {"host": network.address(name), "patience": dataclasses.asdict(patience)}
+        def start_one(name, head=None, patience=CALM, **has):
+            options = {"host": network.address(name), "patience": dataclasses.asdict(patience), **has}
             daemon = Daemon(key, name, head, before=network.command(name), **options)
             return stack.enter_context(contextlib.closing(daemon))
 

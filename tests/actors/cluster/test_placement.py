@@ -84,6 +84,39 @@ def test_a_machine_that_joins_serves_who_waits_and_one_that_leaves_takes_its_cla
     assert again.places == [0]
 
 
+def test_bundles_that_are_lost_with_their_machine_are_claimed_anew_together_and_beside_the_others():
+    pool = a_pool(1, 2, 2)
+    reserved = pool.reserve([CPU] * 3, T, "pack")
+    assert [reserved[index].place for index in range(3)] == [0, 1, 1]
+    claims = [reserved[index].claim(f"actor {index}", [CPU]) for index in range(3)]
+    other = pool.claim("other", [CPU])
+    reserved.release()  # nobody new; who draws from it may go on elsewhere
+    pool.remove(1)
+    assert [claim.is_lost for claim in claims] == [False, True, True] and other.places == [2]
+    first = claims[1].anew()
+    assert not first.granted and "waits for 2 times 1 CPU: " in first.waiting()  # for both, or for none
+    second = claims[2].anew()
+    other.release()
+    assert first.granted and second.granted and first.places == second.places == [2]
+    assert not (first.is_lost or second.is_lost)
+    everything = pool.claim("everything", [Resources(cpu=2), CPU])
+    for claim in (claims[0], first, second):
+        assert not everything.granted
+        claim.release()
+    assert everything.granted
+
+
+def test_bundles_that_can_never_be_had_again_say_so():
+    pool = a_pool(1, 2)
+    reserved = pool.reserve([CPU, CPU], T, "strict_pack")
+    claim = reserved[0].claim("actor 0", [CPU])
+    pool.remove(1)
+    with pytest.raises(Infeasible, match=r'asks for 2 times 1 CPU, which do not fit .* strategy="strict_pack"'):
+        claim.anew()
+    pool.add(2, NodeInfo("new", "-", 2, 0, 0))
+    assert claim.anew().places == [2]
+
+
 class Here:
     def parent(self):
         return os.getppid()
@@ -143,3 +176,22 @@ def test_an_actor_whose_node_is_lost_is_placed_anew(start, key):
             rt.kill(first)
         assert back.wait(T)
         assert moved.parent.call().result(T) == parents[0]
+
+
+def test_actors_of_a_reservation_whose_node_is_lost_are_placed_anew(start, key):
+    head = start("a-of-moving", cpu=2)
+    other = start("b-of-moving", head.address, cpu=2)
+    with actors.runtime("cluster", address=head.address, token_file=key.path, preload=("numpy",)) as rt:
+        beside = rt.spawn(Here, resources=Resources(cpu=1, labels={"node": "a-of-moving"}))
+        with rt.reserve([CPU, CPU], strategy="strict_pack") as reserved:
+            workers = [rt.spawn(Here, reservation=reserved[index]) for index in range(2)]
+        rt.group(workers, Restart(max=2, backoff_s=0.01), strategy="one_for_all")
+        on_b = {worker.parent.call().result(T) for worker in workers}
+        back = [threading.Event() for _ in workers]
+        for worker, event in zip(workers, back, strict=True):
+            rt.monitor(worker, on_restart=lambda *_, event=event: event.set())
+        other.end(signal.SIGKILL)
+        rt.kill(beside)  # before there is room for both, none of them starts
+        assert all(event.wait(T) for event in back)
+        on_a = {worker.parent.call().result(T) for worker in workers}
+        assert len(on_b) == len(on_a) == 1 and on_a != on_b

@@ -136,7 +136,8 @@ class NodeDaemon:
                 engine = HomeDriver(self._reactor, sock, settings, self._on_end)
             else:
                 folder = _project(sock, settings.get("project"))
-                engine = NodeEngine(self.info.name, sock, settings, self._on_end, folder)
+                here = machine.Node(self.info.name, self.info.host)
+                engine = NodeEngine(here, sock, settings, self._on_end, folder)
         except Exception as error:
             logger.warning("a driver got no place here: %s", error)
             with contextlib.suppress(RlxError, OSError):  # it is gone

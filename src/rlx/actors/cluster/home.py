@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlx.actors import machine
 from rlx.actors.channel import Staleness
 from rlx.actors.cluster.heartbeat import Heartbeat, Patience
 from rlx.actors.cluster.remote import Node
@@ -26,7 +28,8 @@ class HomeNode(Node):
     def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> LocalActor:
         """Start an actor."""
         try:
-            actor = self._engine.start_here(spec, parcel, listener)
+            here = machine.Node(self.name, self.info.host).environment()
+            actor = self._engine.start_here(replace(spec, env=here | spec.env), parcel, listener)
         except BaseException:
             self.remove(number)
             raise

@@ -45,6 +45,11 @@ class NodeInfo:
     silent_s: float = 0.0
     """For how long the head had heard nothing of it, when it told of it."""
 
+    @property
+    def host(self) -> str:
+        """Its address without the port."""
+        return self.address.rpartition(":")[0].strip("[]")
+
     def __str__(self) -> str:
         return f"{self.name} ({self.address})"
 

@@ -67,7 +67,7 @@ class ClusterPool(Pool):
                 return
             self.total = self._sum()
             for claim in self._holding:
-                claim.is_lost = claim.is_lost or number in claim.places
+                claim.lost += [number] if number in claim.places else []
 
     def _sum(self) -> Resources:
         totals = [ledger.total for ledger in self._ledgers.values()]
@@ -90,7 +90,8 @@ class ClusterPool(Pool):
             if position == len(order):
                 return True
             index, want = order[position], claim.wants[order[position]]
-            for number in _preferred(ledgers, [number for number, _ in placed.values()], claim.strategy):
+            taken = [*claim.beside, *(number for number, _ in placed.values())]
+            for number in _preferred(ledgers, taken, claim.strategy):
                 found = ledgers[number].fit(want)
                 if found is None:
                     continue
@@ -130,7 +131,7 @@ def _preferred(ledgers: Mapping[int, Ledger], taken: Sequence[int], strategy: st
     if strategy == "strict_spread":
         ledgers = {number: ledger for number, ledger in ledgers.items() if number not in taken}
     elif strategy == "strict_pack" and taken:
-        ledgers = {taken[0]: ledgers[taken[0]]}
+        ledgers = {number: ledger for number, ledger in ledgers.items() if number == taken[0]}
     if strategy.endswith("spread"):
         return sorted(ledgers, key=lambda number: (taken.count(number), -_share_free(ledgers[number]), number))
     return sorted(ledgers, key=lambda number: (-taken.count(number), _share_free(ledgers[number]), number))

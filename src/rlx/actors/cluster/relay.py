@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlx.actors import machine
 from rlx.actors.channel import FOR_OTHERS
 from rlx.actors.cluster import project
 from rlx.actors.cluster.heartbeat import Heartbeat, Patience
@@ -45,7 +46,7 @@ class NodeEngine(LocalEngine):
 
     def __init__(
         self,
-        name: str,
+        node: machine.Node,
         sock: Any,
         settings: dict[str, Any],
         ended: Callable[[NodeEngine], None],
@@ -59,7 +60,7 @@ class NodeEngine(LocalEngine):
         preload, timeout_s = settings["preload"], settings["system_timeout_s"]
         events = EventThread("rlx-node-events")
         super().__init__(events, timeout_s, preload, settings.get("object_memory"), damper=_Forwarder(self._print))
-        self.where = f" on {name}"
+        self._machine, self.where = node, f" on {node.name}"
         self.memory.arena.wait_s = 0.0  # in the thread that serves everybody
         self._orders: deque[tuple[bytes, list[int]]] = deque()  # that the forkserver has not taken yet
         self._held_up: list[Link] = []  # of actors, while the driver leaves much unread
@@ -175,7 +176,7 @@ class NodeEngine(LocalEngine):
         spec = ActorSpec(name, object, (), {}, {}, *limits, stall_after_s=asked["stall_after_s"])
         settings = {"threads": asked["threads"], "concurrency": asked["concurrency"]}
         settings |= {
-            "env": os.environ | asked["env"],
+            "env": os.environ | asked["env"] | self._machine.environment(),
             "cwd": self._here(asked["cwd"]),
             "path": self._path(asked["path"]),
         }

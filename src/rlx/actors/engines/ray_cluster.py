@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlx.actors.engines.ray_data import NAMESPACE
 from rlx.actors.monitor import logger
-from rlx.actors.resources import WAIT_WARNING_S, Claim, Pool, Reservation, Resources
+from rlx.actors.reservation import Reservation
+from rlx.actors.resources import WAIT_WARNING_S, Claim, Pool, Resources
 from rlx.errors import CallTimeout, ConfigError, Infeasible, NotSupported
 
 JOIN_S = 15.0  # for a cluster to answer
@@ -148,7 +149,9 @@ class ClusterPool(Pool):
         has = Resources(total["cpu"], gpus, int(total["memory"]), custom)
         super().__init__("the Ray cluster", has, {f"GPU {index}": 1.0 for index in range(gpus)})
 
-    def claim(self, holder: str, wants: Sequence[Resources], strategy: str = "spread") -> Claim:
+    def claim(
+        self, holder: str, wants: Sequence[Resources], strategy: str = "spread", beside: Sequence[Any] = ()
+    ) -> Claim:
         """Return a claim, as every pool does; Infeasible also where no machine has all that one actor asks for."""
         for want in wants:
             if want.labels:
@@ -157,7 +160,7 @@ class ClusterPool(Pool):
             if not any(all(amount <= one.amounts().get(name, 0) for name, amount in asked) for one in self._machines):
                 machines = "; ".join(map(str, self._machines))
                 raise Infeasible(f"{holder} asks for {want}, and no machine of {self.name} has that: {machines}.")
-        return super().claim(holder, wants, strategy)
+        return super().claim(holder, wants, strategy, beside)
 
     def reserve(self, bundles: Sequence[Resources], timeout_s: float | None, strategy: str = "pack") -> Reservation:
         """Return a reservation, as every pool does, for which Ray has set the bundles aside in a placement group."""

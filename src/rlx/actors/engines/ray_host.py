@@ -24,6 +24,7 @@ from rlx.actors.engines.inline import items_of
 from rlx.actors.engines.pickling import Message
 from rlx.actors.engines.ray_data import arrived, as_arrays
 from rlx.actors.engines.serving import TASKS, has_coroutines
+from rlx.actors.machine import Node
 from rlx.errors import CallCancelled
 
 VALUE, ERROR, EXIT, END, CANCELLED = "value", "error", "exit", "end", "cancelled"
@@ -42,7 +43,8 @@ class Host:
     """
 
     def __init__(self, name: str, env: dict[str, str], threads: int) -> None:
-        os.environ.update(env)
+        address = ray.util.get_node_ip_address()
+        os.environ.update(env | Node(address, address).environment())
         if "torch" in sys.modules:
             import torch
 
