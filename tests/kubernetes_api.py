@@ -1,6 +1,6 @@
 """What of Kubernetes' API rlx writes: names, types, what is required, which words are allowed; the rest is refused.
 
-From KubeRay's CRD of RayJobs and its types (ray.io/v1, as KubeRay 1.2 has them), JobSet's types
+From KubeRay's CRD of RayJobs (ray.io/v1, as of KubeRay 1.2; later ones require less of the same), JobSet's types
 (jobset.x-k8s.io/v1alpha2) and Kubernetes' own of batch/v1 and v1. A field that rlx begins to write is looked up there,
 and added here.
 """

@@ -77,6 +77,10 @@ def status(options: argparse.Namespace) -> None:
     """Print the nodes of a cluster, or the daemons of this user on this machine."""
     from rlx.actors.cluster import notes, roll_call
 
+    if options.address is None and options.token_file is not None:
+        raise ConfigError("--token-file is the key of the cluster at --address: give both, or neither.")
+    if options.head and options.json:
+        raise ConfigError("--head prints one address for scripts, and no JSON: leave --json out.")
     if options.head:
         print(_only_head(notes.find()).address)
         return

@@ -60,8 +60,9 @@ def test_options_of_one_machine_are_refused_with_an_address(capsys, words, alien
     assert code == 2 and err == f"rlx: error: rlx {words[0]} has no {alien} with --address; leave one out.\n"
 
 
-def test_a_key_of_no_cluster_is_refused(capsys):
-    code, _, err = rlx(capsys, "ps", "--token-file", "k")
+@pytest.mark.parametrize("command", ["ps", "status"])
+def test_a_key_of_no_cluster_is_refused(capsys, command):
+    code, _, err = rlx(capsys, command, "--token-file", "k")
     assert code == 2 and "--token-file is the key of the cluster at --address: give both, or neither" in err
 
 
