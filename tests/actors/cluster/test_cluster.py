@@ -162,7 +162,7 @@ def test_a_node_that_joins_later_gets_actors(start, open_runtime):
     alone = rt.spawn(Worker).daemon.call().result(T)[0]
     assert rt.spawn(Worker).daemon.call().result(T)[0] == alone
     joined = threading.Event()
-    rt._engine.when_nodes_change(joined.set)
+    rt.when_resources_change(joined.set)
     start("b-of-join", head.address)
     assert joined.wait(T)
     assert rt.spawn(Worker).daemon.call().result(T)[0] != alone  # which has two, and the new one none
