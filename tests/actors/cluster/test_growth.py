@@ -67,8 +67,8 @@ def number(algorithm):
     return algorithm.runners.num_runners
 
 
-def there_and_back(start, name, head):
-    """A node joins, and is killed when its runners have been taken in."""
+def there_and_back(start, name, head, end):
+    """A node joins, and is ended by this signal when its runners have been taken in."""
     algorithm = yield
     assert number(algorithm) == 2
     other = start(f"{name}-b", head.address, cpu=2)
@@ -76,20 +76,22 @@ def there_and_back(start, name, head):
         algorithm = yield
     assert places(algorithm) == {f"{name}-a": 2, f"{name}-b": 2}
     yield
-    other.end(signal.SIGKILL)
+    other.end(end)
     while number(algorithm) > 2:
         algorithm = yield
     assert places(algorithm) == {f"{name}-a": 2}
     yield
 
 
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "left"])
 @pytest.mark.parametrize("kind, training", [(PPOConfig, IN_STEP), (IMPALAConfig, ASYNCHRONOUS)])
-def test_a_run_grows_with_a_node_and_goes_on_without_it(start, key, tmp_path, caplog, kind, training):
-    name = kind.__name__
+def test_a_run_grows_with_a_node_and_goes_on_without_it(start, key, tmp_path, caplog, kind, training, end):
+    name = f"{kind.__name__}-{end.name}"
     head = start(f"{name}-a", cpu=2 + kept(kind))
-    begin(there_and_back, start, name, head)
+    begin(there_and_back, start, name, head, end)
     caplog.set_level(logging.INFO, "rlx")
-    with config(kind, key, head, **training).build(tmp_path / "run") as algorithm:
+    made = config(kind, key, head, **training).fault_tolerance(max_restarts=3 * (end == signal.SIGKILL))
+    with made.build(tmp_path / "run") as algorithm:
         last = algorithm.fit()
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     numbers = [row["num_env_runners"] for row in rows]

@@ -54,8 +54,6 @@ class LocalEngine:
     kind_of_channel: type[Channel] = Channel
     where = ""
     """In the text of a death, where it was: nothing on the reader's own machine."""
-    closed = "was closed with its runtime"
-    """How a death by `close` is described."""
 
     def __init__(
         self,
