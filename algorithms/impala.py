@@ -69,24 +69,26 @@ class IMPALAConfig(AlgorithmConfig, training=IMPALATraining):
         fragments_per_batch(settings)
 
 
-def fragments_per_batch(settings: Settings) -> int:
-    """Return of how many runners' fragments a batch is made; ConfigError where that is no whole number."""
+def fragments_per_batch(settings: Settings) -> int | None:
+    """Return how many fragments make a batch, None: one for every runner; ConfigError where that is no whole number."""
     r, max_age = settings.env_runners, settings.training.max_age
     batch_size: int | None = settings.training.batch_size  # type: ignore[attr-defined]
-    fragment, runners = r.num_envs_per_env_runner * r.rollout_fragment_length, max(1, r.num_env_runners)
     if batch_size is None:
-        return runners
+        return None
+    fragment = r.num_envs_per_env_runner * r.rollout_fragment_length
     if batch_size % fragment:
         raise ConfigError(
             f"training.batch_size={batch_size} is no multiple of a fragment's {fragment} samples = "
             f"{r.num_envs_per_env_runner} envs x {r.rollout_fragment_length} steps; set it to "
             f"{max(1, round(batch_size / fragment)) * fragment}."
         )
-    if (max_age <= 1 or r.num_env_runners == 0) and batch_size != runners * fragment:
+    in_step, varies = max_age <= 1 or r.num_env_runners == 0, r.num_env_runners == "auto"
+    if in_step and (varies or batch_size != r.fewest * fragment):
+        size = "null" if varies else f"{r.fewest} x {fragment} samples"
         raise ConfigError(
-            f"training.batch_size={batch_size} has to be {runners} x {fragment} samples, one fragment for every env "
-            f"runner, where they take turns with the learners or keep in step: training.max_age is {max_age} and "
-            f"env_runners.num_env_runners is {r.num_env_runners}."
+            f"training.batch_size={batch_size} has to be {size}, one fragment for every env runner, where they take "
+            f"turns with the learners or keep in step: training.max_age is {max_age} and env_runners.num_env_runners "
+            f"is {r.num_env_runners}."
         )
     return batch_size // fragment
 

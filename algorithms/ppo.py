@@ -40,7 +40,7 @@ class PPOTraining(TrainingSection):
     epochs: PositiveInt = 4
     """Passes over each batch."""
     minibatch_size: PositiveInt = 256
-    """Samples in one gradient step; at most num_env_runners x num_envs x rollout_fragment_length."""
+    """Samples in one gradient step; at most num_env_runners (auto: 1) x num_envs x rollout_fragment_length."""
     clip_range: Annotated[Schedule, Field(ge=0)] = Schedule.constant(0.2)
     """The ratio new / old probability stays within [1 - clip_range, 1 + clip_range]; a number or a schedule."""
     value_coef: NonNegativeFloat = 0.5
@@ -66,11 +66,11 @@ class PPOConfig(AlgorithmConfig, training=PPOTraining):
         """Raise ConfigError where sizes do not fit."""
         training: Any = settings.training
         r, minibatch_size = settings.env_runners, training.minibatch_size
-        batch = max(1, r.num_env_runners) * r.num_envs_per_env_runner * r.rollout_fragment_length
+        batch = r.fewest * r.num_envs_per_env_runner * r.rollout_fragment_length
         if minibatch_size > batch:
             raise ConfigError(
                 f"training.minibatch_size={minibatch_size} is larger than the batch of {batch} = "
-                f"{max(1, r.num_env_runners)} env runners x {r.num_envs_per_env_runner} envs x "
+                f"{r.fewest} env runners x {r.num_envs_per_env_runner} envs x "
                 f"{r.rollout_fragment_length} steps; set it to {batch} or less."
             )
         if training.max_age and not r.num_env_runners:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from pydantic import Field, PositiveInt, model_validator
 
+from rlx.algorithms.impala import IMPALAConfig
+from rlx.algorithms.ppo import PPOConfig
 from rlx.config import AlgorithmConfig, list_algorithms, list_configs, load_config
 from rlx.errors import ConfigError
 from rlx.settings import Schedule, TrainingSection
@@ -132,7 +134,7 @@ def test_builder_errors_name_key_value_range_and_nearest_key():
         'training.lr is "fast"; it must be a number > 0 or {start, end, env_steps}.'
     )
     assert failure(c.env_runners, num_env_runners=True) == (
-        "env_runners.num_env_runners is True; it must be an integer >= 0."
+        "env_runners.num_env_runners is True; it must be an integer >= 0 or auto."
     )
     assert failure(c.training, seed=1) == (
         "training.seed is not a setting of Toy. Did you mean runtime.seed or evaluation.seed?"
@@ -150,6 +152,31 @@ def test_builder_errors_name_key_value_range_and_nearest_key():
 @pytest.mark.parametrize("value", [True, "3", 2.5, None, [3], math.nan, math.inf])
 def test_an_integer_setting_takes_only_whole_numbers(value):
     assert "it must be an integer > 0." in failure(ToyConfig().training, epochs=value)
+
+
+@pytest.mark.parametrize("value", ["automatic", -1, True, 1.5, None])
+def test_the_number_of_env_runners_is_a_number_or_auto(value):
+    for config in (
+        ToyConfig().set("env_runners.num_env_runners", "auto"),
+        ToyConfig().env_runners(num_env_runners="auto"),
+    ):
+        assert config.settings.env_runners.num_env_runners == "auto" and config.settings.env_runners.fewest == 1
+        assert ToyConfig.from_yaml(config.to_yaml()) == config
+    shown = '"automatic"' if value == "automatic" else value
+    assert failure(ToyConfig().env_runners, num_env_runners=value) == (
+        f"env_runners.num_env_runners is {shown}; it must be an integer >= 0 or auto."
+    )
+
+
+def test_sizes_have_to_fit_one_runner_where_there_may_be_one_only():
+    made = {"num_env_runners": "auto", "num_envs_per_env_runner": 4, "rollout_fragment_length": 8}
+    ppo = PPOConfig().environment("CartPole-v1").env_runners(**made)
+    ppo.training(minibatch_size=32).validate()
+    assert "larger than the batch of 32" in failure(ppo.training(minibatch_size=33).validate)
+    impala = IMPALAConfig().environment("CartPole-v1").env_runners(**made).training(batch_size=64)
+    impala.validate()
+    assert "training.batch_size=64 has to be null, one fragment" in failure(impala.training(max_age=1).validate)
+    impala.training(batch_size=None).validate()
 
 
 def test_whole_floats_lists_and_numpy_scalars_become_the_type_of_the_field():

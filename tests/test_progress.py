@@ -12,7 +12,7 @@ import pytest
 from rlx.algorithms.sft import SFTConfig
 from rlx.metrics import significant
 from rlx.progress import PlainProgress, Progress, RichProgress, Sparkline, duration, panel_lines, progress_display
-from rlx.settings import Settings
+from rlx.settings import EnvRunnersSection, Settings
 
 SHOW_IN_A_CHILD = """
 import logging, sys
@@ -127,6 +127,21 @@ def test_plain_prints_the_first_and_the_last_iteration_and_nothing_in_between(ca
     assert last.startswith("100%") and "env_steps       5,000" in last and "return     9.50" in last
     assert "kl      -" in last  # not every algorithm has one
     assert first.index("return") == last.index("return")
+
+
+def test_where_the_number_of_runners_varies_it_is_shown(capsys):
+    made = settings("plain", iterations=2).model_copy(update={"env_runners": EnvRunnersSection(num_env_runners="auto")})
+    with progress_display(made) as progress:
+        for number in (1, 2):
+            progress.update(iteration(number, num_env_runners=8 * number))
+    first, last = capsys.readouterr().err.splitlines()
+    assert "runners    8" in first and "runners   16" in last
+    assert "env runners16" in "".join(line.plain.replace("  ", "") for line in panel_lines(progress)).replace(
+        "runners 16", "runners16"
+    )
+    with progress_display(settings("plain", iterations=1)) as progress:
+        progress.update(iteration(1, num_env_runners=8))
+    assert "runners" not in capsys.readouterr().err
 
 
 def test_plain_prints_again_once_two_seconds_have_passed(capsys):

@@ -78,8 +78,10 @@ class Algorithm(Trainable):
         self._count(sample)
         return sample.trajectory
 
-    def arrivals(self, count: int, fragments: int, updates: int = 1) -> Iterator[Batch]:
+    def arrivals(self, count: int, fragments: int | None, updates: int = 1) -> Iterator[Batch]:
         """Yield `count` batches [T, B], each of the `fragments` that the next env runners finish; count their steps.
+
+        None: as many as there are env runners.
 
         Nobody waits for a slow runner, and while a batch is learned from, in `updates` updates, all go on, as far ahead
         as training.max_age allows. With max_age 0 or 1 it is `sample`, which all runners join.
@@ -91,7 +93,7 @@ class Algorithm(Trainable):
                 yield batch
             self.runners.used()
 
-    def _arrival(self, fragments: int, updates: int) -> Batch:
+    def _arrival(self, fragments: int | None, updates: int) -> Batch:
         r = self.settings.env_runners
         if self._weights_are_stale:
             self.publish()
@@ -213,6 +215,7 @@ class Algorithm(Trainable):
         age = np.concatenate([*self._ages, np.zeros(0, np.int64)])
         return {
             **({"frames": self.env_steps * self.settings.atari.frame_skip} if self._is_atari else {}),
+            "num_env_runners": self.runners.num_runners,
             "age_mean": float(age.mean()) if len(age) else 0.0,
             "age_max": int(age.max(initial=0)),
             **{f"{PREFIX}{name}": fmean(values) for name, values in self._episode_metrics.items()},

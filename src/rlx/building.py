@@ -64,6 +64,8 @@ def build_runners(
         s.environment.chosen(),
         build_policy,
         num_runners=s.env_runners.num_env_runners,
+        # A driver that takes turns with the runners is idle while they work.
+        kept_cpus=s.learners.num_learners * s.learners.torch_threads or int(s.training.max_age > 0),
         runtime=runtime,
         num_envs=s.env_runners.num_envs_per_env_runner,
         gamma=s.training.gamma,
@@ -74,7 +76,7 @@ def build_runners(
         on_env_error=s.fault_tolerance.on_env_error,
         max_env_failures=s.fault_tolerance.max_env_failures,
         env_step_timeout_s=s.fault_tolerance.env_step_timeout_s,
-        num_cores=share_of_cores(s.env_runners.num_env_runners),
+        num_cores=1 if s.env_runners.num_env_runners == "auto" else share_of_cores(s.env_runners.num_env_runners),
         atari=s.atari.model_dump(),
         callbacks=callbacks,
         **s.environment.model_dump(exclude={"id"}),

@@ -33,6 +33,7 @@ METRICS: dict[str, str] = {
     "runner_restarts": "Restarts of env runners, token runners and reward models so far: deaths and hangs after which "
     "the same was asked again.",
     "learner_restarts": "Restarts of the learners so far, after each of which the run went back to a checkpoint.",
+    "num_env_runners": "Env runners in processes of their own at the end of this iteration; 0: the driver collects.",
     "gradient_steps": "Optimizer steps so far.",
     "weights_version": "Number of updates whose weights were published to the env runners.",
     "env_steps_per_s": "Environment steps of this iteration over its wall time.",

@@ -51,6 +51,8 @@ class Progress:
         self.stop = settings.stop
         self.title = f"{settings.algorithm.rpartition('/')[2] or 'training'} · {settings.subject or 'no environment'}"
         self.is_supervised = is_supervised
+        runners = getattr(settings, "env_runners", None)
+        self.runners_vary = runners is not None and runners.num_env_runners == "auto"
         self.metrics: Metrics = {}
         self.curve = Sparkline()
         """Of the return, or in supervised training of the loss."""
@@ -261,6 +263,8 @@ def plain_line(progress: Progress) -> str:
         ]
         if metrics.get("evaluation/episode_return_mean") is not None:
             figures.insert(1, f"eval {_significant(metrics, 'evaluation/episode_return_mean'):>8}")
+        if progress.runners_vary:
+            figures.append(f"runners {_number(metrics, 'num_env_runners', 'd'):>4}")
     columns = [
         f"{part:4.0%}",
         f"iter {metrics['iteration']:>5}",
@@ -297,6 +301,7 @@ def _episode_rows(progress: Progress) -> list[tuple[Cell, Cell]]:
     m, goal, speed = progress.metrics, progress.stop.episode_return_mean, progress.env_steps_per_s()
     target = f" → {goal:g}" if goal is not None else ""
     span = f"{_significant(m, 'episode_return_min')} … {_significant(m, 'episode_return_max')}"
+    runners: Cell = ("env runners", _number(m, "num_env_runners", "d"), "")
     return [
         (("return", _significant(m, "episode_return_mean"), "bold green"), ("", f"{progress.curve}{target}", "green")),
         (("min … max", span, ""), ("episode length", _significant(m, "episode_length_mean"), "")),
@@ -309,6 +314,7 @@ def _episode_rows(progress: Progress) -> list[tuple[Cell, Cell]]:
             ("KL", _number(m, "learner/kl", ".4f"), ""),
             ("explained var.", _number(m, "learner/explained_variance", ".3f"), ""),
         ),
+        *([(runners, ("", "", ""))] if progress.runners_vary else []),
     ]
 
 

@@ -94,7 +94,8 @@ def _in_words(annotation: Any, constraints: list[Any]) -> str:
     if get_origin(annotation) is Annotated:
         return _in_words(_bare(annotation), list(get_args(annotation)[1:]))
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, get_args(annotation)))
+        values = [str(value) for value in get_args(annotation)]
+        return "one of " + ", ".join(values) if len(values) > 1 else values[0]
     if get_origin(annotation) is tuple:
         return f"a list with each item {_in_words(get_args(annotation)[0], [])}"
     if annotation in (int, float, Schedule):

@@ -106,8 +106,9 @@ class AtariSection(Section):
 class EnvRunnersSection(Section):
     """Who collects experience, and how much at a time."""
 
-    num_env_runners: int = Field(default=0, ge=0)
-    """Processes that collect experience; 0: the driver collects."""
+    num_env_runners: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Processes that collect experience; 0: the driver collects; auto: one for each CPU that learners leave free, and
+    with engine cluster more or fewer as its nodes come and go, with a batch that has a fragment of each."""
     num_envs_per_env_runner: int = Field(default=8, gt=0)
     """Environments that one runner steps together."""
     rollout_fragment_length: int = Field(default=128, gt=0)
@@ -116,6 +117,11 @@ class EnvRunnersSection(Section):
     """Batches that may wait for a learner which the runners do not wait for: where training.max_age is above 1."""
     when_queue_full: Literal["wait", "drop_oldest"] = "wait"
     """wait: the runners wait for the learner as well; drop_oldest: they go on; dropped_env_steps counts the rest."""
+
+    @property
+    def fewest(self) -> int:
+        """Who collects, the driver included; with auto there may be more."""
+        return 1 if self.num_env_runners == "auto" else max(1, self.num_env_runners)
 
 
 class ModelSection(Section):

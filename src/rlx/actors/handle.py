@@ -31,6 +31,11 @@ class ActorHandle:
         """How often the actor was started again: 0 is the first."""
         return self._actor.incarnation
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the machine is gone that its resources were from; so it is until it has the same on another one."""
+        return self._actor.is_lost
+
     def ready(self, timeout_s: float | None = None) -> None:
         """Return when the __init__ of the present incarnation has returned; raise what it raised, or how it has ended.
 

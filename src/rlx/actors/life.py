@@ -69,6 +69,11 @@ class ActorLife:
         """True once it has ended for good."""
         return self._end is not None
 
+    @property
+    def is_lost(self) -> bool:
+        """True while what it claimed was on a machine that is gone."""
+        return self._claim is not None and self._claim.is_lost
+
     def making(self) -> Future[None]:
         """Return the answer of the present incarnation's __init__; of an actor that has ended, how it did."""
         with self._lock:
@@ -234,12 +239,13 @@ class ActorLife:
         with self._lock:
             if self._end is not None:
                 return
-            self.incarnation += 1
-        if not self._watchers.hear_of_restarts:  # who does knows better what to say of it
-            logger.warning("actor %s is started again (restart %d)", self.name, self.incarnation)
         try:
-            if self._claim is not None and self._claim.is_lost:  # with its machine: it needs another one
-                self.start_with(self._claim.anew(), None)
+            anew = self._claim.anew() if self._claim is not None and self.is_lost else None  # on another machine
+            self.incarnation += 1
+            if not self._watchers.hear_of_restarts:  # who does knows better what to say of it
+                logger.warning("actor %s is started again (restart %d)", self.name, self.incarnation)
+            if anew is not None:
+                self.start_with(anew, None)
             else:
                 self.start()
         except Exception as error:  # there is no process to be had

@@ -75,6 +75,7 @@ class Pool:
         self._holding: list[Claim] = []
         self._waiting: collections.deque[Claim] = collections.deque()
         self._closed: str | None = None
+        self._tell_of_change: list[Callable[[], None]] = []
 
     @classmethod
     def of_this_machine(cls, given: Resources) -> Pool:
@@ -112,6 +113,21 @@ class Pool:
             self._waiting.append(claim)
         self.grant_waiting()
         return claim
+
+    def room_for(self, want: Resources) -> list[Resources]:
+        """Return `want`, which asks for no GPU, as often as it would be granted now; none while others wait.
+
+        Where there are several machines each names its own by a label, those of the emptiest first. ActorError once
+        nothing is granted any more.
+        """
+        with self._lock:
+            if self._closed is not None:
+                raise ActorError(f"nobody can have {want} any more: {self._closed}.")
+            return [] if self._waiting else self._room_for(want)
+
+    def when_changed(self, tell: Callable[[], None]) -> None:
+        """Call `tell()` whenever there is more or less in all, as machines join and leave; it must return at once."""
+        self._tell_of_change.append(tell)
 
     def reserve(self, bundles: Sequence[Resources], timeout_s: float | None, strategy: str = "pack") -> Reservation:
         """Return all of `bundles` once they are granted together; CallTimeout otherwise."""
@@ -185,6 +201,9 @@ class Pool:
         """Return where the claim's wants would lie now; None if there is no room."""
         placed = place(self._free, self._free_devices, claim.wants)
         return None if placed is None else [(None, devices) for devices in placed]
+
+    def _room_for(self, want: Resources) -> list[Resources]:
+        return [want] * times(self._free, want)
 
     def _free_of(self, name: str) -> float:
         return self._free[name]
@@ -292,6 +311,11 @@ def place(free: Amounts, free_devices: Mapping[str, float], wants: Sequence[Reso
         for name in placed[index]:
             left[name] -= share
     return [placed[index] for index in range(len(wants))]
+
+
+def times(free: Amounts, want: Resources) -> int:
+    """Return how often `want` is there."""
+    return min(int((free.get(name, 0) + EPSILON) / amount) for name, amount in want.amounts().items() if amount)
 
 
 def _sum(wants: Sequence[Resources]) -> Amounts:

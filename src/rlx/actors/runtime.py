@@ -161,6 +161,23 @@ class Runtime:
         timeout_s = self._pending_timeout_s if timeout_s is None else timeout_s
         return self._machine.reserve(bundles, timeout_s, strategy)
 
+    def room_for(self, want: Resources) -> list[Resources]:
+        """Return what as many more actors as there is room for now can ask for: `want`, which asks for no GPU.
+
+        On a cluster each has the label of its node as well, those of the emptiest first; an actor that is started with
+        it is never started again on another one.
+        """
+        with self._lock:
+            living = sum(not handle._actor.ended for handle in self._actors.values())
+        return self._machine.room_for(want)[: self._max_actors - living]
+
+    def when_resources_change(self, tell: Callable[[], None]) -> None:
+        """Call `tell()` whenever there is more or less in all, as nodes of a cluster join and leave.
+
+        It is called in the thread of all callbacks. Of a Ray cluster's machines nothing is told.
+        """
+        self._machine.when_changed(lambda: self._events.post(tell))
+
     # Data.
 
     def put(self, value: Any) -> Ref:

@@ -28,7 +28,7 @@ class Arrival:
 
 
 class Arrivals(CallLoop):
-    """Keeps every runner at work in a thread, and joins each `per_batch` fragments into one Arrival.
+    """Keeps every runner at work in a thread, and joins the next few fragments into one Arrival.
 
     At most `max_ahead` batches are being collected or wait, counted from the one being learned from (`used` says that
     it has been): the older ones push back. `queue_size` bounds those that are complete; when that many wait,
@@ -40,29 +40,38 @@ class Arrivals(CallLoop):
         actors: RunnerActors,
         num_steps: int,
         *,
-        per_batch: int,
         max_ahead: int,
         queue_size: int = 1,
         when_full: str = "wait",
     ) -> None:
         super().__init__(actors)
         self._num_steps = num_steps
-        self._per_batch, self._max_ahead = per_batch, max_ahead
+        self._max_ahead, self._per_batch = max_ahead, 1
         self._queue_size, self._drops = queue_size, when_full == "drop_oldest"
         self._samples: list[Sample] = []  # of the next batch
         self._queue: deque[Arrival] = deque()
         self._ahead = 0  # fragments asked for, of batches that are not used yet
+        self._taken = 0  # of these: those of the batch that was taken last
         self._dropped_steps = 0
 
-    def take(self) -> Arrival:
-        """Return the oldest batch that waits, or the next one. The thread below has a deadline for each runner."""
+    def take(self, per_batch: int) -> Arrival | None:
+        """Return the oldest batch that waits, or the next `per_batch` fragments; None where no runner is left.
+
+        The thread below has a deadline for each runner.
+        """
         started = perf_counter()
         with self._changed:
+            if per_batch != self._per_batch:
+                self._per_batch = per_batch
+                self._ring()
             self._start()
             while not self._queue:
                 self._raise_error()
+                if not len(self._actors):
+                    return None
                 self._changed.wait(PATIENCE_S)
             arrival = self._queue.popleft()
+            self._taken = len(arrival.samples)
             self._changed.notify_all()
         arrival.waited_s = perf_counter() - started
         return arrival
@@ -70,7 +79,8 @@ class Arrivals(CallLoop):
     def used(self) -> None:
         """Say that the batch taken last has been learned from: one more may be collected."""
         with self._changed:
-            self._ahead -= self._per_batch
+            self._ahead -= self._taken
+            self._taken = 0
             self._ring()
 
     @property
@@ -90,10 +100,10 @@ class Arrivals(CallLoop):
         self._actors.forget(self._calls)
         self._calls, self._samples, self._error = [], [], None
         self._queue.clear()
-        self._ahead = 0
+        self._ahead = self._taken = 0
 
     def _settle(self) -> None:
-        if len(self._samples) == self._per_batch:
+        if len(self._samples) >= self._per_batch:
             self._deliver()
 
     def _hear(self, call: Call) -> None:
@@ -101,13 +111,14 @@ class Arrivals(CallLoop):
 
     def _give_up(self, calls: list[Call]) -> None:
         self._ahead -= len(calls)
+        self._changed.notify_all()
 
     def _ask(self) -> None:
         """Ask for as many fragments as are allowed, whoever has the fewest to do first."""
         while self._ahead < self._max_ahead * self._per_batch:
-            asked = [sum(call.runner == runner for call in self._calls) for runner in range(len(self._actors))]
-            runner = asked.index(min(asked))
-            if asked[runner] >= ASKED_PER_RUNNER:
+            asked = {runner: sum(call.runner == runner for call in self._calls) for runner in self._actors.numbers}
+            runner = min(asked, key=asked.__getitem__, default=None)
+            if runner is None or asked[runner] >= ASKED_PER_RUNNER:
                 return
             self._calls.append(self._actors.ask_to_sample(runner, self._num_steps))
             self._ahead += 1
@@ -118,8 +129,9 @@ class Arrivals(CallLoop):
         with self._changed:
             while len(self._queue) >= self._queue_size:
                 if self._drops:
-                    self._dropped_steps += sum(sample.env_steps for sample in self._queue.popleft().samples)
-                    self._ahead -= self._per_batch
+                    dropped = self._queue.popleft().samples
+                    self._dropped_steps += sum(sample.env_steps for sample in dropped)
+                    self._ahead -= len(dropped)
                 elif self._stopping:
                     return  # it is delivered when the thread goes on
                 else:

@@ -80,7 +80,11 @@ class CallLoop(ABC):
                 call = self._actors.first(self._calls, bell)
                 if call is not None:
                     self._calls.remove(call)
-                    self._hear(call)
+                    if call.is_vain:
+                        with self._changed:
+                            self._give_up([call])
+                    else:
+                        self._hear(call)
         except BaseException as error:
             with self._changed:
                 lost = [call for call in self._calls if isinstance(call.outcome, Err)]

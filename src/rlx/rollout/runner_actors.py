@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from rlx.actors import ActorHandle, Err, Future, Ok, Restart, Runtime
+from rlx.actors import ActorHandle, Err, Future, Ok, Resources, Restart, Runtime
 from rlx.errors import ActorDied, ActorError, CallTimeout
 from rlx.rollout.first_ready import make_runner
 from rlx.rollout.normalizers import State
@@ -43,6 +44,8 @@ class Call:
     start_by: float = field(init=False)
     """Until when the actor may be starting, which is not counted."""
     outcome: Ok[Any] | Err | None = None
+    is_vain: bool = False
+    """Whether the runner was given up with its machine before it answered."""
 
     @property
     def value(self) -> Any:
@@ -77,7 +80,10 @@ OF_ENV_RUNNERS = Advice(
 
 
 class RunnerActors:
-    """Spawns the runners, and asks all of them together (`gather`) or takes what the first one answers (`first`)."""
+    """Spawns the runners, and asks all of them together (`gather`) or takes what the first one answers (`first`).
+
+    One that claims resources of a machine is given up when that machine is gone; another may have its number later.
+    """
 
     def __init__(
         self,
@@ -94,35 +100,72 @@ class RunnerActors:
         self._start_timeout_s, self._timeout_s = start_timeout_s, timeout_s
         self._restart = restart
         self._channel = runtime.channel("policy")
-        self._handles: list[ActorHandle] = []
+        self.numbers: Sequence[int] = ()
+        """Of the runners that have started, in order."""
+        self._handles: dict[int, ActorHandle] = {}
+        self._starting: list[Call] = []  # what those are asked that are still to start
         self._late: dict[str, str] = {}  # by name, in words: those that were ended because they did not answer
-        self._restarts_taken = 0
-        self._asked: list[list[Call]] = []  # by runner, oldest first
+        self._restarts_taken = self._restarts_before = 0  # before: of runners that were given up
+        self._asked: dict[int, list[Call]] = {}  # by runner, oldest first
         self._newest: dict[int, Future[Any]] = {}  # by runner: what it was asked for last
         self.calls: list[int] = []
-        """How often each runner was asked for what may begin episodes, in the whole run: see `EnvRunner.sample`."""
+        """How often those of each number were asked for what may begin episodes in the run: see `EnvRunner.sample`."""
 
     def __len__(self) -> int:
-        return len(self._handles)
+        return len(self.numbers)
 
-    def spawn(self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        """Start one more runner; `start` waits for it."""
+    def free_number(self) -> int:
+        """Return the smallest number that no runner has."""
+        return next(number for number in itertools.count() if number not in self._handles)
+
+    def spawn(
+        self, name: str, arguments: tuple[Any, ...], options: Mapping[str, Any], resources: Resources | None = None
+    ) -> None:
+        """Start one more runner, with the smallest free number; `start` waits for it, `admit` looks for it."""
+        number = self.free_number()
         handle = self._runtime.spawn(
             *(_make, self._make, *arguments),
             name=name,
+            resources=resources,
             restart=self._restart,
             stall_after_s=self._timeout_s / STALLS_PER_TIMEOUT,
             policy_channel=self._channel,
             **options,
         )
         self._runtime.monitor(handle, on_restart=self._on_restart)
-        self._handles.append(handle)
-        self._asked.append([])
-        self.calls.append(0)
+        self._handles[number], self._asked[number] = handle, []
+        self.calls += [0] * (number + 1 - len(self.calls))
+        self._starting.append(self.ask(number, "spaces", tuple, self._start_timeout_s))
 
     def start(self) -> Any:
-        """Return what every runner has to say once it is up: the environment's spaces."""
-        return self.gather([self.ask(index, "spaces", tuple, self._start_timeout_s) for index in range(len(self))])[0]
+        """Return what every runner has to say once it is up: the environment's spaces; None where none is left."""
+        said = self.gather(self._starting)
+        self.admit()
+        return said[0] if said else None
+
+    def admit(self) -> None:
+        """Have those take part that have started by now. Without who cannot start the others go on."""
+        for call in self._starting:
+            try:
+                self._wait([call], 0, at_most_s=0.0)
+            except ActorDied as died:
+                call.outcome = Err(died)
+            if isinstance(call.outcome, Ok):
+                self.numbers = sorted([*self.numbers, call.runner])
+            elif call.outcome is not None and not call.is_vain:
+                self._give_up(call.runner, call.outcome.error)
+        self._starting = [call for call in self._starting if call.outcome is None]
+
+    @property
+    def starting(self) -> int:
+        """How many runners take no part yet."""
+        return len(self._starting)
+
+    def give_up_lost(self) -> None:
+        """Give up those whose machines are gone, also where they were asked for nothing."""
+        for number, handle in list(self._handles.items()):
+            if handle.is_lost:
+                self._give_up(number, ActorDied("its machine is gone."))
 
     def publish(self, version: int, value: Mapping[str, Any]) -> None:
         """Have every call that begins from now on do so with this value; no runner is waited for."""
@@ -133,18 +176,18 @@ class RunnerActors:
         return self.ask(runner, "sample", lambda: (num_steps, self._count_call(runner)))
 
     def get_state(self, *, of_all: bool = True) -> list[State | None]:
-        """Return each runner's state, as it is after all that it was asked for before.
+        """Return each runner's state by its number, as it is after all that it was asked for; None where there is none.
 
         of_all: False waits for the first one, and for the others as long again and a second; who is late has None.
         """
         calls = [
-            self.ask(index, "get_state", lambda index=index: (self._count_call(index),)) for index in range(len(self))
+            self.ask(number, "get_state", lambda number=number: (self._count_call(number),)) for number in self.numbers
         ]
         if of_all:
-            return self.gather(calls)
+            self.gather(calls)
         try:
             started = monotonic()
-            while all(call.outcome is None for call in calls):
+            while calls and all(call.outcome is None for call in calls):
                 self._wait(calls, 1)
             ends = monotonic() + (monotonic() - started) + STRAGGLER_S
             while (late := [call for call in calls if call.outcome is None]) and monotonic() < ends:
@@ -152,16 +195,17 @@ class RunnerActors:
         finally:
             self.forget(calls)
         self.gather([call for call in calls if call.outcome is not None])
-        return [None if call.outcome is None else call.value for call in calls]
+        answers = {call.runner: call.value for call in calls if isinstance(call.outcome, Ok)}
+        return [answers.get(number) for number in range(len(self.calls))]
 
     def set_state(self, states: Sequence[State | None], calls: Sequence[int]) -> None:
-        """Give each runner its state; one without goes on as it is."""
-        self.calls = list(calls)
+        """Give each runner the state of its number; one without goes on as it is."""
+        self.calls = [*calls, *[0] * (len(self.calls) - len(calls))]
         self.gather(
             [
-                self.ask(index, "set_state", lambda state=state: (state,))
-                for index, state in enumerate(states)
-                if state is not None
+                self.ask(number, "set_state", lambda state=state: (state,))
+                for number, state in enumerate(states)
+                if state is not None and number in self.numbers
             ]
         )
 
@@ -174,16 +218,17 @@ class RunnerActors:
         return call
 
     def gather(self, calls: Sequence[Call]) -> list[Any]:
-        """Return the answers to all calls, in their order."""
+        """Return the answers to all calls, in their order, without those of runners that were given up."""
         try:
             while missing := [call for call in calls if call.outcome is None]:
                 self._wait(missing, len(missing))
         except BaseException:
             self.forget(calls)
             raise
+        calls = [call for call in calls if not call.is_vain]
         failed = [call for call in calls if isinstance(call.outcome, Err)]
         if failed:
-            names = ", ".join(self._handles[call.runner].name for call in failed)
+            names = ", ".join(call.future.actor for call in failed)
             error = failed[0].outcome.error  # type: ignore[union-attr]
             error.add_note(f"{failed[0].method}() failed in {len(failed)} of {len(calls)} actors: {names}")
             raise error
@@ -207,8 +252,8 @@ class RunnerActors:
     def forget(self, calls: Sequence[Call]) -> None:
         """Never mind the answers to these; the runners work at them all the same."""
         for call in calls:
-            if call in self._asked[call.runner]:
-                self._asked[call.runner].remove(call)
+            if call in (asked := self._asked.get(call.runner, [])):
+                asked.remove(call)
 
     def incarnation(self, runner: int) -> int:
         """Return how often a runner was started again; what the last one knew, the next one does not."""
@@ -216,13 +261,13 @@ class RunnerActors:
 
     def take_restarts(self) -> int:
         """Return how many runners were started again since the last call."""
-        total = sum(handle.incarnation for handle in self._handles)
+        total = self._restarts_before + sum(handle.incarnation for handle in list(self._handles.values()))
         taken, self._restarts_taken = self._restarts_taken, total
         return total - taken
 
     def close(self) -> None:
         """Close the environments as far as the runners still answer, then end the processes."""
-        handles, self._handles = self._handles, []
+        handles, self._handles, self.numbers = list(self._handles.values()), {}, ()
         if not handles:
             return
         # An interrupted runner still collects, and who pressed Ctrl-C does not want to wait for it.
@@ -252,12 +297,16 @@ class RunnerActors:
         patience_s = min(at_most_s, *(call.deadline - monotonic() for call in calls), IDLE_S)
         self._runtime.wait([*(call.future for call in calls), *bell], count, max(0.0, patience_s))
         for call in calls:
-            if call.future.done() or (monotonic() >= call.deadline and not call.actors._is_starting(call)):
+            is_late = monotonic() >= call.deadline
+            if call.outcome is None and (call.future.done() or (is_late and not call.actors._is_starting(call))):
                 call.actors._note(call)
 
     def _note(self, call: Call) -> None:
         """Note the answer to a call, or that it is late; ask again if the runner is lost."""
         outcome = call.future.outcome() if call.future.done() else Err(self._timeout_of(call))
+        if isinstance(outcome, Err) and self._handles[call.runner].is_lost:
+            self._give_up(call.runner, outcome.error)
+            return
         asked = self._asked[call.runner]
         asked.remove(call)
         if asked and call.future.done():  # its time begins now
@@ -269,6 +318,16 @@ class RunnerActors:
             self._late[self._handles[call.runner].name] = str(outcome.error)
             self._runtime.restart(self._handles[call.runner])
         self._send(call)
+
+    def _give_up(self, runner: int, why: BaseException) -> None:
+        """Go on without it: what it was asked for nobody answers."""
+        handle = self._handles.pop(runner)
+        self.numbers = [number for number in self.numbers if number != runner]
+        for call in self._asked.pop(runner):
+            call.outcome, call.is_vain = Err(why), True
+        log.warning("%s is given up, and the run goes on without it: %s", handle.name, why)
+        self._runtime.kill(handle)
+        self._restarts_before += handle.incarnation
 
     def _is_starting(self, call: Call) -> bool:
         """Return whether the actor is being started again, within its time; then what it is asked for has longer."""

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from time import perf_counter
-from typing import Any
+from contextlib import suppress
+from time import monotonic, perf_counter
+from typing import Any, Literal
 
 import numpy as np
 
-from rlx.actors import Restart, Runtime
-from rlx.errors import CheckpointError
+from rlx.actors import Resources, Restart, Runtime
+from rlx.errors import ActorDied, CheckpointError, Infeasible
 from rlx.nets.observation import Space
 from rlx.rollout.arrivals import Arrivals
 from rlx.rollout.env_changes import Changes, EnvChange, changes_from_state, changes_to_state, with_change
 from rlx.rollout.env_runner import BuildPolicy, EnvRunner
 from rlx.rollout.first_ready import FirstReadyRunner, make_runner
+from rlx.rollout.free_cpus import FreeCpus
 from rlx.rollout.normalizers import Normalizer, RewardScaler, State
 from rlx.rollout.runner_actors import Call, RunnerActors
 from rlx.rollout.sample import Sample
 from rlx.rollout.vector import EnvSource
 from rlx.trajectory import Trajectory
 
+log = logging.getLogger("rlx")
+
 ADVICE_AFTER_SAMPLES = 5
 
 
 class RunnerGroup:
     """Collects with `num_runners` EnvRunners in processes of their own, or with one in this process if it is 0.
+
+    With "auto" there are as many as there are CPUs, less `kept_cpus`: see `FreeCpus`. On a cluster they become more
+    when a node joins, with the smallest free numbers, and fewer when theirs leaves; `begin` and `arrive` see to it.
 
     Runner r owns the environments r * num_envs and on, counted over the whole group, so what it collects depends on
     the seed and its number only. `runtime` returns the actor runtime; it is asked only if num_runners > 0, and
@@ -40,7 +48,8 @@ class RunnerGroup:
         env: EnvSource,
         build_policy: BuildPolicy,
         *,
-        num_runners: int = 0,
+        num_runners: int | Literal["auto"] = 0,
+        kept_cpus: int = 0,
         num_envs: int,
         runtime: Callable[[], Runtime] | None = None,
         start_timeout_s: float = 60.0,
@@ -49,7 +58,6 @@ class RunnerGroup:
         reward_clip: float = 10.0,
         **runner_options: Any,
     ) -> None:
-        self.num_runners = num_runners
         self._reward_clip = reward_clip
         self._normalizer = Normalizer()
         self.env_changes: Changes = ()
@@ -57,6 +65,8 @@ class RunnerGroup:
         self._samples = 0
         self._local: EnvRunner | FirstReadyRunner | None = None
         self._actors: RunnerActors | None = None
+        self._free_cpus: FreeCpus | None = None
+        self._told: int | None = None  # how many runners, in the log
         self._arrivals: Arrivals | None = None
         self._begun: list[Call] = []
         self._waiting: list[Sample] = []  # a fragment that was collected and not yet taken
@@ -65,15 +75,26 @@ class RunnerGroup:
             self._spaces = self._local.spaces()
         else:
             assert runtime is not None, "runners in processes of their own need a runtime"
-            self._actors = RunnerActors(runtime(), start_timeout_s, sample_timeout_s, restart)
+            self._runtime = runtime()
+            self._actors = RunnerActors(self._runtime, start_timeout_s, sample_timeout_s, restart)
+            self._made_of = (env, num_envs, build_policy), runner_options
+            claims: list[Resources | None] = [None] if num_runners == "auto" else [None] * num_runners
+            if num_runners == "auto":
+                self._free_cpus = FreeCpus(self._runtime, kept_cpus)
+                claims = self._free_cpus.take(0) or claims
             try:
-                for index in range(num_runners):
-                    first = {"first_env_index": index * num_envs}
-                    self._actors.spawn(f"env_runner/{index}", (env, num_envs, build_policy), runner_options | first)
-                self._spaces = self._actors.start()
+                for claim in claims:
+                    self._spawn(claim)
+                self._spaces: Any = self._actors.start()
+                self._follow()
             except BaseException:
                 self.close()
                 raise
+
+    @property
+    def num_runners(self) -> int:
+        """How many runners in processes of their own there are now."""
+        return 0 if self._actors is None else len(self._actors)
 
     def spaces(self) -> tuple[Space, Space]:
         """Return the observation and action space of one environment."""
@@ -101,7 +122,8 @@ class RunnerGroup:
 
         What is published meanwhile they act with in the one after that.
         """
-        self._begun = [self._remote.ask_to_sample(index, num_steps) for index in range(self.num_runners)]
+        self._follow()
+        self._begun = [self._remote.ask_to_sample(number, num_steps) for number in self._remote.numbers]
 
     @property
     def has_begun(self) -> bool:
@@ -124,15 +146,18 @@ class RunnerGroup:
             joined.transfer_s = 0.0
         return joined
 
-    def arrive(self, num_steps: int, **limits: Any) -> Sample:
+    def arrive(self, num_steps: int, per_batch: int | None = None, **limits: Any) -> Sample:
         """Return the fragments of `num_steps` steps that the next runners finish, joined along B in their order.
 
-        All runners go on meanwhile, and after it, within the limits of `Arrivals`; `used` says that one more may be
-        collected. The runners must be in processes of their own.
+        per_batch: how many; None: as many as there are runners. All runners go on meanwhile, and after it, within the
+        limits of `Arrivals`; `used` says that one more may be collected. The runners must be in processes of their own.
         """
         if self._arrivals is None:
             self._arrivals = Arrivals(self._remote, num_steps, **limits)
-        arrival = self._arrivals.take()
+        arrival = None
+        while arrival is None:
+            self._follow()
+            arrival = self._arrivals.take(per_batch or self.num_runners)
         joined = self._join(arrival.samples, arrival.trajectory, arrival.waited_s)
         joined.dropped_steps = self._arrivals.take_dropped()
         return joined
@@ -158,9 +183,10 @@ class RunnerGroup:
         return joined
 
     def _collect(self, num_steps: int) -> list[Sample]:
-        if not self.has_begun:
-            self.begin(num_steps)
-        self._finish()
+        while not self._waiting:  # all that has begun may be lost, with the machines
+            if not self._begun:
+                self.begin(num_steps)
+            self._finish()
         samples, self._waiting = self._waiting, []
         return samples
 
@@ -169,6 +195,43 @@ class RunnerGroup:
         begun, self._begun = self._begun, []
         if begun:
             self._waiting = self._remote.gather(begun)
+
+    def _spawn(self, claim: Resources | None) -> None:
+        actors, (arguments, options) = self._remote, self._made_of
+        number = actors.free_number()
+        options = {**options, "first_env_index": number * arguments[1]}
+        actors.spawn(f"env_runner/{number}", arguments, options, claim)
+
+    def _follow(self) -> None:
+        """Give up the runners of nodes that are gone, start others where nodes have joined, let in who has started.
+
+        Waits for runners where none is left.
+        """
+        actors, free = self._remote, self._free_cpus
+        if free is None:
+            return
+        ends = monotonic() + self._runtime.system_timeout_s
+        while free.have_changed or actors.starting or not len(actors):
+            if self._arrivals is not None:
+                self._arrivals.pause()
+            actors.give_up_lost()
+            if free.have_changed:
+                for claim in free.take(len(actors) + actors.starting):
+                    with suppress(Infeasible):  # that node has left again
+                        self._spawn(claim)
+            if len(actors):
+                actors.admit()
+                break
+            if actors.starting:
+                self._spaces = actors.start() or self._spaces
+            elif not free.wait(ends - monotonic()):
+                raise ActorDied(
+                    "all env runners were lost with their nodes, and no node with a free CPU has joined the cluster "
+                    f"within {self._runtime.system_timeout_s:g} s; start one with `rlx start`, and resume the run."
+                )
+        if len(actors) != self._told:
+            log.info("env_runners.num_env_runners=auto: %d env runners, one for each free CPU", len(actors))
+            self._told = len(actors)
 
     def advice(self) -> str | None:
         """Return a sentence if runners in processes of their own do not pay here, else None."""
@@ -209,7 +272,7 @@ class RunnerGroup:
     def set_state(self, state: State) -> None:
         """Continue where `get_state` was called; the weights and statistics reach the runners with `publish`."""
         saved = state["runners"]
-        if len(saved) != max(1, self.num_runners):
+        if self._free_cpus is None and len(saved) != max(1, self.num_runners):
             raise CheckpointError(
                 f"the state holds {len(saved)} env runners and this group has {max(1, self.num_runners)}; "
                 "resume with the num_env_runners of the saved run."
@@ -223,8 +286,17 @@ class RunnerGroup:
             self._remote.forget(self._begun)
             self._begun, self._waiting = [], [Sample.from_state(one) for one in state.get("waiting", ())]
             self._remote.set_state(saved, [calls] * len(saved) if isinstance(calls, int) else calls)
+            self._tell_of_others({number for number, one in enumerate(saved) if one is not None})
         self._normalizer = Normalizer.from_state(state["normalizer"])
         self.env_changes = changes_from_state(state.get("env_changes", ()))
+
+    def _tell_of_others(self, saved: set[int]) -> None:
+        now = set(self._remote.numbers)
+        if self._free_cpus is not None and saved != now:
+            log.info(
+                "%d env runners were saved and there are %d: of %d the unfinished episodes are lost, %d begin new ones",
+                *(len(saved), len(now), len(saved - now), len(now - saved)),
+            )
 
     def close(self) -> None:
         """Release the environments and end the runners' processes; closing twice is fine."""

@@ -11,7 +11,7 @@ from rlx import actors
 from rlx.actors import Resources, Restart
 from rlx.actors.cluster.membership import NodeInfo
 from rlx.actors.cluster.placement import ClusterPool
-from rlx.errors import Infeasible
+from rlx.errors import ActorError, Infeasible
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(90)
@@ -40,6 +40,30 @@ def test_four_bundles_on_three_machines_of_three_cpus(strategy, places):
         assert pool.claim("four", [CPU] * 4, strategy).places == places
     three = a_pool(3, 3, 3).claim("three", [CPU] * 3, strategy).places
     assert three == ([0, 1, 2] if "spread" in strategy else [0, 0, 0])
+
+
+def test_there_is_room_for_as_many_as_would_be_granted_each_on_its_machine():
+    pool = a_pool(1, 3.5, 2, kind="small")
+    node = lambda number, **labels: Resources(cpu=1, labels={**labels, "node": f"n{number}"})  # noqa: E731
+    assert pool.room_for(CPU) == [node(1)] * 3 + [node(2)] * 2 + [node(0)]
+    assert pool.room_for(Resources(cpu=1, labels={"kind": "small"})) == [node(0, kind="small")]
+    first = pool.claim("first", [pool.room_for(CPU)[0]])
+    assert first.places == [1] and pool.room_for(CPU) == [node(1)] * 2 + [node(2)] * 2 + [node(0)]
+    changes = []
+    pool.when_changed(lambda: changes.append(len(pool.room_for(CPU))))
+    pool.remove(1)
+    pool.remove(1)
+    pool.add(7, NodeInfo("n7", "-", 4, 0, 2**30))
+    assert changes == [3, 7] and first.is_lost
+    with pytest.raises(Infeasible, match="no machine of this cluster has 1 CPU, node=n1"):
+        first.anew()
+    waiting = pool.claim("all", [Resources(cpu=1)] * 7)
+    assert waiting.granted and not pool.claim("one", [CPU]).granted and pool.room_for(CPU) == []
+    waiting.release()
+    assert len(pool.room_for(CPU)) == 6
+    pool.close("the head is lost")
+    with pytest.raises(ActorError, match=r"nobody can have 1 CPU any more: the head is lost\."):
+        pool.room_for(CPU)
 
 
 def test_bundles_that_only_fit_one_way_find_it():

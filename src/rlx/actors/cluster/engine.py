@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,6 @@ class ClusterEngine(LocalEngine):
         self._nodes: dict[int, Node] = {}  # by incarnation
         self._present: dict[int, NodeInfo] = {}  # as the head said last
         self._unreachable: set[int] = set()  # of those, what cannot be linked, as was said
-        self._tell_of_nodes: list[Callable[[], None]] = []
         self._spawned = 0
         self._pool: ClusterPool | None = None
         self._placing = threading.Lock()
@@ -152,20 +151,14 @@ class ClusterEngine(LocalEngine):
         env = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         return {"env": env | spec.env, "cwd": os.getcwd(), "path": [*map(str, sys.path)]}
 
-    def when_nodes_change(self, tell: Callable[[], None]) -> None:
-        """Call `tell()` whenever a node has joined or is gone, in the thread of callbacks; it must return soon."""
-        self._tell_of_nodes.append(tell)
-
     def forget(self, node: Node) -> None:
         """The node is gone; where the head still counts it in, it is linked anew."""
         self.mirrors.remove(node.link)
         with self._placing:
+            if self._pool is not None:  # first: who finds no node finds its claims lost
+                self._pool.remove(node.info.incarnation)
             self._nodes = {number: other for number, other in self._nodes.items() if other is not node}
-            pool = self._pool
-        if pool is not None:
-            pool.remove(node.info.incarnation)
         self._link_again()
-        self._note_change()
 
     def close(self, timeout_s: float) -> None:
         """End the idle actors, then the links, upon which nodes kill the rest."""
@@ -228,7 +221,6 @@ class ClusterEngine(LocalEngine):
             pool = self._pool
         if pool is not None:
             pool.add(number, info)
-        self._note_change()
 
     def _need_forkserver(self) -> None:
         """Have one, a new one if it has ended."""
@@ -258,16 +250,15 @@ class ClusterEngine(LocalEngine):
                 if isinstance(node, HomeNode):
                     node.lose("has lost its forkserver")
 
-    def _note_change(self) -> None:
-        for tell in self._tell_of_nodes:
-            self.events.post(tell)
-
     def _lose_head(self, how: str) -> None:
         """Without the head nobody knows who belongs to the cluster: the run ends, and can be resumed."""
         if not self.closing:
             with self._placing:
                 self._head_lost = f"the head of the cluster ({self._address}) {how}"
                 self._placeable.notify_all()
+                pool = self._pool
+            if pool is not None:
+                pool.close(self._head_lost)
             self._first.settle(partial(_head_error, self._head_lost))
             logger.error("%s; all actors of this runtime end with it", self._head_lost)
             for node in list(self._nodes.values()):

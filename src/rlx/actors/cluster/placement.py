@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from rlx.actors.cluster.membership import NodeInfo
-from rlx.actors.resources import EPSILON, Amounts, Claim, Devices, Placement, Pool, Resources, place
+from rlx.actors.resources import EPSILON, Amounts, Claim, Devices, Placement, Pool, Resources, place, times
 
 MAX_TRIES = 10_000  # of bundles on machines, before a reservation counts as one that does not fit
 
@@ -59,6 +60,7 @@ class ClusterPool(Pool):
             self._ledgers[number] = Ledger(info)
             self.total = self._sum()
         self.grant_waiting()
+        self._note_change()
 
     def remove(self, number: int) -> None:
         """A machine is gone; what was held there is held no more."""
@@ -68,6 +70,11 @@ class ClusterPool(Pool):
             self.total = self._sum()
             for claim in self._holding:
                 claim.lost += [number] if number in claim.places else []
+        self._note_change()
+
+    def _note_change(self) -> None:
+        for tell in self._tell_of_change:
+            tell()
 
     def _sum(self) -> Resources:
         totals = [ledger.total for ledger in self._ledgers.values()]
@@ -112,6 +119,13 @@ class ClusterPool(Pool):
         for want, number, devices in zip(claim.wants, claim.places, claim.devices, strict=True):
             if number in self._ledgers:
                 self._ledgers[number].book(want, devices, sign)
+
+    def _room_for(self, want: Resources) -> list[Resources]:
+        rooms = []
+        for ledger in self._ledgers.values():
+            here = dataclasses.replace(want, labels={**want.labels, "node": ledger.labels["node"]})
+            rooms.append([here] * times(ledger.free, want) if ledger.fit(here) is not None else [])
+        return [here for room in sorted(rooms, key=len, reverse=True) for here in room]
 
     def _free_of(self, name: str) -> float:
         return sum(ledger.free.get(name, 0) for ledger in self._ledgers.values())

@@ -42,8 +42,6 @@ CALL_BITS = 40
 class NodeEngine(LocalEngine):
     """The local engine, driven from another machine. It ends with the driver's link, and `ended` is called once."""
 
-    closed = "was closed with its node"
-
     def __init__(
         self,
         node: machine.Node,
@@ -320,6 +318,8 @@ class RelayedActor(LocalActor):
     def _tell_end(self, why: Answer) -> None:
         self._node.relayed.pop(self._first_call >> CALL_BITS, None)
         self.slot.update(status="dead")
+        if self._node.closing:  # the link ends as well, and tells that the machine is gone and not this actor only
+            return
         outcome = why()
         self._tell_driver(wire.EXITED, self._first_call, str(outcome.error) if isinstance(outcome, Err) else "ended")
 

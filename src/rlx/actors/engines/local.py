@@ -53,8 +53,6 @@ class LocalEngine:
     capabilities: frozenset[str] = frozenset({"processes", "stalls", "cancellation", "resources"})
     where = ""
     """In the text of a death, where it was: nothing on the reader's own machine."""
-    closed = "was closed with its runtime"
-    """How a death by `close` is described."""
 
     def __init__(
         self,

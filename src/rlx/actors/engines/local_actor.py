@@ -125,7 +125,7 @@ class LocalActor(ProcessActor):
         if self._killed and "SIGKILL" in how:
             self._how = self._killed
         elif self._engine.closing:
-            self._how = self._engine.closed
+            self._how = "was closed with its runtime"
         for key in (self, self.ready):
             self._reactor.clear_deadline(key)
         self._link.finish(self._bury)
