@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rlx.actors.monitor import logger
-from rlx.actors.resources import WAIT_WARNING_S, Claim, Devices, Pool, Resources
+from rlx.actors.resources import WAIT_WARNING_S, Claim, Devices, Placement, Pool, Resources
 from rlx.errors import CallTimeout
 
 
@@ -149,11 +149,9 @@ class Bundle(Pool):
         replacing = self.replacing
         return super().waiting_for(claim) if replacing is None else replacing.waiting()
 
-    def _fit(self, claim: Claim) -> bool:
-        if self.replacing is not None or not super()._fit(claim):
-            return False
-        claim.places = [self.place] * len(claim.wants)
-        return True
+    def _fit(self, claim: Claim) -> Placement | None:
+        placement = super()._fit(claim) if self.replacing is None else None
+        return placement and [(self.place, devices) for _, devices in placement]
 
     def give_back(self, claim: Claim) -> None:
         """Take back what the claim holds."""
