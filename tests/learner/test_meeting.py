@@ -1,17 +1,22 @@
 """How learners meet: over which addresses, and what is said where one does not come."""
 
 import contextlib
+import os
+import signal
 import socket
 from functools import partial
 
+import numpy as np
 import pytest
 
 from rlx import actors
+from rlx.actors.cluster.credentials import ClusterKey
 from rlx.actors.machine import Node
-from rlx.errors import RlxError
+from rlx.errors import Infeasible, RlxError
 from rlx.learner.learner import Learner
-from rlx.learner.learner_group import LearnerGroup
+from rlx.learner.learner_group import LearnerGroup, LearnersLost
 from rlx.learner.meeting import Meeting, interface_of, open_store
+from tests.actors.cluster.conftest import Daemon
 from tests.actors.cluster.namespaces import Network, why_not
 
 A, B = Node("a", "127.0.0.1"), Node("b", "127.0.0.2")
@@ -93,6 +98,36 @@ def test_a_group_refuses_what_would_leave_the_machine_unless_it_may(problem, rt,
         RlxError, match=r"learner/1 on node n \(10.0.0.1\) would .* set learners.allow_plain_gradients=true"
     ):
         LearnerGroup(problem.build, problem.loss, device="cpu", num_learners=2, runtime=lambda: rt)
+
+
+@pytest.mark.slow
+def test_two_learners_at_two_addresses_of_a_cluster_equal_one(problem, tmp_path):
+    """Without leave they have no room; with it they meet again at another port when one has died."""
+    key = ClusterKey.create(tmp_path / "cluster.key")
+    options = {"device": "cpu", "num_learners": 2, "start_timeout_s": 30.0}
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(contextlib.closing(Daemon(key, "a", cpu=1)))
+        stack.enter_context(contextlib.closing(Daemon(key, "b", head.address, host="127.0.0.2", cpu=1)))
+        rt = stack.enter_context(actors.runtime("cluster", address=head.address, token_file=key.path))
+        with pytest.raises(Infeasible, match=r"lower .* or set learners.allow_plain_gradients=true"):
+            LearnerGroup(problem.build, problem.loss, runtime=lambda: rt, **options)
+        restart = actors.Restart(max=1, backoff_s=0.01)
+        options |= {"allow_plain_gradients": True, "restart": restart, "runtime": lambda: rt}
+        one = LearnerGroup(problem.build, problem.loss, device="cpu")
+        two = LearnerGroup(problem.build, problem.loss, **options)
+        assert [actor.node.call().result(10.0) for actor in two._actors] == [A, B]
+        state = two.get_state()
+        one.update(problem.batch(seed=1), **problem.update, seed=1)
+        for _ in range(2):
+            two.update(problem.batch(seed=1), **problem.update, seed=1)
+            np.testing.assert_allclose(two.weights(), one.weights(), rtol=0, atol=1e-6)
+            if not any(two._incarnations()):
+                os.kill(rt.state()["learner/0"].pid, signal.SIGKILL)
+                with pytest.raises(LearnersLost):
+                    two.update(problem.batch(seed=2), **problem.update, seed=2)
+                two.set_state(state)
+        assert two._incarnations() == [1, 1]
+        two.close()
 
 
 @pytest.mark.slow

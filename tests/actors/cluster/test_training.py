@@ -162,20 +162,36 @@ def learning(**fault_tolerance):
     return made.env_runners(num_env_runners=0).checkpointing(interval=1).runtime(seed=3)
 
 
-@pytest.mark.parametrize("victim", ["learner/1 killed", "learner/1 stopped", "b killed", "b unplugged"])
+@pytest.fixture(scope="module")
+def undisturbed():
+    return train(learning(), 6)
+
+
+ONE_EACH = {"a": 1, "b": 1, "driver": 1}
+
+
+@pytest.mark.parametrize(
+    "victim, cpus, before, after",
+    [
+        ("learner/1 killed", ONE_EACH, ["a", "b"], ["a", "b"]),
+        ("learner/1 stopped", ONE_EACH, ["a", "b"], ["a", "b"]),
+        ("b killed", ONE_EACH, ["a", "b"], ["a", "driver"]),
+        ("b unplugged", ONE_EACH, ["a", "b"], ["a", "driver"]),
+        ("b killed", {"a": 0.5, "b": 1, "driver": 2}, ["b", "driver"], ["driver", "driver"]),
+    ],
+)
 def test_learners_go_on_from_the_last_save_elsewhere_when_one_dies_with_its_node(
-    victim, network, start_apart, open_apart, monkeypatch, caplog
+    victim, cpus, before, after, undisturbed, network, start_apart, open_apart, monkeypatch, caplog
 ):
-    local = train(learning(), 6)
     patience = Patience(every_s=0.1, suspect_s=0.5, dead_s=3.0)
-    head = start_apart("a", cpu=1, patience=patience)
-    other = start_apart("b", head.address, cpu=1, patience=patience)
-    start_apart("driver", head.address, cpu=1, patience=patience)
+    head = start_apart("a", cpu=cpus["a"], patience=patience)
+    other = start_apart("b", head.address, cpu=cpus["b"], patience=patience)
+    start_apart("driver", head.address, cpu=cpus["driver"], patience=patience)
     rt = open_apart(head, preload=PRELOAD, patience=patience)
     monkeypatch.setattr(LazyRuntime, "__call__", lambda self: rt)
     with learning(max_restarts=2, update_timeout_s=6.0 if "stopped" in victim else 300.0).build() as algorithm:
         rows = {number: algorithm.train() for number in range(1, 4)}
-        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", "b"]
+        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == before
         if victim.startswith("learner/1"):
             number = signal.SIGKILL if "killed" in victim else signal.SIGSTOP
             os.kill(rt.state()["learner/1"].pid, number)
@@ -189,12 +205,11 @@ def test_learners_go_on_from_the_last_save_elsewhere_when_one_dies_with_its_node
                 rows[row["iteration"]] = row
         finally:
             network.plug("b")
-        left = "b" if victim.startswith("learner/1") else "driver"
-        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == ["a", left]
+        assert [node_of(rt, f"learner/{rank}") for rank in range(2)] == after
     assert rows[6]["learner_restarts"] == 1
     if "stopped" in victim:
         assert "learner/1.update() on node b (10.77.2.2) has not answered within 6 s" in caplog.text
-    assert repr([computed(rows[number]) for number in range(1, 7)]) == repr(local)
+    assert repr([computed(rows[number]) for number in range(1, 7)]) == repr(undisturbed)
 
 
 def test_learners_for_which_there_is_no_room_any_more_end_the_run_and_say_so(start_apart, open_apart, monkeypatch):
