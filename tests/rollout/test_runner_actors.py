@@ -1,11 +1,13 @@
 """Deadlines of calls to actors that are started again: real kills, and starts that a test holds up."""
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ActorDied
-from rlx.rollout.runner_actors import Advice, RunnerActors
+from rlx.rollout.runner_actors import Advice, Call, RunnerActors
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -106,3 +108,24 @@ def test_who_is_stopped_as_soon_as_it_is_back_is_found_by_the_deadline_of_its_ca
     Path(f"{gate}.fate").write_text("SIGKILL SIGSTOP")
     assert made.gather([made.ask(0, "work", lambda: (1,))])[0][0] == 1
     assert made.incarnation(0) == 2
+
+
+def test_calls_that_end_between_two_looks_are_asked_again_in_their_order(monkeypatch):
+    """Else the next incarnation collects the second one first, and it may be learned from after the first."""
+    made = RunnerActors(SimpleNamespace(channel=str, wait=lambda *_: None), 1.0, 1.0, None)  # pyright: ignore
+    calls = [Call(made, 0, "sample", tuple, 60.0) for _ in range(2)]
+    ended = []
+
+    class Ending(SimpleNamespace):
+        def done(self):
+            if ended:
+                return True
+            ended.append(self)
+            return False
+
+    for call in calls:
+        call.future, call.deadline = Ending(), math.inf  # pyright: ignore
+    noted = []
+    monkeypatch.setattr(made, "_note", noted.append)
+    made._wait(calls, 1)
+    assert noted == calls[: len(noted)]

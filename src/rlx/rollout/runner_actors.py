@@ -296,9 +296,11 @@ class RunnerActors:
         """Wait until `count` calls are answered, or one is late; note the answers, and ask again who is lost."""
         patience_s = min(at_most_s, *(call.deadline - monotonic() for call in calls), IDLE_S)
         self._runtime.wait([*(call.future for call in calls), *bell], count, max(0.0, patience_s))
+        # The last one first: where they end between two looks, none counts as done without those asked before it.
+        done = {call for call in reversed(calls) if call.future.done()}
         for call in calls:
             is_late = monotonic() >= call.deadline
-            if call.outcome is None and (call.future.done() or (is_late and not call.actors._is_starting(call))):
+            if call.outcome is None and (call in done or (is_late and not call.actors._is_starting(call))):
                 call.actors._note(call)
 
     def _note(self, call: Call) -> None:
