@@ -1,0 +1,230 @@
+"""What machines do to actors on other nodes: deaths, stops, a clock that jumps, too little of something."""
+
+import contextlib
+import itertools
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import zlib
+
+import cloudpickle
+import numpy as np
+import psutil
+import pytest
+
+from rlx import actors
+from rlx.actors import Restart
+from rlx.actors.cluster.daemon import NodeDaemon, Options
+from rlx.actors.cluster.heartbeat import Patience
+from rlx.errors import ActorDied, ActorError, CallTimeout
+
+cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
+pytestmark = pytest.mark.timeout(120)
+T = 40.0
+GB = 2**30
+
+
+class Worker:
+    def __init__(self, channel=None):
+        self.channel, self.count = channel, 0
+
+    def add(self):
+        self.count += 1
+        return self.count
+
+    def pid(self):
+        return os.getpid()
+
+    def end(self, how):
+        print("the last words", file=sys.stderr, flush=True)
+        if how == "_exit":
+            os._exit(3)
+        if how == "exit":
+            sys.exit(4)
+        os.kill(os.getpid(), how)
+
+    def doze(self, seconds):
+        time.sleep(seconds)
+        return "late"
+
+    def take_slowly(self, number):
+        if number % 1000 == 0:
+            time.sleep(0.02)
+        return number
+
+    def sum(self, value):
+        return value.sum().item()
+
+    def count_up(self, count):
+        return np.arange(count)
+
+    def watch(self, count):
+        """Return how many versions were seen, all of them complete and each newer than the one before."""
+        seen, newest = 0, 0
+        while newest < count:
+            published = self.channel.latest()
+            if published is None or published.version == newest:
+                continue
+            data, checksum = published.value
+            assert published.version > newest and zlib.crc32(data) == checksum
+            seen, newest = seen + 1, published.version
+        return seen
+
+
+@pytest.fixture(scope="module")
+def nodes(start):
+    head = start("a")
+    return head, start("b", head.address)
+
+
+@pytest.fixture
+def rt(key, nodes):
+    options = {"address": nodes[0].address, "token_file": key.path, "preload": ("numpy",)}
+    with actors.runtime("cluster", **options) as rt:
+        yield rt
+
+
+def pair(rt, **options):
+    """Return one actor on each node."""
+    workers = [rt.spawn(Worker, **options) for _ in range(2)]
+    for worker in workers:
+        worker.ready(T)
+    return workers
+
+
+HOW = {
+    signal.SIGKILL: r"was killed by SIGKILL",
+    signal.SIGSEGV: r"was killed by SIGSEGV",
+    signal.SIGABRT: r"was killed by SIGABRT",
+    "_exit": "ended with exit code 3",
+    "exit": "ended with exit code 4",
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_death_of_an_actor_on_a_node_is_told_in_full_and_others_go_on(rt, how):
+    doomed, other = pair(rt)
+    with pytest.raises(ActorDied, match=rf"(?s)pid \d+ on [ab]\) {HOW[how]} in end\(\).*\n  the last words"):
+        doomed.end.call(how).result(T)
+    assert other.add.call().result(T) == 1
+    assert rt.spawn(Worker).add.call().result(T) == 1
+
+
+def test_a_stopped_actor_on_a_node_is_a_stall_and_what_it_says_late_is_taken(rt):
+    slow, other = pair(rt, stall_after_s=0.2)
+    stalled = threading.Event()
+    rt.monitor(slow, on_stall=lambda *_: stalled.set())
+    pid = slow.pid.call().result(T)
+    os.kill(pid, signal.SIGSTOP)
+    call = slow.add.call()
+    assert stalled.wait(10.0)
+    with pytest.raises(CallTimeout, match=r"add\(\) on [ab] has not answered within 0\.1 s"):
+        call.result(0.1)
+    assert other.add.call().result(T) == 1
+    os.kill(pid, signal.SIGCONT)
+    assert call.result(T) == 1
+    os.kill(pid, signal.SIGSTOP)
+    rt.kill(slow)
+    with pytest.raises(ActorDied, match=r"was ended by kill\(\)"):
+        slow.add.call().result(T)
+
+
+def test_ten_thousand_calls_are_under_way_both_ways_to_actors_that_are_slow(rt):
+    workers = pair(rt, max_pending=20_000)
+    calls = [worker.take_slowly.call(number) for number in range(5000) for worker in workers]
+    assert [call.result(T) for call in calls] == [number for number in range(5000) for _ in workers]
+
+
+def test_readers_on_nodes_see_complete_versions_only_while_they_are_killed(rt):
+    channel = rt.channel("weights")
+    rng = np.random.default_rng(0)
+    watchers = pair(rt, channel=channel, restart=Restart(max=100, backoff_s=0.01))
+    watching = [watcher.watch.call(120) for watcher in watchers]
+    for version in range(1, 121):
+        data = rng.bytes(200_000)
+        channel.publish((np.frombuffer(data, np.uint8), zlib.crc32(data)), version)
+        if version in (30, 60):
+            pid = rt.state()[watchers[0].name].pid
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+    assert watching[1].result(T) > 0
+    assert isinstance(watching[0].exception(T), ActorDied)
+    while True:  # until the timeout of this test: the second death may be yet to come
+        with contextlib.suppress(ActorDied):
+            assert watchers[0].watch.call(120).result(T) > 0
+            break
+
+
+def test_a_daemon_without_descriptors_starts_no_actor_and_keeps_those_that_it_has(rt, nodes):
+    workers = pair(rt)
+    limits = [(node.process.pid, resource.prlimit(node.process.pid, resource.RLIMIT_NOFILE)) for node in nodes]
+    try:
+        for pid, (_, hard) in limits:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + 2, hard))
+        with pytest.raises(ActorError, match=r"on [ab] could not be started: .*(Too many open files|ulimit -n)"):
+            rt.spawn(Worker).ready(T)
+        assert [worker.add.call().result(T) for worker in workers] == [1, 1]
+    finally:
+        for pid, limit in limits:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    assert rt.spawn(Worker).add.call().result(T) == 1
+
+
+def test_a_clock_that_jumps_is_nobodys_timeout(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLX_HOME", str(tmp_path))
+    quick = Patience(every_s=0.02, suspect_s=0.5, dead_s=5.0)
+    real, jumps = time.time, itertools.cycle([0.0, 86_400.0, -86_400.0])
+    with contextlib.closing(NodeDaemon(Options("here", str(key.path), "127.0.0.1"))) as node:
+        options = {"address": node.address, "token_file": key.path, "preload": (), "patience": quick}
+        with actors.runtime("cluster", **options) as rt:
+            worker = rt.spawn(Worker)
+            worker.ready(T)
+            before = dict(rt._engine._nodes)
+            monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+            for count in range(1, 50):
+                assert worker.add.call().result(1.0) == count
+                time.sleep(0.005)  # some beats of both hearts
+            with pytest.raises(CallTimeout):
+                worker.doze.call(0.2).result(0.05)
+            assert rt._engine._nodes == before
+
+
+def held(nodes):
+    """Return how many descriptors, threads and processes the daemons have, and the driver."""
+    found = []
+    for process in [psutil.Process(node.process.pid) for node in nodes] + [psutil.Process()]:
+        found.append((process.num_fds(), process.num_threads(), len(process.children(recursive=True))))
+    return found
+
+
+@pytest.mark.slow
+def test_rounds_of_spawn_and_death_leave_nothing_on_nodes_and_driver(rt, nodes):
+    def play(rounds):
+        for _ in range(rounds):
+            workers = [rt.spawn(Worker) for _ in range(4)]
+            for worker, how in zip(workers[:2], ("_exit", signal.SIGKILL), strict=True):
+                assert isinstance(worker.end.call(how).exception(T), ActorDied)
+            for worker in workers[2:]:
+                rt.kill(worker)
+
+    play(40)  # each node's list of actors keeps 64 that have ended, and has grown to that
+    before = held(nodes)
+    play(40)
+    deadline = time.monotonic() + T
+    while held(nodes) != before:
+        assert time.monotonic() < deadline, (before, held(nodes))
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(psutil.virtual_memory().available < 8 * GB, reason="needs 8 GB of memory")
+def test_a_message_of_more_than_two_gigabytes_goes_to_a_node_and_back(rt):
+    worker, count = pair(rt)[1], 2_100_000_000 // 8
+    assert worker.sum.call(np.arange(count)).result(150.0) == count * (count - 1) // 2
+    back = worker.count_up.call(count).result(150.0)
+    assert len(back) == count and back.sum() == count * (count - 1) // 2
+    assert worker.add.call().result(T) == 1
