@@ -87,6 +87,7 @@ class NodeDaemon:
         self._ended, self.bell_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.refused: str | None = None
         self._engines: set[NodeEngine | HomeDriver] = set()
+        self._closed = False
         self._lock = threading.Lock()
         self._endings = EventThread("rlx-node-endings")
         self._head = Head(self.info, self._patience) if options.head is None else None
@@ -106,7 +107,9 @@ class NodeDaemon:
         self._doorman.close()
         if self._membership is not None:
             self._membership.close()
-        for engine in list(self._engines):
+        with self._lock:
+            self._closed, engines = True, list(self._engines)
+        for engine in engines:
             self._end(engine)
         self._endings.close(CLOSE_TIMEOUT_S)
         if self._head is not None:
@@ -146,7 +149,11 @@ class NodeDaemon:
             return
         with self._lock:
             self._engines.add(engine)
-        engine.begin()
+            is_late = self._closed
+        if is_late:  # it was let in just before the door was closed
+            self._end(engine)
+        else:
+            engine.begin()
 
     def _look(self, words: list[str]) -> list[tuple[int, str, str]]:
         """Return what a command that looks at actors says here: exit code, output and errors for each driver's."""
