@@ -46,8 +46,8 @@ def rows(run: str | Path) -> list[dict]:
 
 
 def learned(row: dict) -> dict:
-    """Return what the run computed: all but times and evaluations."""
-    watched = ("time/", "evaluation/", "env_steps_per_s")
+    """Return what the run computed: all but times, evaluations and who collected."""
+    watched = ("time/", "evaluation/", "env_steps_per_s", "num_env_runners")
     return {name: value for name, value in row.items() if not name.startswith(watched)}
 
 
