@@ -12,7 +12,6 @@ at the end of a step is stored without a call in between, as Python runs handler
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import errno
 import socket
@@ -20,7 +19,6 @@ import ssl
 import struct
 import threading
 from collections.abc import Sequence
-from itertools import accumulate
 
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.wire import Outbox
@@ -62,7 +60,7 @@ class SecureSocket:
         self._text = memoryview(bytearray(CHUNK_BYTES + MAX_RECORD_BYTES))
         self._received: list[int] = []
         """How many bytes of records there are, as recv_into returned them."""
-        self._is_fed = False  # whether OpenSSL has got them
+        self._index, self._is_fed = 0, False  # of the records the one in work, and whether OpenSSL has got it
         self._start = self._end = 0  # of the text that has not been read
 
     @property
@@ -125,7 +123,7 @@ class SecureSocket:
             place, count, whole, received = self._decrypt(view)
             rest = received - whole  # no call from here to the return, or to where the text is kept
             self._records[:rest] = self._records[whole:received]
-            self._received, self._is_fed = [rest], False
+            self._received, self._index, self._is_fed = [rest], 0, False
             if place is view:
                 return count
             self._start, self._end = 0, count
@@ -201,23 +199,23 @@ class SecureSocket:
                 raise self._broken(error) from error
 
     def _decrypt_records(self, sizes: list[int], place: memoryview) -> int:
-        """Decrypt the records with texts of these sizes; return where they end.
-
-        An interrupted call may have come far: what OpenSSL has not taken yet tells how far.
-        """
+        """Decrypt the records with texts of these sizes, but for those that an interrupted call has; return the end."""
         assert self._tls is not None
-        ends = list(accumulate(RECORD_HEADER.size + OVERHEAD_BYTES + size for size in sizes))
-        if not self._is_fed:
-            if not self._incoming.pending:  # else an interrupt came behind the next line
-                self._incoming.write(self._records[: ends[-1]])
-            self._is_fed = True
-        done = bisect.bisect_right(ends, ends[-1] - self._incoming.pending)
-        offset, read = sum(sizes[:done]), self._tls.read
-        for size in sizes[done:]:
-            if read(RECORD_BYTES, place[offset:]) != size:  # type: ignore[arg-type]
-                raise ConnectionAbortedError("a record of TLS is not of the kind that rlx writes")
-            offset += size
-        return ends[-1]
+        start = offset = 0
+        for index, size in enumerate(sizes):
+            end = start + RECORD_HEADER.size + OVERHEAD_BYTES + size
+            if index >= self._index:
+                if index > self._index:
+                    self._index, self._is_fed = index, False
+                if not self._is_fed:
+                    if not self._incoming.pending:  # else an interrupt came behind the next line
+                        self._incoming.write(self._records[start:end])
+                    self._is_fed = True
+                is_to_do = self._incoming.pending  # else an interrupt came behind the next line
+                if is_to_do and self._tls.read(RECORD_BYTES, place[offset:]) != size:  # type: ignore[arg-type]
+                    raise ConnectionAbortedError("a record of TLS is not of the kind that rlx writes")
+            start, offset = end, offset + size
+        return start
 
     def _broken(self, error: OSError) -> ConnectionError:
         """Return the error as what a link expects; tells the other end first, if OpenSSL wants to."""
