@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +36,7 @@ ROWS = {
     "join_s": ("node's command to first answer of an actor there, s", "{:.2f}"),
     "call_us": ("call between machines, answer awaited, µs", "{:,.0f}"),
     "echo_ms": ("10 MiB there and back, ms", "{:.1f}"),
+    "bulk_ms": ("100 MiB to an actor there, until it has read it, ms", "{:.0f}"),
     "weights_ms": ("25 MiB to 4 actors there, until all have read it, ms", "{:.0f}"),
     "death_ms": ("SIGKILL of a machine's processes to the error of a call, ms", "{:,.0f}"),
 }
@@ -85,12 +89,52 @@ def main() -> None:
         table.append([title, *cells, f"{statistics.median(rays) / statistics.median(ours):.1f}x"])
     import ray
 
-    facts = machine()
+    facts, rates = machine(), link_rates(8 * options.rounds)
     text = (
         f"{markdown_table(['', 'rlx, with TLS', f'Ray {ray.__version__}', 'Ray / rlx'], table)}\n\n"
-        f"Medians of {options.rounds} rounds, lowest and highest. {describe(facts)} Others kept {busy:.2f} cores busy."
+        f"Medians of {options.rounds} rounds, lowest and highest. Over TLS alone, frames of 64 MiB go from one process "
+        f"into the memory of another at {statistics.median(rates):.2f} GB/s ({min(rates):.2f} to {max(rates):.2f}). "
+        f"{describe(facts)} Others kept {busy:.2f} cores busy."
     )
-    publish(options.out, "cluster", {"rows": rows, "machine": facts}, text)
+    publish(options.out, "cluster", {"rows": rows, "link_gbs": rates, "machine": facts}, text)
+
+
+def link_rates(frames: int, size: int = 64 * 2**20) -> list[float]:
+    """Return how many GB a second a link carries, frame by frame, between two processes and without actors."""
+    from rlx.actors.cluster.credentials import ClusterKey
+    from rlx.actors.cluster.secure_socket import SecureSocket
+    from rlx.actors.engines.wire import FrameReader, Outbox, encode
+
+    def end(sock: socket.socket, tls: Any, is_server: bool) -> tuple[SecureSocket, Callable[[], object]]:
+        secure, poll = SecureSocket(sock, tls, is_server), select.poll()
+        poll.register(sock.fileno(), select.POLLIN if is_server else select.POLLOUT)
+        while secure.negotiate():
+            select.select([sock], [], [])
+        return secure, poll.poll
+
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as listener:
+        key, sender = ClusterKey.create(Path(folder) / "cluster.key"), os.fork()
+        data = memoryview(np.ones(size, np.uint8))
+        if sender == 0:
+            secure, wait = end(socket.create_connection(listener.getsockname()), key.client_context(), False)
+            outbox = Outbox(secure)  # type: ignore[arg-type]
+            for _ in range(frames + 1):
+                outbox.add(encode(0, message=(b"", [data])))
+                while not outbox.flush():
+                    wait()
+            os._exit(0)
+        secure, wait = end(listener.accept()[0], key.server_context(), True)
+        reader, times = FrameReader(secure, allocate=lambda _: [data]), list[float]()  # type: ignore[arg-type]
+        while len(times) <= frames:
+            try:
+                reader.read()
+            except BlockingIOError:
+                wait()
+            if reader.frames:
+                reader.frames.pop()
+                times.append(time.perf_counter())
+        os.waitpid(sender, 0)
+    return [size / 1e9 / (after - before) for before, after in itertools.pairwise(times)]
 
 
 @contextlib.contextmanager
@@ -178,6 +222,7 @@ def drive_rlx(given: dict[str, Any]) -> dict[str, float]:
         found = _measure(
             lambda: workers[0].nothing.call().result(PATIENCE_S),
             lambda data: workers[0].echo.call(data).result(PATIENCE_S),
+            lambda data: workers[0].total.call(data).result(PATIENCE_S),
         )
         channel = rt.channel("weights")
 
@@ -206,6 +251,7 @@ def drive_ray(given: dict[str, Any]) -> dict[str, float]:
     found = _measure(
         lambda: ray.get(workers[0].nothing.remote()),
         lambda data: ray.get(workers[0].echo.remote(data)),
+        lambda data: ray.get(workers[0].total.remote(data)),
     )
 
     def weights(array: np.ndarray) -> list[float]:
@@ -225,7 +271,9 @@ def drive_ray(given: dict[str, Any]) -> dict[str, float]:
     raise SystemExit("a call on a machine that is dead was answered")
 
 
-def _measure(call: Callable[[], Any], echo: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+def _measure(
+    call: Callable[[], Any], echo: Callable[[np.ndarray], np.ndarray], total: Callable[[np.ndarray], float]
+) -> dict[str, float]:
     for _ in range(100):
         call()
     began = time.perf_counter()
@@ -240,7 +288,14 @@ def _measure(call: Callable[[], Any], echo: Callable[[np.ndarray], np.ndarray]) 
         back = echo(data)
         times.append(time.perf_counter() - began)
         assert back[0] == number and len(back) == len(data)
-    return {"call_us": call_us, "echo_ms": statistics.median(times[3:]) * 1e3}
+    echo_ms = statistics.median(times[3:]) * 1e3
+    data, times = np.zeros(100 * 2**20, np.uint8), []
+    for number in range(8):
+        data[0] = number
+        began = time.perf_counter()
+        assert total(data) == number
+        times.append(time.perf_counter() - began)
+    return {"call_us": call_us, "echo_ms": echo_ms, "bulk_ms": statistics.median(times[3:]) * 1e3}
 
 
 def _measure_weights(send: Callable[[np.ndarray], list[float]]) -> dict[str, float]:
