@@ -126,7 +126,10 @@ class Pool:
             return [] if self._waiting else self._room_for(want)
 
     def when_changed(self, tell: Callable[[], None]) -> None:
-        """Call `tell()` whenever there is more or less in all, as machines join and leave; it must return at once."""
+        """Call `tell()` whenever there is more or less in all, as machines join and leave; it must return at once.
+
+        Also when nothing is granted any more.
+        """
         self._tell_of_change.append(tell)
 
     def reserve(self, bundles: Sequence[Resources], timeout_s: float | None, strategy: str = "pack") -> Reservation:
@@ -165,6 +168,7 @@ class Pool:
             waiting, self._waiting = list(self._waiting), collections.deque()
         for claim in waiting:
             claim.decide(ActorError(f"{claim.holder} cannot have {claim}: {why}."))
+        self._note_change()
 
     def in_use(self) -> bool:
         """True while somebody holds something, or waits for it."""
@@ -201,6 +205,10 @@ class Pool:
         """Return where the claim's wants would lie now; None if there is no room."""
         placed = place(self._free, self._free_devices, claim.wants)
         return None if placed is None else [(None, devices) for devices in placed]
+
+    def _note_change(self) -> None:
+        for tell in self._tell_of_change:
+            tell()
 
     def _room_for(self, want: Resources) -> list[Resources]:
         return [want] * times(self._free, want)

@@ -50,7 +50,7 @@ def test_there_is_room_for_as_many_as_would_be_granted_each_on_its_machine():
     first = pool.claim("first", [pool.room_for(CPU)[0]])
     assert first.places == [1] and pool.room_for(CPU) == [node(1)] * 2 + [node(2)] * 2 + [node(0)]
     changes = []
-    pool.when_changed(lambda: changes.append(len(pool.room_for(CPU))))
+    pool.when_changed(lambda: changes.append(len(pool.room_for(CPU)) if pool._closed is None else "closed"))
     pool.remove(1)
     pool.remove(1)
     pool.add(7, NodeInfo("n7", "-", 4, 0, 2**30))
@@ -62,6 +62,7 @@ def test_there_is_room_for_as_many_as_would_be_granted_each_on_its_machine():
     waiting.release()
     assert len(pool.room_for(CPU)) == 6
     pool.close("the head is lost")
+    assert changes[2:] == ["closed"]  # who waits for a change waits no longer
     with pytest.raises(ActorError, match=r"nobody can have 1 CPU any more: the head is lost\."):
         pool.room_for(CPU)
 

@@ -72,10 +72,6 @@ class ClusterPool(Pool):
                 claim.lost += [number] if number in claim.places else []
         self._note_change()
 
-    def _note_change(self) -> None:
-        for tell in self._tell_of_change:
-            tell()
-
     def _sum(self) -> Resources:
         totals = [ledger.total for ledger in self._ledgers.values()]
         return Resources(sum(t.cpu for t in totals), sum(t.gpu for t in totals), sum(t.memory for t in totals))
