@@ -228,6 +228,27 @@ def test_learners_that_would_wait_for_each_other_in_one_process_are_refused(caps
     assert main(["train", "tiny.yaml", "--set", "runtime.engine=inline", "--set", "learners.num_learners=1"]) == 0
 
 
+@pytest.mark.parametrize("address", ["here", "10.0.0.1", "10.0.0.1:99999", "http://10.0.0.1"])
+def test_an_address_of_a_cluster_has_a_port(address, capsys):
+    changes = ["--set", "runtime.engine=cluster", "--set", f"runtime.address={address}"]
+    sentence = f"runtime.address is '{address}'; with runtime.engine=cluster it must be HOST:PORT of the cluster's head"
+    for config in ("tiny.yaml", "grpo"):
+        fails_with(capsys, ["train", config, "--run-dir", "made", *changes], 2, sentence)
+    assert not Path("made").exists()
+
+
+def test_a_cluster_that_nothing_of_the_run_is_on_is_told(capsys):
+    changes = ["--set", "runtime.engine=cluster", "--set", "runtime.address=127.0.0.1:1"]  # where nobody listens
+    sentence = (
+        "runtime.engine=cluster, and nothing of this run is there: runners and learners are in the driver; set "
+        "env_runners.num_env_runners or learners.num_learners above 0"
+    )
+    assert main(["train", "tiny.yaml", *changes]) == 0
+    assert sentence in capsys.readouterr().err
+    assert main(["train", "tiny.yaml"]) == 0
+    assert "nothing of this run" not in capsys.readouterr().err
+
+
 def test_every_wrong_setting_is_named_at_once(capsys):
     arguments = ["train", "tiny.yaml", "--set", "training.clp_range=1", "--set", "training.epochs=0"]
     said = fails_with(capsys, arguments, 2, "training.clp_range is not a setting")

@@ -115,6 +115,7 @@ def test_what_keeps_a_node_from_joining_is_one_sentence(cluster, tmp_path):
     ]:
         said = terminal.type("start", "--address", address, *words, code=code)
         assert said.startswith("rlx: error: ") and sentence in said and said.count("\n") == 1, said
+        assert said.endswith(".\n"), said
     said = terminal.type("start", "--address", "127.0.0.1:1", code=1)
     assert said.startswith("rlx: error: nobody listens at 127.0.0.1:1")
     assert sorted(terminal.daemons()) == ["a", "b"]

@@ -94,7 +94,7 @@ def test_launch_prints_what_it_would_do(terminal):
     (command,) = terminal.type("launch", "--hosts", "h1", "--python", "/opt/my env/python", "--dry-run").splitlines()
     words = shlex.split(command)
     assert words[:6] == ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "h1"]
-    assert words[7:] == ["<", "~/.rlx/cluster.key"]
+    assert words[7:] == ["<", str(terminal.home / "cluster.key")]
     shell, c, script = shlex.split(words[6])
     assert (shell, c) == ("sh", "-c")
     assert "'/opt/my env/python' -m rlx.cli start --address HEAD:PORT" in script and script.startswith("umask 077;")

@@ -48,6 +48,8 @@ class Algorithm(Trainable):
         self.runners = build_runners(s, build, self._runtime, self.callbacks.for_runners())
         self._build_policy = functools.partial(build, *self.runners.spaces())
         self.learners = build_learners(s, self._build_policy, type(self), self._runtime)
+        if s.learners.num_learners:  # which have claimed on a cluster what was kept for them
+            self.runners.keep_cpus(0)
         self._evaluator = Evaluator(self._build_policy)
 
     # What a subclass writes -------------------------------------------------------------------------------------

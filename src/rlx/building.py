@@ -45,6 +45,11 @@ class LazyRuntime:
         return self._runtime
 
     @property
+    def is_unused(self) -> bool:
+        """Whether a cluster is named, and no part of the run is there: not even its address was tried."""
+        return self._engine in ("cluster", "ray") and self._runtime is None
+
+    @property
     def is_closed(self) -> bool:
         """Whether no more actors can be made."""
         return self._is_closed

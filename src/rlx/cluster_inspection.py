@@ -46,10 +46,12 @@ def of_actor(options: argparse.Namespace) -> None:
     said = list(_ask(options, words))
     known = list({one.out: one for one in said if one.code == 0}.values())  # a driver's machine has all logs
     if not known:
-        reasons = list(dict.fromkeys(one.err.strip().removeprefix("rlx: error: ") for one in said))
-        raise ActorError(f"no node of the cluster can tell: {' '.join(reasons) or 'no actor is on it.'}")
+        reasons = [f"node {one.node}: {one.err.strip().removeprefix('rlx: error: ').rstrip('.')}" for one in said]
+        raise ActorError(f"no node of the cluster can tell: {'; '.join(reasons) or 'no actor is on it'}.")
     print("\n\n".join(f"node {one.node}\n{one.out.rstrip()}" for one in known))
-    print(*(one.err.strip() for one in known if one.err.strip()), sep="\n", end="", file=sys.stderr)
+    for one in known:
+        if one.err.strip():
+            print(one.err.strip(), file=sys.stderr)
 
 
 def trace(options: argparse.Namespace) -> None:

@@ -55,8 +55,11 @@ def launch(options: argparse.Namespace, key: ClusterKey | None) -> None:
         return [by_ssh(host, python, address, fingerprint) for host in others]
 
     if key is None:
+        from rlx.actors.cluster.credentials import DEFAULT_PATH
+
+        path = (options.token_file or DEFAULT_PATH).expanduser()
         for starter in starters(UNKNOWN_ADDRESS, "KEY"):
-            print(f"{shlex.join(starter.command)} < {options.token_file or '~/.rlx/cluster.key'}")
+            print(f"{shlex.join(starter.command)} < {shlex.quote(str(path))}")
         return
     expected = [name, *(name_of(host) for host in others)]
     if len(set(expected)) < len(expected):

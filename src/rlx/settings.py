@@ -280,11 +280,8 @@ class RuntimeSection(Section):
 
     def check(self, num_learners: int) -> None:
         """Raise ConfigError where learners would have to meet in one thread, or an address is nobody's."""
-        if self.engine == "cluster" and self.address is None:
-            raise ConfigError(
-                "runtime.engine=cluster needs runtime.address, HOST:PORT of the cluster's head, as `rlx start --head` "
-                "prints it."
-            )
+        if self.engine == "cluster":
+            _check_address_of_head(self.address)
         if self.address is not None and self.engine not in ("cluster", "ray"):
             raise ConfigError(
                 f"runtime.address={self.address} is that of a cluster, and runtime.engine is {self.engine}; set "
@@ -300,6 +297,18 @@ class RuntimeSection(Section):
                 f"runtime.engine=inline has one process, in which learners.num_learners={num_learners} cannot learn "
                 "side by side; set runtime.engine=local, or num_learners to 0 or 1."
             )
+
+
+def _check_address_of_head(address: str | None) -> None:
+    form = "HOST:PORT of the cluster's head, as `rlx start --head` prints it."
+    if address is None:
+        raise ConfigError(f"runtime.engine=cluster needs runtime.address, {form}")
+    from rlx.actors.cluster.daemon import parse_address
+
+    try:
+        parse_address(address)
+    except ValueError:
+        raise ConfigError(f"runtime.address is {address!r}; with runtime.engine=cluster it must be {form}") from None
 
 
 class StopSection(Section):

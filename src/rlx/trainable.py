@@ -78,6 +78,8 @@ class Trainable(ABC):
         self._schedules: dict[str, Any] = {}  # those that were changed, as written
         try:
             self._build()
+            if self._runtime.is_unused:
+                self._warn_of_unused_cluster()
             self.callbacks("on_algorithm_start", self)
             if restore is not None:
                 self.restore(restore)
@@ -121,6 +123,15 @@ class Trainable(ABC):
         """Return the seed of the next update for `purpose`; it depends on the run's seed and updates so far only."""
         entropy = [self.settings.runtime.seed, self.learners.version, *purpose.encode()]
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _warn_of_unused_cluster(self) -> None:
+        on_text = hasattr(self.settings, "token_runners")
+        runners = "token_runners.num_token_runners" if on_text else "env_runners.num_env_runners"
+        log.warning(
+            "runtime.engine=%s, and nothing of this run is there: runners and learners are in the driver; set %s or "
+            "learners.num_learners above 0",
+            *(self.settings.runtime.engine, runners),
+        )
 
     def _finite(self, stats: dict[str, float]) -> dict[str, float]:
         for name, value in stats.items():

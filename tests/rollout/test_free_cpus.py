@@ -4,7 +4,9 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import gymnasium
@@ -19,6 +21,7 @@ from rlx.errors import ActorDied, ActorError, CheckpointError
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import build_policy
 from rlx.rollout.env_runner import EnvRunner
+from rlx.rollout.free_cpus import FreeCpus
 from rlx.rollout.runner_group import RunnerGroup
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -129,6 +132,26 @@ def test_what_others_have_claimed_is_not_counted(make_group):
     with actors.runtime("inline", resources=Resources(cpu=4)) as runtime:
         runtime.spawn(dict, resources=Resources(cpu=2.5))
         assert make_group(runtime).num_runners == 1
+
+
+@pytest.mark.parametrize("sizes, given", [((2, 1), [1]), ((1, 2), [0]), ((3, 2), [0, 0, 0]), ((1, 1, 1), [0])])
+def test_what_is_kept_for_learners_is_on_one_machine_where_one_has_so_much(rt, sizes, given):
+    pool = ClusterPool({number: replace(NODES[number], cpu=cpu) for number, cpu in enumerate(sizes)})
+    runtime = SimpleNamespace(room_for=pool.room_for, when_resources_change=pool.when_changed)
+    taken = FreeCpus(runtime, kept=2).take(0)  # type: ignore[arg-type]
+    assert [want.labels for want in taken if want is not None] == [{"node": f"n{number}"} for number in given]
+
+
+def test_what_learners_have_claimed_is_not_kept_twice(make_group, rt):
+    nodes = Nodes(rt, 0, 1)
+    group = make_group(rt, kept_cpus=2)
+    assert group.num_runners == 2
+    learners = rt.reserve([Resources(cpu=1)] * 2, T, "strict_pack")
+    group.keep_cpus(0)
+    nodes.join(2, group)
+    started(group)
+    assert group.sample(STEPS).env_steps == 4 * ENVS * STEPS
+    learners.release()
 
 
 @pytest.mark.parametrize("restart", [None, Restart(max=3, per_s=60)])

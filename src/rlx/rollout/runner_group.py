@@ -117,6 +117,11 @@ class RunnerGroup:
         """Have all environments changed, with the next `publish`; those made later are changed so, too."""
         self.env_changes = with_change(self.env_changes, change)
 
+    def keep_cpus(self, count: int) -> None:
+        """From now on leave so many CPUs to others, with "auto"; those who have claimed theirs need none of these."""
+        if self._free_cpus is not None:
+            self._free_cpus.keep(count)
+
     def begin(self, num_steps: int) -> None:
         """Have the runners, which must be in processes of their own, collect the fragment that `sample` returns next.
 

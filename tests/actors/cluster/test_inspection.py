@@ -1,6 +1,7 @@
 """What another terminal sees of actors on many machines."""
 
 import json
+import os
 import threading
 
 import cloudpickle
@@ -73,7 +74,19 @@ def test_ps_shows_the_actors_of_every_node(cluster, capsys):
     assert code == 0 and {first.splitlines()[0], second.splitlines()[0]} == {"node a", "node b"}
     assert out.count("worker/0") == 1 and out.count("worker/1") == 1 and "hang_here()" in out
     code, out, _ = rlx(capsys, "ps", "--json", *cluster)
-    assert sorted(json.loads(out)) == ["a", "b"]
+    nodes = json.loads(out)
+    assert sorted(nodes) == ["a", "b"]
+    assert {actor["status"] for runtimes in nodes.values() for one in runtimes for actor in one["actors"]} == {"alive"}
+
+
+@pytest.mark.slow
+def test_the_drivers_machine_counts_what_is_unanswered_elsewhere(cluster, capsys):
+    code, out, _ = rlx(capsys, "ps", "--json")
+    [driver] = [runtime for runtime in json.loads(out) if runtime["driver"] == os.getpid()]
+    assert code == 0 and {actor["name"]: actor["pending"] for actor in driver["actors"]} == {
+        "worker/0": 0,
+        "worker/1": 1,
+    }
 
 
 @pytest.mark.slow
@@ -82,7 +95,8 @@ def test_an_actor_is_found_on_its_node(cluster, capsys):
     assert "in hang_here" in rlx(capsys, "stack", "worker/1", *cluster)[1]
     assert rlx(capsys, "logs", "worker/0", *cluster)[1].splitlines()[1:] == ["at work"]
     code, _, err = rlx(capsys, "why", "worker/7", *cluster)
-    assert code == 1 and "no node of the cluster can tell: " in err and "worker/7" in err
+    assert code == 1 and "no node of the cluster can tell: node a: no actor is named 'worker/7'; there is" in err
+    assert "; node b: " in err and err.endswith(".\n")
 
 
 @pytest.mark.slow

@@ -259,7 +259,10 @@ class ClusterEngine(LocalEngine):
                 pool = self._pool
             if pool is not None:
                 pool.close(self._head_lost)
-            self._first.settle(partial(_head_error, self._head_lost))
+            if not self._first.done():  # who opens this runtime is told
+                why = f"the daemon at {self._address} {how}: it is not the head of a cluster, or has ended"
+                self._first.settle(partial(_head_error, why))
+                return
             logger.error("%s; all actors of this runtime end with it", self._head_lost)
             for node in list(self._nodes.values()):
                 node.lose(f"belongs to no cluster any more: the head ({self._address}) {how}")

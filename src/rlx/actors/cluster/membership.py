@@ -149,7 +149,7 @@ class Head:
         same = [other for other, known in self._nodes.items() if known.name == info.name]
         taken = [self._nodes[other] for other in same if other.is_alive] + [self._own] * (self._own.name == info.name)
         if taken and taken[0].address != info.address:
-            peer.tell(wire.EXITED, f"there is a node {taken[0]} already; start this one with another --name")
+            peer.tell(wire.EXITED, f"there is a node {taken[0]} already; start this one with another --name.")
             return
         for other in same:
             other.lose("has joined anew")  # its connection is dead, and nobody has noticed yet
@@ -258,7 +258,7 @@ class Membership:
         if not self._closed.is_set():
             logger.warning("the head %s; knocking until it is back", how)
         if not self._answered.is_set():
-            self._why_not = f"what was to be the head {how}; give the address of the head's daemon"
+            self._why_not = f"what was to be the head {how}; give the address of the head's daemon."
             self._answered.set()
         self._lost.set()
 

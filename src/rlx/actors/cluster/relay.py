@@ -307,6 +307,7 @@ class RelayedActor(LocalActor):
         message = self._open(frame)
         if kind == wire.READY:
             self.ready.settle(nothing)
+            self.slot.update(status="alive")  # which elsewhere is noted by the driver's own half
         elif kind in (wire.REPLY, wire.ERROR, wire.CANCELLED):
             with self._lock:
                 self._pending.pop(frame.call_id, None)

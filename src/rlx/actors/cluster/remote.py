@@ -220,6 +220,9 @@ class RemoteActor(ProcessActor):
     def take(self, frame: Frame) -> None:
         """A frame has come from it, or of it."""
         self._take(frame)
+        with self._lock:
+            if self._end is None:  # else the slot is the next incarnation's
+                self.slot.update(sent=len(self._pending))  # what is done is counted on the other machine
 
     def lose(self, how: str) -> None:
         """Its node is given up."""
