@@ -522,6 +522,21 @@ def test_the_owners_own_views_keep_the_block_and_are_lent_without_a_copy(memory)
     assert arena._viewed == {} and arena._viewed_offsets == []
 
 
+def test_what_is_received_into_an_arena_is_shown_where_nobody_can_write(memory):
+    arena, _, _ = pair(memory)
+    [(hole, view), (empty, nothing)] = arena.room([20_000, 0])
+    hole[:], block = bytes([7]) * 20_000, arena.place([bytes(20_000)])
+    assert view.readonly and set(view) == {7} and len(empty) == 0
+    for shown in (view, block.view()):
+        address = torch.frombuffer(shown, dtype=torch.uint8).data_ptr()  # torch would write where it can
+        lines = [line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines()]
+        [access] = [one for span, one in lines if address in range(*(int(end, 16) for end in span.split("-")))]
+        assert access == "r--s"
+    assert arena.find(view[100:])[1] == (100, 19_900) and arena.find(hole) is None
+    del view, shown, nothing
+    assert arena.reclaim() == block.capacity
+
+
 def test_many_threads_place_lend_and_let_go(memory):
     arena, lender, borrower = pair(memory, limit_bytes=16 * MIB, wait_s=T)
     wrong = []
