@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -535,6 +536,20 @@ def test_what_is_received_into_an_arena_is_shown_where_nobody_can_write(memory):
     assert arena.find(view[100:])[1] == (100, 19_900) and arena.find(hole) is None
     del view, shown, nothing
     assert arena.reclaim() == block.capacity
+
+
+@pytest.mark.parametrize("module, line", [("bisect", "insort"), ("weakref", "ref")])
+def test_an_interrupt_while_a_view_is_noted_does_no_harm(memory, monkeypatch, module, line):
+    arena, _, _ = pair(memory)
+    block, interrupt = arena.place([bytes(20_000)]), unittest.mock.Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(getattr(arena_module, module), line, interrupt)
+        block.view()
+    view = block.view()
+    assert arena.find(view) == (block, block.spans[0])
+    del view, block
+    assert arena.reclaim() == 0
+    assert arena._viewed == {} and arena._viewed_offsets == []
 
 
 def test_many_threads_place_lend_and_let_go(memory):

@@ -187,7 +187,8 @@ class Arena:
         start = address_of(np.frombuffer(buffer, np.uint8)) - address_of(self._shown)
         with self.lock:
             index = bisect.bisect_right(self._viewed_offsets, start) - 1
-            block = self._viewed[self._viewed_offsets[index]]() if index >= 0 else None
+            viewed = self._viewed.get(self._viewed_offsets[index]) if index >= 0 else None
+            block = None if viewed is None else viewed()
         if block is None or start + len(buffer) > block.offset + block.capacity:
             return None
         return block, (start, len(buffer))
@@ -281,8 +282,7 @@ class Arena:
             offset, capacity, populated, viewed = self._dead.popleft()
             self._used -= capacity
             if viewed:
-                del self._viewed[offset]
-                self._viewed_offsets.remove(offset)
+                self._forget_view(offset)
             if populated:
                 offsets = self._warm.pop(capacity, [])
                 offsets.append(offset)
@@ -319,6 +319,11 @@ class Arena:
             offset, size = before[0], before[1] + size
         self._cold.insert(index, (offset, size))
 
+    def _forget_view(self, offset: int) -> None:
+        self._viewed.pop(offset, None)
+        if offset in self._viewed_offsets:
+            self._viewed_offsets.remove(offset)
+
     def _view(self, block: Block) -> memoryview:
         return cut(self._own(block), [(block.offset, block.extent)])[0]
 
@@ -327,10 +332,11 @@ class Arena:
         with self.lock:
             if self._shown is None:
                 self._shown = self._memory.map(self._start)
-            if not block.viewed:
-                block.viewed = True
+            if not block.viewed:  # an interrupt in here leaves what is not found, and no harm
+                self._forget_view(block.offset)
                 bisect.insort(self._viewed_offsets, block.offset)
                 self._viewed[block.offset] = weakref.ref(block)
+                block.viewed = True
         base = self._shown.view(_OwnLease)
         base.block = block
         return base
