@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import gymnasium
@@ -19,6 +20,7 @@ from rlx.errors import ActorDied, ActorError, CheckpointError
 from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import build_policy
 from rlx.rollout.env_runner import EnvRunner
+from rlx.rollout.free_cpus import FreeCpus
 from rlx.rollout.runner_group import RunnerGroup
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -110,6 +112,14 @@ def started(group):
     """Have all runners started that are on their way."""
     group._follow()
     group._actors.gather(group._actors._starting)
+
+
+def test_what_is_kept_for_learners_is_on_one_node_where_one_has_room_for_them_together():
+    pool = ClusterPool({number: NodeInfo(f"n{number}", "-", cpu, 0, 2**30) for number, cpu in enumerate((4, 1))})
+    free = FreeCpus(SimpleNamespace(room_for=pool.room_for, when_resources_change=pool.when_changed), kept=2)
+    for want in free.take(0):
+        assert pool.claim("a runner", [want]).granted
+    assert pool.claim("learners", [Resources(cpu=1)] * 2, "strict_pack").granted
 
 
 @pytest.mark.parametrize("cpus, kept, expected", [(3, 0, 3), (3, 1, 2), (1, 4, 1), (0.5, 0, 1)])

@@ -32,8 +32,10 @@ class FreeCpus:
         """Return what each runner that there is room for, beside so many, is to claim, as far as there are any.
 
         On a cluster that is a CPU of one node, with which it will be given up; elsewhere they claim nothing. Where
-        there are no runners the first one may have a CPU that is kept.
+        there are no runners the first one may have a CPU that is kept. Those are kept on the emptiest node: learners
+        want theirs together.
         """
         self._changed.clear()
         room = self._runtime.room_for(ONE_CPU)
-        return [want if want.labels else None for want in room[: max(0, len(room) - self._kept, 1 - runners)]]
+        first = max(0, min(self._kept, len(room) - (1 - runners)))
+        return [want if want.labels else None for want in room[first:]]
