@@ -124,7 +124,7 @@ def link_rates(frames: int, size: int = 64 * 2**20) -> list[float]:
                     wait()
             os._exit(0)
         secure, wait = end(listener.accept()[0], key.server_context(), True)
-        reader, times = FrameReader(secure, allocate=lambda _: [data]), list[float]()  # type: ignore[arg-type]
+        reader, times = FrameReader(secure, allocate=lambda _: [(data, data)]), list[float]()  # type: ignore[arg-type]
         while len(times) <= frames:
             try:
                 reader.read()

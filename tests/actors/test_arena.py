@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -518,6 +519,35 @@ def test_the_owners_own_views_keep_the_block_and_are_lent_without_a_copy(memory)
     del arrays, block, second, buffer
     assert arena.reclaim() == capacity_for(50_048)  # lent
     del view
+    assert arena.reclaim() == 0
+    assert arena._viewed == {} and arena._viewed_offsets == []
+
+
+def test_what_is_received_into_an_arena_is_shown_where_nobody_can_write(memory):
+    arena, _, _ = pair(memory)
+    [(hole, view), (empty, nothing)] = arena.room([20_000, 0])
+    hole[:], block = bytes([7]) * 20_000, arena.place([bytes(20_000)])
+    assert view.readonly and set(view) == {7} and len(empty) == 0
+    for shown in (view, block.view()):
+        address = torch.frombuffer(shown, dtype=torch.uint8).data_ptr()  # torch would write where it can
+        lines = [line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines()]
+        [access] = [one for span, one in lines if address in range(*(int(end, 16) for end in span.split("-")))]
+        assert access == "r--s"
+    assert arena.find(view[100:])[1] == (100, 19_900) and arena.find(hole) is None
+    del view, shown, nothing
+    assert arena.reclaim() == block.capacity
+
+
+@pytest.mark.parametrize("module, line", [("bisect", "insort"), ("weakref", "ref")])
+def test_an_interrupt_while_a_view_is_noted_does_no_harm(memory, monkeypatch, module, line):
+    arena, _, _ = pair(memory)
+    block, interrupt = arena.place([bytes(20_000)]), unittest.mock.Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(getattr(arena_module, module), line, interrupt)
+        block.view()
+    view = block.view()
+    assert arena.find(view) == (block, block.spans[0])
+    del view, block
     assert arena.reclaim() == 0
     assert arena._viewed == {} and arena._viewed_offsets == []
 

@@ -24,7 +24,7 @@ class Reservation:
     def __init__(self, claim: Claim) -> None:
         self._claims = [claim]
         self._bundles = [
-            Bundle(self, f"bundle {index} of the reservation", want, dict.fromkeys(devices, min(want.gpu, 1.0)))
+            Bundle(self, f"bundle {index} of the reservation", want, dict.fromkeys(devices, min(want.gpu, 1.0)), claim)
             for index, (want, devices) in enumerate(zip(claim.wants, claim.devices, strict=True))
         ]
         for bundle, at in zip(self._bundles, claim.places, strict=True):
@@ -64,14 +64,10 @@ class Reservation:
             bundle.close("the reservation has been released")
         self.return_unused()
 
-    def is_lost(self, place: Any) -> bool:
-        """Whether the machine called that is gone (for bundles)."""
-        return any(place in claim.lost for claim in self._claims)
-
     def replace_lost(self) -> None:
         """Claim the lost bundles anew, together; Infeasible if that can never be any more (for bundles)."""
         with self._lock:
-            lost = [bundle for bundle in self._bundles if bundle.replacing is None and self.is_lost(bundle.place)]
+            lost = [bundle for bundle in self._bundles if bundle.replacing is None and bundle.is_gone]
             if not lost:
                 return
             first = self._claims[0]
@@ -85,7 +81,7 @@ class Reservation:
     def _on_decision(self, lost: Sequence[Bundle], claim: Claim, error: Exception | None) -> None:
         if error is None:
             for bundle, at, devices in zip(lost, claim.places, claim.devices, strict=True):
-                bundle.move(at, devices)
+                bundle.move(claim, at, devices)
         else:
             for bundle in lost:
                 bundle.close(str(error).rstrip("."))
@@ -115,25 +111,34 @@ class Reservation:
 class Bundle(Pool):
     """One bundle of a reservation: a small pool."""
 
-    def __init__(self, reservation: Reservation, name: str, total: Resources, devices: Mapping[str, float]) -> None:
+    def __init__(
+        self, reservation: Reservation, name: str, total: Resources, devices: Mapping[str, float], source: Claim
+    ) -> None:
         super().__init__(name, total, devices)
-        self._reservation = reservation
+        self._reservation, self._source = reservation, source
         self.place: Any = None
         """Where the engine starts its actors; None: anywhere."""
         self.replacing: Claim | None = None
         """What it waits for since it was lost with its machine."""
 
-    def move(self, place: Any, devices: Devices) -> None:
-        """It is on another machine now, and nobody holds anything of it."""
+    @property
+    def is_gone(self) -> bool:
+        """Whether its machine is, since it was granted there: linked anew, one has the number that it had before."""
+        return self.place in self._source.lost
+
+    def move(self, source: Claim, place: Any, devices: Devices) -> None:
+        """It is a part of this claim now, on another machine, and nobody holds anything of it."""
         with self._lock:
-            self.place, self.replacing, self._holding = place, None, []
+            for claim in self._holding:
+                claim.lost = claim.places
+            self._source, self.place, self.replacing, self._holding = source, place, None, []
             self._devices = dict.fromkeys(devices, min(self.total.gpu, 1.0))
             self._free, self._free_devices = self.total.amounts(), dict(self._devices)
         self.grant_waiting()
 
     def is_lost(self, claim: Claim) -> bool:
         """Whether the machine is gone that the bundle was on when it was granted."""
-        return any(map(self._reservation.is_lost, claim.places))
+        return bool(claim.lost or (claim.places and self.is_gone))
 
     def anew(self, claim: Claim) -> Claim:
         """Return a claim to the same on another machine, also after the reservation has been released."""

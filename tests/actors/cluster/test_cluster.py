@@ -340,6 +340,27 @@ def test_a_value_that_was_put_crosses_to_a_node_once_and_is_forgotten_with_its_l
         assert data.nbytes < sum(size for *_, size in sent) < 2 * data.nbytes
 
 
+def test_what_crossed_in_a_call_that_was_interrupted_is_forgotten_there_too(rt, written, monkeypatch):
+    worker, data = rt.spawn(Worker), np.arange(500_000, dtype=np.float64)
+    worker.ready(T)
+    for node in rt._engine._nodes.values():
+
+        def write(parts, *args, write=node.link.write, **options):
+            write(parts, *args, **options)
+            if len(parts) > 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(node.link, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        worker.echo.call(data)
+    monkeypatch.undo()
+    [sent] = [sent for sent in written.values() if any(kind == wire.KEEP for kind, *_ in sent)]
+    (number,) = [number for kind, number, _ in sent if kind == wire.KEEP]
+    while (wire.DROP, number) not in [(kind, call_id) for kind, call_id, _ in sent]:  # until the test's timeout
+        time.sleep(0.01)
+    np.testing.assert_array_equal(worker.echo.call(data).result(T), data)
+
+
 def test_a_slice_of_what_an_actor_returned_crosses_alone(rt, written):
     first, second = rt.spawn(Worker), rt.spawn(Worker)
     whole = first.echo.call(np.arange(1_000_000, dtype=np.float64)).result(T)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlx import actors
-from rlx.actors import Resources, processes
+from rlx.actors import Resources, Restart, processes
 from rlx.cli import main
 from rlx.errors import ActorDied, ActorError
 
@@ -107,6 +107,18 @@ def test_a_forkserver_that_is_killed_is_replaced(head, key):
         while (found := runs_in(runtime)) is None:  # until the timeout of this test: the old one may not be gone yet
             pass
         assert found != server
+
+
+def test_who_is_started_again_at_once_waits_for_the_new_forkserver(head, key):
+    with actors.runtime("cluster", address=head.address, token_file=key.path, preload=("numpy",)) as runtime:
+        at_once = Restart(max=1, backoff_s=0)
+        workers = [runtime.spawn(Worker, name=f"w{number}", restart=at_once) for number in range(4)]
+        workers += [runtime.spawn(Worker, name=f"h{number}", restart=at_once, resources=HOME) for number in range(2)]
+        servers = {worker.where.call().result(T)[1] for worker in workers}
+        os.kill(*servers, signal.SIGKILL)
+        while not all(worker.incarnation for worker in workers):  # until the timeout of this test
+            time.sleep(0.01)
+        assert not servers & {worker.where.call().result(T)[1] for worker in workers}
 
 
 def test_the_end_of_a_runtime_leaves_no_process_of_a_busy_actor(start, head, key):

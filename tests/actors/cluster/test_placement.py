@@ -131,6 +131,35 @@ def test_bundles_that_are_lost_with_their_machine_are_claimed_anew_together_and_
     assert everything.granted
 
 
+def test_a_machine_that_is_linked_anew_under_its_number_is_whole_and_gets_nothing_back_of_what_was_lost_with_it():
+    pool = a_pool(2, 2)
+    info = NodeInfo("n1", "-", 2, 2, 2**30)
+    claims = [pool.claim("c", [CPU]) for _ in range(4)]
+    pool.remove(1)
+    pool.add(1, info)
+    for claim in claims:
+        claim.release()
+    assert len(pool.room_for(CPU)) == 4
+
+
+def test_a_bundle_that_comes_back_to_the_machine_that_it_was_lost_with_is_lost_no_more():
+    pool = a_pool(2)
+    reserved = pool.reserve([CPU], T, "strict_pack")
+    first, other = (reserved[0].claim(name, [Resources(cpu=0.5)]) for name in ("first", "other"))
+    reserved.release()
+    for _ in range(2):
+        pool.remove(0)
+        pool.add(0, NodeInfo("n0", "-", 2, 2, 2**30))
+        first = first.anew()
+        assert first.granted and not first.is_lost and other.is_lost
+        other = other.anew()
+        assert other.granted and not other.is_lost
+        assert len(pool.room_for(CPU)) == 1  # it is claimed once, whoever is started again
+    first.release()
+    other.release()
+    assert len(pool.room_for(CPU)) == 2
+
+
 def test_bundles_that_can_never_be_had_again_say_so():
     pool = a_pool(1, 2)
     reserved = pool.reserve([CPU, CPU], T, "strict_pack")

@@ -155,6 +155,8 @@ class ClusterEngine(LocalEngine):
         """The node is gone; where the head still counts it in, it is linked anew."""
         self.mirrors.remove(node.link)
         with self._placing:
+            if self._nodes.get(node.info.incarnation) is not node:  # known already
+                return
             if self._pool is not None:  # first: who finds no node finds its claims lost
                 self._pool.remove(node.info.incarnation)
             self._nodes = {number: other for number, other in self._nodes.items() if other is not node}
@@ -241,14 +243,14 @@ class ClusterEngine(LocalEngine):
         if answer.kind != wire.OPEN:
             raise ActorError(f"it takes no actors: {json.loads(answer.text)}")
 
-    def _lose_server(self) -> None:
-        """Its actors' deaths are told; then the driver's own node is linked anew, with a new forkserver."""
-        is_broken = self._lost is not None  # a new one could not import its modules either
-        super()._lose_server()
-        if not (is_broken or self.closing):
-            for node in list(self._nodes.values()):
-                if isinstance(node, HomeNode):
-                    node.lose("has lost its forkserver")
+    def _end_without_server(self, actors: Sequence[LocalActor], how: str, is_final: bool) -> None:
+        """The driver's own nodes are linked anew, with a new forkserver."""
+        homes = [] if is_final else [node for node in list(self._nodes.values()) if isinstance(node, HomeNode)]
+        for node in homes:  # first: who hears of a death may start the actor again at once
+            self.forget(node)
+        super()._end_without_server(actors, how, is_final)
+        for node in homes:
+            node.lose("has lost its forkserver")
 
     def _lose_head(self, how: str) -> None:
         """Without the head nobody knows who belongs to the cluster: the run ends, and can be resumed."""

@@ -113,7 +113,7 @@ class ClusterPool(Pool):
 
     def _book(self, claim: Claim, sign: int) -> None:
         for want, number, devices in zip(claim.wants, claim.places, claim.devices, strict=True):
-            if number in self._ledgers:
+            if number in self._ledgers and number not in claim.lost:  # linked anew, it is whole again
                 self._ledgers[number].book(want, devices, sign)
 
     def _room_for(self, want: Resources) -> list[Resources]:

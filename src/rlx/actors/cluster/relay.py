@@ -206,11 +206,10 @@ class NodeEngine(LocalEngine):
     def _print(self, name: str, text: str) -> None:
         self.link.write(wire.encode(wire.PRINTED, 0, name, (text.encode("utf-8", "backslashreplace"), ())))
 
-    def _lose_server(self) -> None:
-        """Its actors' deaths are told; then end as well, so that the driver links anew and finds a new forkserver."""
-        is_broken = self._lost is not None  # a new one could not import its modules either
-        super()._lose_server()
-        if not (is_broken or self.closing):
+    def _end_without_server(self, actors: Sequence[LocalActor], how: str, is_final: bool) -> None:
+        """Then end as well, so that the driver links anew and finds a new forkserver."""
+        super()._end_without_server(actors, how, is_final)
+        if not is_final:
             self._lose_driver("is given up")
 
     def _note_silence(self, silent_s: float) -> None:

@@ -125,8 +125,13 @@ class Node:
             number = self._kept.get(weakref.ref(block))
             if number is None:
                 number = next(self._kept_count)
-                self.link.write(wire.encode(wire.KEEP, number, message=(b"", [block.view()])), stable=True)
-                self._kept[weakref.ref(block, self._drop)] = number
+                try:
+                    self.link.write(wire.encode(wire.KEEP, number, message=(b"", [block.view()])), stable=True)
+                    self._kept[weakref.ref(block, self._drop)] = number
+                except BaseException:  # an interrupt: the node may have it, and would never hear of its death
+                    self._kept.pop(weakref.ref(block), None)
+                    self._engine.reactor.post(partial(self.link.write, wire.encode(wire.DROP, number)))
+                    raise
             return number
 
     def _drop(self, block: weakref.ref[Block]) -> None:

@@ -100,7 +100,7 @@ class Arena:
         self._memory, self._start = memory, start
         self.data = memory.map(start, writable=True)
         """What spans count in, uint8."""
-        self._address = address_of(self.data)
+        self._shown: np.ndarray | None = None  # the same bytes, which nobody can write to: torch writes where it can
         self.limit_bytes = limit_bytes // PAGE_BYTES * PAGE_BYTES
         self.retain_bytes, self.wait_s = retain_bytes, wait_s
         self.lock = threading.Lock()
@@ -148,13 +148,13 @@ class Arena:
         )
         return block
 
-    def room(self, sizes: Iterable[int]) -> list[memoryview]:
-        """Return writable views of one new block, to receive into; it lives while any of them does. Waits for nobody.
+    def room(self, sizes: Iterable[int]) -> list[tuple[memoryview, memoryview]]:
+        """Return parts of one new block, each to receive into and as read-only view. Waits for nobody.
 
-        Their bytes can be lent without a copy. ObjectMemoryFull.
+        The block lives while any of the views does, and can be lent without a copy. ObjectMemoryFull.
         """
         block = self._block(sizes, 0.0)
-        return cut(self._own(block), block.spans)
+        return list(zip(cut(self.data, block.spans), cut(self._own(block), block.spans), strict=True))
 
     def adopt(self, spans: Iterable[Span]) -> list[Block | None]:
         """Take over the blocks at `spans` from an owner that has died; all else becomes free.
@@ -182,12 +182,13 @@ class Arena:
 
         None for memory outside the arena. Buffers inside come from `Block.view`.
         """
-        if not self._viewed:
+        if self._shown is None:
             return None
-        start = address_of(np.frombuffer(buffer, np.uint8)) - self._address
+        start = address_of(np.frombuffer(buffer, np.uint8)) - address_of(self._shown)
         with self.lock:
             index = bisect.bisect_right(self._viewed_offsets, start) - 1
-            block = self._viewed[self._viewed_offsets[index]]() if index >= 0 else None
+            viewed = self._viewed.get(self._viewed_offsets[index]) if index >= 0 else None
+            block = None if viewed is None else viewed()
         if block is None or start + len(buffer) > block.offset + block.capacity:
             return None
         return block, (start, len(buffer))
@@ -281,8 +282,7 @@ class Arena:
             offset, capacity, populated, viewed = self._dead.popleft()
             self._used -= capacity
             if viewed:
-                del self._viewed[offset]
-                self._viewed_offsets.remove(offset)
+                self._forget_view(offset)
             if populated:
                 offsets = self._warm.pop(capacity, [])
                 offsets.append(offset)
@@ -319,19 +319,25 @@ class Arena:
             offset, size = before[0], before[1] + size
         self._cold.insert(index, (offset, size))
 
+    def _forget_view(self, offset: int) -> None:
+        self._viewed.pop(offset, None)
+        if offset in self._viewed_offsets:
+            self._viewed_offsets.remove(offset)
+
     def _view(self, block: Block) -> memoryview:
-        base = self._own(block)
-        base.flags.writeable = False
-        return cut(base, [(block.offset, block.extent)])[0]
+        return cut(self._own(block), [(block.offset, block.extent)])[0]
 
     def _own(self, block: Block) -> _OwnLease:
-        """Return all memory as an array that keeps the block, in which `find` will find it."""
+        """Return all memory, read-only, as an array that keeps the block, in which `find` will find it."""
         with self.lock:
-            if not block.viewed:
-                block.viewed = True
+            if self._shown is None:
+                self._shown = self._memory.map(self._start)
+            if not block.viewed:  # an interrupt in here leaves what is not found, and no harm
+                self._forget_view(block.offset)
                 bisect.insort(self._viewed_offsets, block.offset)
                 self._viewed[block.offset] = weakref.ref(block)
-        base = self.data.view(_OwnLease)
+                block.viewed = True
+        base = self._shown.view(_OwnLease)
         base.block = block
         return base
 

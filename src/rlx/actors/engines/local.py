@@ -312,14 +312,19 @@ class LocalEngine:
         except subprocess.TimeoutExpired:
             how = "closed its socket"
         with self._lock:
+            is_broken = self._lost is not None  # a new one could not import its modules either
             if self._lost is None:
                 self._lost = f"the forkserver of this runtime (process {self._server.pid}) {how}"
             actors, why = list(self._actors.values()), self._lost
+        self._end_without_server(actors, f"was ended because {why}", is_broken or self.closing)
+
+    def _end_without_server(self, actors: Sequence[LocalActor], how: str, is_final: bool) -> None:
+        """Tell of the deaths of its actors. is_final: whether no other forkserver would do better."""
         for actor in actors:
             if actor.pid is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(actor.pid, signal.SIGKILL)
-            actor.die(f"was ended because {why}")
+            actor.die(how)
 
 
 def _print_to_stderr(text: str) -> None:

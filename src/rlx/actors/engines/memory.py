@@ -101,7 +101,7 @@ class DriverMemory:
         block = self.arena.place(parts)
         return Ref(block.view(), [(start - block.offset, size) for start, size in block.spans])
 
-    def allocate(self, sizes: Sequence[int]) -> list[memoryview]:
+    def allocate(self, sizes: Sequence[int]) -> list[tuple[memoryview, memoryview]]:
         """Return memory to receive a frame's buffers into: of the arena, where that is worth it.
 
         Half of the arena is left for what is sent, however much of what has come is kept.

@@ -46,8 +46,8 @@ MAX_FRAME_BYTES = 2**40
 
 Lent = tuple[int, int, int]
 """A buffer in shared memory: its bytes, its offset, its lease."""
-Allocate = Callable[[Sequence[int]], list[memoryview]]
-"""Returns memory of these sizes in bytes to receive into, one after another in one piece of memory or not."""
+Allocate = Callable[[Sequence[int]], list[tuple[memoryview, memoryview]]]
+"""Returns memory of these sizes in bytes: each as it is received into, and as it is shown, which keeps it."""
 Borrow = Callable[[int, Sequence[tuple[int, int]]], list[memoryview]]
 """Returns views of the (offset, size) spans of a lease; the lease ends with the last of them."""
 
@@ -79,11 +79,11 @@ class Frame:
             if isinstance(piece, tuple):
                 spans.setdefault(piece[2], []).append((piece[1], piece[0]))
         if not spans:
-            return [piece.toreadonly() for piece in self._pieces]  # type: ignore[union-attr]
+            return list(self._pieces)  # type: ignore[arg-type]
         if borrow is None:
             raise ActorError("a frame refers to shared memory and this link has none; close the link.")
         views = {lease: iter(borrow(lease, places)) for lease, places in spans.items()}
-        return [next(views[piece[2]]) if isinstance(piece, tuple) else piece.toreadonly() for piece in self._pieces]
+        return [next(views[piece[2]]) if isinstance(piece, tuple) else piece for piece in self._pieces]
 
 
 def encode(
@@ -276,8 +276,8 @@ def _grown(partial: _Partial, count: int) -> tuple[list[Frame], _Partial | None]
     _, text_size, buffer_count, _, _ = partial.header
     places_size = PLACE.size * buffer_count
     if pieces is None:
-        pieces = _pieces(parts[0][:places_size], partial.max_bytes, partial.allocate)
-        parts = (parts[0], *(piece for piece in pieces if isinstance(piece, memoryview) and len(piece)))
+        holes, pieces = _pieces(parts[0][:places_size], partial.max_bytes, partial.allocate)
+        parts = (parts[0], *filter(len, holes))
     if index + 1 < len(parts):
         return [], partial._replace(parts=parts, pieces=pieces, index=index + 1, offset=0)
     head, body_start = parts[0], places_size + text_size
@@ -285,21 +285,25 @@ def _grown(partial: _Partial, count: int) -> tuple[list[Frame], _Partial | None]
     return [Frame(kind, call_id, _text(head[places_size:body_start]), head[body_start:], pieces)], None
 
 
-def _pieces(places: memoryview, max_bytes: int, allocate: Allocate) -> tuple[memoryview | Lent, ...]:
-    """Return new memory for each buffer that follows, and the place of each that does not."""
+def _pieces(
+    places: memoryview, max_bytes: int, allocate: Allocate
+) -> tuple[list[memoryview], tuple[memoryview | Lent, ...]]:
+    """Return new memory for each buffer that follows, and all buffers: that memory, or the place of one elsewhere."""
     descriptors = list(PLACE.iter_unpack(places))
     sizes = [size for size, _, lease in descriptors if lease == 0]
     if sum(sizes) > max_bytes:
         raise ActorError(
             f"a frame claims {sum(sizes)} bytes of buffers; at most {max_bytes} are taken; close the link."
         )
-    memory = iter(allocate(sizes))
-    return tuple(next(memory) if lease == 0 else (size, offset, lease - 1) for size, offset, lease in descriptors)
+    memory = allocate(sizes)
+    shown = iter([view for _, view in memory])
+    pieces = (next(shown) if lease == 0 else (size, offset, lease - 1) for size, offset, lease in descriptors)
+    return [hole for hole, _ in memory], tuple(pieces)
 
 
-def allocate_each(sizes: Sequence[int]) -> list[memoryview]:
+def allocate_each(sizes: Sequence[int]) -> list[tuple[memoryview, memoryview]]:
     """Return new memory of each of these sizes; ActorError if there is none."""
-    return [_allocate(size) for size in sizes]
+    return [(hole, hole.toreadonly()) for hole in map(_allocate, sizes)]
 
 
 def _text(data: memoryview) -> str:
