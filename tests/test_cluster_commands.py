@@ -77,6 +77,22 @@ def test_a_head_waits_for_its_nodes(terminal):
         assert "2 nodes are there: a, b" in waiting.stdout.read()
 
 
+@pytest.mark.slow
+def test_a_wait_for_nodes_that_is_interrupted_says_that_the_head_goes_on(terminal):
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "rlx.cli", "start", "--head", *HERE, "--name", "a", "--nodes", "2"],
+        **{"env": terminal.env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
+    with waiting:
+        while not waiting.stdout.readline().startswith("  rlx start"):  # the last line before it waits
+            pass
+        time.sleep(0.5)
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(T) == 130
+        assert "the head goes on: `rlx stop a` ends it" in waiting.stderr.read()
+    assert list(terminal.daemons()) == ["a"]
+
+
 @pytest.mark.parametrize(
     "nodes, sentence",
     [

@@ -62,11 +62,14 @@ def start(options: argparse.Namespace) -> int:
         with _ended_with_us(process) if options.block else contextlib.nullcontext():
             _print_started(daemon, process.pid, address, options.block)
             if options.nodes is not None:
+                rest = "ends" if options.block else f"goes on: `rlx stop {daemon.name}` ends it"
                 try:
                     nodes = roll_call.wait_for(address, key, options.nodes, options.timeout or NODES_TIMEOUT_S)
                 except ActorError as error:
-                    rest = "ends" if options.block else f"goes on: `rlx stop {daemon.name}` ends it"
                     raise ActorError(f"{error}; the head {rest}.") from None
+                except KeyboardInterrupt:
+                    print(f"rlx: nobody waits for nodes any more; the head {rest}", file=sys.stderr)
+                    raise
                 print_complete(nodes)
             if options.block:
                 _stay(daemon, process)
