@@ -134,7 +134,9 @@ def test_what_others_have_claimed_is_not_counted(make_group):
         assert make_group(runtime).num_runners == 1
 
 
-@pytest.mark.parametrize("sizes, given", [((2, 1), [1]), ((1, 2), [0]), ((3, 2), [0, 1, 1]), ((1, 1, 1), [2])])
+@pytest.mark.parametrize(
+    "sizes, given", [((2, 1), [1]), ((1, 2), [0]), ((3, 2), [0, 0, 0]), ((1, 1, 1), [0]), ((4, 1), [1, 0, 0])]
+)
 def test_what_is_kept_for_learners_is_on_one_machine_where_one_has_so_much(rt, sizes, given):
     pool = ClusterPool({number: replace(NODES[number], cpu=cpu) for number, cpu in enumerate(sizes)})
     runtime = SimpleNamespace(room_for=pool.room_for, when_resources_change=pool.when_changed)

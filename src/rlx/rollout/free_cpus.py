@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Sequence
 
 from rlx.actors import Resources, Runtime
 
@@ -36,10 +38,17 @@ class FreeCpus:
         """Return what each runner that there is room for, beside so many, is to claim, as far as there are any.
 
         On a cluster that is a CPU of one node, with which it will be given up; elsewhere they claim nothing. Where
-        there are no runners the first one may have a CPU that is kept. Those are kept on the emptiest node: learners
-        want theirs together.
+        there are no runners the first one may have a CPU that is kept.
         """
         self._changed.clear()
-        room = self._runtime.room_for(ONE_CPU)
-        first = max(0, min(self._kept, len(room) - (1 - runners)))
-        return [want if want.labels else None for want in room[first:]]
+        room = _with_machine_for(self._kept, self._runtime.room_for(ONE_CPU))
+        return [want if want.labels else None for want in room[: max(0, len(room) - self._kept, 1 - runners)]]
+
+
+def _with_machine_for(kept: int, room: Sequence[Resources]) -> list[Resources]:
+    """Return the CPUs with those of one machine last that has so many: learners are all on one where they can be."""
+    machines = [list(cpus) for _, cpus in itertools.groupby(room, key=lambda cpu: cpu.labels.get("node"))]
+    if large := [cpus for cpus in machines if len(cpus) >= kept > 0]:
+        fullest = large[-1]  # the emptiest comes first
+        machines = [cpus for cpus in machines if cpus is not fullest] + [fullest]
+    return list(itertools.chain.from_iterable(machines))
