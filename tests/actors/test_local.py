@@ -16,6 +16,7 @@ import torch
 
 from rlx import actors
 from rlx.actors.engines import pickling
+from rlx.actors.future import as_completed, wait
 from rlx.errors import ActorDied, ActorError, CallCancelled, CallTimeout
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -46,6 +47,9 @@ class Probe:
     def wait_for(self, path):
         with open(path) as fifo:
             return fifo.read()
+
+    def sleep(self):
+        threading.Event().wait()
 
     def interrupt(self, pid):
         os.kill(pid, signal.SIGINT)
@@ -184,6 +188,37 @@ def test_ctrl_c_while_waiting_leaves_future_and_runtime_good(probe):
     assert probe.echo.call(1).result(T) == 1
 
 
+WAYS = {
+    "result": lambda futures: futures[0].result(),
+    "wait": lambda futures: wait(futures, 1),
+    "as_completed": lambda futures: next(as_completed(futures)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_signal_that_does_not_end_the_system_call_is_heard_soon(rt, way):
+    """As one that comes just before it: here another thread gets it, so that the waiting one sleeps on."""
+    first, second = rt.spawn(Probe), rt.spawn(Probe)
+    main, heard, was_late = threading.get_ident(), threading.Event(), []
+
+    def strike():
+        while sys._current_frames()[main].f_code.co_name not in ("lead", "_wait", "as_completed"):
+            pass
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        was_late.append(not heard.wait(T))
+        rt.kill(first)
+        rt.kill(second)
+
+    futures = [probe.sleep.call() for probe in (first, second)]
+    striker = threading.Thread(target=strike)
+    striker.start()
+    with pytest.raises(KeyboardInterrupt):
+        way(futures)
+    heard.set()
+    striker.join(2 * T)
+    assert was_late == [False]
+
+
 def test_interrupts_while_calling_leave_the_link_in_step(probe, monkeypatch):
     class Interrupted(KeyboardInterrupt):
         pass
@@ -265,6 +300,7 @@ SCRIPT = """
 import numpy as np
 from rlx import actors
 from rlx.actors.engines import pickling
+from rlx.actors.future import as_completed, wait
 
 class Point:
     def __init__(self, x): self.x = x

@@ -451,6 +451,7 @@ def test_the_programs_own_handler_of_sigterm_is_put_back(monkeypatch):
 SHUT_DOWN_EARLY = """
 import ray
 from rlx import actors
+from rlx.actors.engines import ray as engine
 from rlx.errors import ActorDied, ActorError
 
 class Waiting:
@@ -458,12 +459,18 @@ class Waiting:
         import threading
         threading.Event().wait()
 
+engine.LOOK_EVERY_S = 2.0
 rt = actors.runtime("ray", num_cpus=1)
 actor = rt.spawn(Waiting)
 actor.ready(60)
 call = actor.wait.call()
 ray.shutdown()
-for fails in (lambda: call.result(60), lambda: actor.wait.call().result(60), lambda: rt.spawn(Waiting)):
+for fails in (
+    lambda: actor.wait.call().result(60),
+    lambda: next(actor.wait.stream()),
+    lambda: rt.spawn(Waiting),
+    lambda: call.result(60),
+):
     try:
         fails()
     except ActorError as error:
@@ -475,7 +482,13 @@ print(ray.is_initialized())
 
 def test_ray_may_be_shut_down_before_the_runtime_is_closed():
     done = subprocess.run([sys.executable, "-c", SHUT_DOWN_EARLY], capture_output=True, text=True, timeout=200)
-    assert done.stdout.splitlines() == ["ActorDied True", "ActorDied True", "ActorError True", "False"], done.stderr
+    assert done.stdout.splitlines() == [
+        "ActorDied True",
+        "ActorDied True",
+        "ActorError True",
+        "ActorDied True",
+        "False",
+    ], done.stderr
 
 
 def test_an_address_is_for_ray_alone():

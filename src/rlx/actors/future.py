@@ -15,6 +15,9 @@ from rlx.errors import ActorDied, CallTimeout
 
 T = TypeVar("T")
 NAMED = 8  # of the calls that are late, in an error
+LONGEST_WAIT_S = 1.0
+"""In one system call. A signal that comes just before one does not end it, and its handler runs only afterwards: a
+Ctrl-C would be answered when the wait is over."""
 
 
 @dataclass(frozen=True)
@@ -235,8 +238,10 @@ def as_completed(futures: Iterable[Future[T]], timeout_s: float | None = None) -
     try:
         while late:
             try:
-                number = arrived.get(timeout=None if deadline is None else _seconds_to(deadline))
+                number = arrived.get(timeout=seconds_to(deadline))
             except queue.Empty:
+                if deadline is None or time.monotonic() < deadline:
+                    continue
                 names = list(dict.fromkeys(f"{future.actor}.{future.method}()" for future in late.values()))
                 some = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} others" if len(names) > NAMED else "")
                 raise CallTimeout(
@@ -279,14 +284,18 @@ def _wait(futures: Sequence[Future[Any]], count: int, timeout_s: float | None) -
     for future, arrival in zip(late, arrivals, strict=True):
         future.when_done(arrival)
     try:
-        return gate.acquire(timeout=-1 if deadline is None else _seconds_to(deadline))
+        while not gate.acquire(timeout=seconds_to(deadline)):
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+        return True
     finally:
         for future, arrival in zip(late, arrivals, strict=True):
             future.forget(arrival)
 
 
-def _seconds_to(deadline: float) -> float:
-    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+def seconds_to(deadline: float | None) -> float:
+    """Return how long to wait before a look at the clock, and at signals: see LONGEST_WAIT_S."""
+    return LONGEST_WAIT_S if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST_WAIT_S)
 
 
 def _arrival(future: Future[Any]) -> Generator[Any, None, None]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rlx.actors.future import Answer, Err, Future, Ok, nothing
+from rlx.actors.future import LONGEST_WAIT_S, Answer, Err, Future, Ok, nothing
 from rlx.actors.interface import ActorSpec, ActorState, Engine, EngineActor, Listener
 from rlx.actors.monitor import EventThread, Watchers, logger
 from rlx.actors.resources import WAIT_WARNING_S, Claim
@@ -113,7 +113,7 @@ class ActorLife:
         held = _Held(deliver, refuse, future)
         with self._lock:
             while self._open is None and self._end is None and len(self._held) >= self._spec.max_pending:
-                self._changed.wait()
+                self._changed.wait(LONGEST_WAIT_S)
             body, end = self._open, self._end
             if body is None and end is None:
                 if future is not None:

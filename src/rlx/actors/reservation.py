@@ -8,6 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from rlx.actors.future import Err, Future, nothing, wait
 from rlx.actors.monitor import logger
 from rlx.actors.resources import WAIT_WARNING_S, Claim, Devices, Placement, Pool, Resources
 from rlx.errors import CallTimeout
@@ -36,16 +37,15 @@ class Reservation:
     @classmethod
     def wait_for(cls, claim: Claim, timeout_s: float | None) -> Reservation:
         """Return the reservation once the claim is granted; CallTimeout otherwise."""
-        decided, errors = threading.Event(), []
-        claim.when_decided(lambda error: (errors.append(error), decided.set())[1])
+        decided: Future[None] = Future(claim.holder, "reserve")
+        claim.when_decided(lambda error: decided.settle(nothing if error is None else lambda: Err(error)))
         first_s = WAIT_WARNING_S if timeout_s is None else min(WAIT_WARNING_S, timeout_s)
         try:
-            if not decided.wait(first_s):
+            if not wait([decided], 1, first_s)[0]:
                 logger.warning("%s %s", claim.holder, claim.waiting())
-                if not decided.wait(None if timeout_s is None else timeout_s - first_s):
+                if not wait([decided], 1, None if timeout_s is None else timeout_s - first_s)[0]:
                     raise CallTimeout(f"{claim.holder} was not granted within {timeout_s:g} s: it {claim.waiting()}.")
-            if errors[0] is not None:
-                raise errors[0]
+            decided.result()
         except BaseException:
             claim.release()
             raise

@@ -19,12 +19,11 @@ from typing import Any
 from rlx.actors.engines.pickling import Buffer
 from rlx.actors.engines.reactor import READ, WRITE, Reactor
 from rlx.actors.engines.wire import Allocate, Frame, FrameReader, Outbox
-from rlx.actors.future import Future, nothing, wait
+from rlx.actors.future import Future, nothing, seconds_to, wait
 from rlx.errors import ActorError
 
 CORK_BYTES = 8 * 1024  # of frames that wait for company; more, and the actor has nothing to do meanwhile
 BACKLOG_BYTES = 64 * 2**20  # of frames that the socket has not taken, above which writers wait
-LONGEST_POLL_S = 3600.0  # more milliseconds than fit an int are refused
 
 
 class Link:
@@ -144,10 +143,7 @@ class Link:
                 self._leader = me
                 self._arm()
             while not future.done():
-                patience_s = LONGEST_POLL_S
-                if deadline is not None:
-                    patience_s = min(patience_s, max(0.0, deadline - time.monotonic()))
-                if not self._unfinished and not self._poll.poll(patience_s * 1e3):
+                if not self._unfinished and not self._poll.poll(seconds_to(deadline) * 1e3):
                     if deadline is not None and time.monotonic() >= deadline:
                         return
                 else:

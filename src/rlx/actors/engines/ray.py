@@ -25,7 +25,7 @@ from rlx.actors.monitor import EventThread
 from rlx.actors.resources import Pool, Resources
 from rlx.errors import ActorError, NotSupported
 
-CLOSE_GRACE_S = 2.0  # for idle actors to finish what they were sent
+CLOSE_GRACE_S = 2.0  # for an idle actor's next call of those that it was sent
 LOOK_EVERY_S = 0.2  # for the deaths of actors that nobody asks anything
 WAITING = 10_000  # for something new in all channels, at most
 Board = ray.remote(ray_host.Board)
@@ -93,12 +93,12 @@ class RayEngine:
 
     def close(self, timeout_s: float) -> None:
         """End the idle actors when they have finished, and the others; then the board, and Ray if nobody needs it."""
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = began + timeout_s
         with self._lock:
             actors, board = list(self._actors), self._board
-        grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
         for actor in actors:
-            actor.finish(grace)
+            actor.finish(began, CLOSE_GRACE_S, deadline - timeout_s / 4)  # the rest is for their ends
         for actor in actors:
             actor.end("was closed with its runtime")
         wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))

@@ -64,6 +64,7 @@ class RayActor:
         self._changed = threading.Condition(self._lock)
         self._pending: dict[int, tuple[str, Future[Any] | RayStream | None]] = {}  # by number, oldest first
         self._numbers = itertools.count(1)
+        self._ended_one_at = 0.0  # monotonic s
         self._pid: int | None = None
         self._init_failed = False
         self._how: str | None = None  # how a wanted death is described
@@ -97,7 +98,7 @@ class RayActor:
         arguments = message.arguments
         with self._lock:
             self._wait_for_room()
-            end = self._end
+            end = self._end_now()
             if end is None:
                 number = next(self._numbers)
                 self._pending[number] = method, future
@@ -115,7 +116,7 @@ class RayActor:
         arguments = message.arguments
         with self._lock:
             self._wait_for_room()
-            end = self._end
+            end = self._end_now()
             if end is None:
                 number = next(self._numbers)
                 # Noted only: the stream may go while this thread has any lock.
@@ -134,11 +135,12 @@ class RayActor:
         if not wait([self.gone], 1, timeout_s)[0]:
             raise CallTimeout(f"actor {self._spec.name} (pid {self._pid}) is not gone {timeout_s:g} s after kill().")
 
-    def finish(self, deadline: float) -> None:
-        """Wait for the one-way calls of an actor that has no others to answer."""
+    def finish(self, began: float, grace_s: float, deadline: float) -> None:
+        """Wait for the one-way calls of an actor that has no others to answer, while it ends one every grace_s."""
         with self._lock:
             while self._end is None and self._pending and all(one is None for _, one in self._pending.values()):
-                if not self._changed.wait(deadline - time.monotonic()):
+                left_s = min(max(began, self._ended_one_at) + grace_s, deadline) - time.monotonic()
+                if not self._changed.wait(max(0.0, left_s)):
                     return
 
     def end(self, how: str) -> None:
@@ -306,7 +308,7 @@ class RayActor:
         with self._lock:
             method = next((method for method, _ in self._pending.values()), None) if self.ready.done() else "__init__"
         during = f" in {method}()" if method else ""
-        how = self._how or f"has ended{during}: {_cause(error)}"
+        how = self._how or (f"has ended{during}: {_cause(error)}" if ray.is_initialized() else SHUT_DOWN)
         return Err(ActorDied(f"actor {self._spec.name} (pid {self._pid}) {how}."))
 
     def _bury(self, error: BaseException | None) -> None:
@@ -333,9 +335,17 @@ class RayActor:
             if waiting is not None:
                 waiting.settle(end)
 
+    def _end_now(self) -> Callable[[], Err] | None:
+        """Return what a new call gets, None if it can be made: one to a Ray that is shut down would start another."""
+        if self._end is None and not ray.is_initialized():
+            died = self._died(None)
+            return lambda: died
+        return self._end
+
     def _drop(self, number: int) -> None:
         with self._lock:
             self._pending.pop(number, None)
+            self._ended_one_at = time.monotonic()
             self._changed.notify_all()
 
     def _wait_for_room(self) -> None:
