@@ -242,7 +242,8 @@ def test_a_state_is_gone_on_from(hall):
     after = [group.number for group in groups]
     assert not set(after) & set(before)
     assert set(state["open"]) | set(lost) <= set(after)
-    assert sorted(before + after + made.arrivals.get_state()["open"]) == list(range(made.arrivals.get_state()["next"]))
+    state = made.arrivals.get_state()
+    assert sorted(before + after + state["open"]) == list(range(state["next"]))
     assert not any(one.failure for group in groups for one in group.conversations)
 
 

@@ -141,7 +141,8 @@ def test_a_state_is_gone_on_from(make_runners):
     after = [group.number for group, _ in take(arrivals, runners, 4, first=3)]
     assert not set(after) & set(before)
     assert set(state["open"]) | set(lost) <= set(after)
-    assert sorted(before + after + arrivals.get_state()["open"]) == list(range(arrivals.get_state()["next"]))
+    state = arrivals.get_state()
+    assert sorted(before + after + state["open"]) == list(range(state["next"]))
 
 
 def test_runners_are_no_further_ahead_than_they_have_to_be(make_runners):
