@@ -13,6 +13,7 @@ import time
 import pytest
 
 from rlx.cli import main
+from tests.polling import until
 
 T = 20.0
 pytestmark = pytest.mark.timeout(60)
@@ -24,14 +25,6 @@ def run(capsys, *arguments):
     code = main(list(map(str, arguments)))
     printed = capsys.readouterr()
     return code, printed.out, printed.err
-
-
-def until(condition):
-    deadline = time.monotonic() + T
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert found
-    return found
 
 
 def test_ps_without_a_runtime_says_so(toy, capsys):

@@ -33,6 +33,7 @@ from rlx.actors.engines.leases import (
 )
 from rlx.actors.engines.shared_memory import SharedMemory
 from rlx.errors import ActorError, ObjectMemoryFull
+from tests.polling import until
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore:The given .* is not writable")]
 MIB = 1 << 20
@@ -63,13 +64,6 @@ def received(arena, lender, borrower, value):
 
 def resident_bytes(memory):
     return os.fstat(memory.fd).st_blocks * 512
-
-
-def until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.001)
 
 
 def fork(run):

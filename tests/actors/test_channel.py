@@ -27,13 +27,6 @@ MIB = 1 << 20
 T = 20.0  # a deadline, not a delay
 
 
-def until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
-        time.sleep(0.001)
-
-
 class Process:
     """A fork that runs `run(process)`; both sides can `say` a byte and `hear` one."""
 

@@ -14,17 +14,10 @@ from rlx.actors import observe, processes
 from rlx.actors.board import RuntimeFolder
 from rlx.actors.resources import Resources
 from rlx.errors import ActorError, ConfigError
+from tests.polling import until
 
 T = 20.0
 pytestmark = pytest.mark.timeout(60)
-
-
-def until(condition):
-    deadline = time.monotonic() + T
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert found
-    return found
 
 
 def look(name=None):

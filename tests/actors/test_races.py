@@ -19,6 +19,7 @@ from rlx.actors import Err, Ok
 from rlx.actors.future import Future, as_completed
 from rlx.actors.stream import Stream
 from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, ObjectMemoryFull
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -87,13 +88,6 @@ class Tasks:
 def _read(path):
     with open(path) as fifo:
         return fifo.read()
-
-
-def poll_until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def held_by(rt, handle):
@@ -208,7 +202,7 @@ def test_interrupts_at_any_moment_of_synchronous_calls_and_streams_lose_nothing(
     _, pending = actors.future.wait([future for _, future in unsettled], len(unsettled), T)
     assert not pending and all(future.result() == n for n, future in unsettled)
     assert list(worker.count.stream(20, credits=2)) == list(range(20))
-    poll_until(lambda: worker._actor.state().pending == 0)
+    until(lambda: worker._actor.state().pending == 0)
 
 
 def test_an_item_whose_unpickling_was_interrupted_is_the_next_one():
@@ -327,7 +321,7 @@ def test_everybody_who_waits_hears_of_a_death_while_one_of_them_reads(rt, gate):
 
     threads = [threading.Thread(target=wait, args=(how,), daemon=True) for how in waits]
     [thread.start() for thread in threads]
-    poll_until(lambda: doomed._actor.body._link._leader is not None)
+    until(lambda: doomed._actor.body._link._leader is not None)
     rt.kill(doomed)
     [thread.join(T) for thread in threads]
     assert [type(error) for error in errors] == [ActorDied] * 5
@@ -444,14 +438,14 @@ def test_cancelled_calls_and_dropped_streams_give_back_what_was_lent(rt, worker,
     running, array = worker.wait_for.call(path), np.zeros(MIB, np.uint8)
     futures = [worker.echo.call(array) for _ in range(4)]
     streams = [worker.count.stream(array) for _ in range(4)]
-    poll_until(lambda: held_by(rt, worker) == 8 * MIB)
+    until(lambda: held_by(rt, worker) == 8 * MIB)
     assert all(future.cancel() for future in futures)
     del streams
     open_gate()
     assert running.result(T) == "open"
     assert all(isinstance(future.exception(T), CallCancelled) for future in futures)
     assert worker.echo.call(1).result(T) == 1
-    poll_until(lambda: held_by(rt, worker) == 0)
+    until(lambda: held_by(rt, worker) == 0)
 
 
 def test_two_threads_that_share_a_stream_lose_no_credit(worker):
@@ -600,7 +594,7 @@ def test_a_close_that_an_interrupt_has_cut_short_may_be_called_again(step, monke
     assert server.poll() is not None and not folder.exists()
     assert isinstance(actor.echo.call(1).exception(T), ActorDied)
     del actor, part, server
-    poll_until(lambda: gc.collect() >= 0 and set(os.listdir("/proc/self/fd")) <= before)
+    until(lambda: gc.collect() >= 0 and set(os.listdir("/proc/self/fd")) <= before)
 
 
 def _interrupted(*_, **__):

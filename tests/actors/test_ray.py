@@ -30,6 +30,7 @@ pytest.importorskip("ray", reason="needs the extra rlx[ray]")
 from rlx.actors.engines import pickling
 from rlx.actors.engines.ray_data import Parcel
 from rlx.actors.engines.ray_host import VALUE, LoopHost
+from tests.polling import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 T = 60.0  # a deadline, not a delay
@@ -171,13 +172,6 @@ def rt():
 def pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     return tmp_path / "pipe"
-
-
-def poll(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_value_is_put_once_and_arrives_as_itself_in_every_actor(rt):
@@ -381,7 +375,7 @@ def test_an_actor_that_cannot_be_reached_is_ended_since_it_may_have_done_what_it
     with pytest.raises(ActorDied, match=r"was ended as it could not be reached: .*the network is down"):
         actor.total.call(1).result(T)
     body.gone.result(T)
-    poll(lambda: not os.path.exists(f"/proc/{pid}"))
+    until(lambda: not os.path.exists(f"/proc/{pid}"))
 
 
 # Runtimes and clusters.
@@ -520,7 +514,7 @@ def test_a_reservation_is_set_aside_in_ray_until_its_last_actor_has_ended(rt):
     import ray
 
     free = lambda: ray.available_resources().get("CPU", 0)  # noqa: E731
-    poll(lambda: free() == 3)
+    until(lambda: free() == 3)
     with rt.reserve([Resources(cpu=1), Resources(), Resources(cpu=2)]) as reserved:
         assert free() == 0
         one = rt.spawn(Holder, reservation=reserved[2])
@@ -528,7 +522,7 @@ def test_a_reservation_is_set_aside_in_ray_until_its_last_actor_has_ended(rt):
         assert rt.group([one, other]).total.call(1).values(T) == [1, 1]
     assert free() == 0
     rt.kill(one), rt.kill(other)
-    poll(lambda: free() == 3)
+    until(lambda: free() == 3)
 
 
 def test_a_reservation_that_others_leave_no_room_for_is_late_and_leaves_nothing_behind(rt):

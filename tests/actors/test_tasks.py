@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 
 import cloudpickle
 import pytest
@@ -14,6 +13,7 @@ from rlx import actors
 from rlx.actors import machine, tasks
 from rlx.errors import ActorDied, CallCancelled, CallTimeout, NotSupported
 from tests.actors.engines import ALL, opened
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -64,13 +64,6 @@ def pid_of_worker():
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def workers(rt):

@@ -15,6 +15,7 @@ from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ActorBusy, ActorDied, CallCancelled, CallTimeout, ObjectMemoryFull
 from tests.actors.engines import ALL, PROCESSES, opened
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a process cannot import a test module by its name
 
@@ -41,13 +42,6 @@ def source(rt):
 
 def lines(path):
     return path.read_text().split() if path.exists() else []
-
-
-def poll_until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 class Source:
@@ -222,13 +216,13 @@ def test_credits_bound_how_far_the_actor_is_ahead(source, tmp_path, credits):
     for taken in range(1, 20):
         assert stream.next(T) == taken - 1
         assert len(lines(log)) <= taken + credits
-    poll_until(lambda: len(lines(log)) >= 19 + (credits + 1) // 2)  # and it does run ahead
+    until(lambda: len(lines(log)) >= 19 + (credits + 1) // 2)  # and it does run ahead
 
 
 def test_the_actor_stands_still_when_the_credits_are_used_up(source, tmp_path):
     log = tmp_path / "log"
     stream = source.count.stream(1000, str(log), credits=4)
-    poll_until(lambda: len(lines(log)) == 4)
+    until(lambda: len(lines(log)) == 4)
     with pytest.raises(AssertionError):  # a fifth would come at once
         deadline = time.monotonic() + 0.2
         while len(lines(log)) == 4:
@@ -250,7 +244,7 @@ def test_a_stream_that_is_left_early_ends_its_generator(source, tmp_path, end):
             assert stream.next(T) == 1
         assert list(stream) == []
     del stream
-    poll_until(lambda: lines(log)[-1] == "ended")
+    until(lambda: lines(log)[-1] == "ended")
     assert source.number.call().result(T) == 7
     assert len(lines(log)) < 10
 
@@ -260,7 +254,7 @@ def test_a_closed_stream_of_an_async_generator_has_run_its_finally(rt, tmp_path)
     stream = actor.count.stream(10**9, str(log), credits=2)
     assert [stream.next(T), stream.next(T)] == [0, 1]
     stream.close()
-    poll_until(lambda: lines(log) == ["ended"])
+    until(lambda: lines(log) == ["ended"])
     assert actor.plain.call(1).result(T)[0] == 1
     rt.kill(actor)
 
@@ -357,7 +351,7 @@ def test_calls_of_a_threaded_actor_run_at_once_and_start_in_order(rt):
     rt.kill(single)
     for n in range(200):
         actor.start.send(n)
-    poll_until(lambda: len(actor.order.call().result(T)) == 200)
+    until(lambda: len(actor.order.call().result(T)) == 200)
 
 
 def test_streams_and_calls_of_a_threaded_actor_do_not_hold_each_other_up(rt):
@@ -451,7 +445,7 @@ def test_a_put_is_a_copy_of_what_the_value_was(rt, source):
 def test_a_put_is_one_copy_for_all_and_free_when_ref_and_views_are_gone(rt, source, value):
     arena, other = rt._engine.memory.arena, rt.spawn(Source)
     gone = lambda: arena.reclaim() == 0  # noqa: E731
-    poll_until(gone)
+    until(gone)
     ref = rt.put(value)
     one = arena.used_bytes
     assert 4 * MIB <= one < 5 * MIB
@@ -462,7 +456,7 @@ def test_a_put_is_one_copy_for_all_and_free_when_ref_and_views_are_gone(rt, sour
     assert arena.reclaim() == one or isinstance(value, bytes)  # bytes are unpickled into memory of their own
     source.let_go.call().result(T)
     rt.kill(other)
-    poll_until(gone)
+    until(gone)
 
 
 @on_this_machine

@@ -16,6 +16,7 @@ import pytest
 
 from rlx import actors
 from rlx.actors import board
+from tests.polling import until
 
 SETTLE_S = 5.0  # for processes that are being killed to be gone
 MEMORY_SLACK_BYTES = 48 * 2**20  # modules imported by the test, and the retained pages of malloc
@@ -117,20 +118,6 @@ def rt(census):
         yield runtime
 
 
-@pytest.fixture
-def until():
-    """Wait until a condition holds; a failure if it does not in time."""
-
-    def wait(condition, timeout_s=10.0):
-        deadline = time.monotonic() + timeout_s
-        while not (value := condition()):
-            assert time.monotonic() < deadline, f"not within {timeout_s:g} s"
-            time.sleep(0.005)
-        return value
-
-    return wait
-
-
 def lent_bytes(runtime):
     """Return the bytes of the driver's object memory that somebody holds."""
     return runtime._engine.memory.arena.reclaim()
@@ -142,7 +129,7 @@ def lent():
 
 
 @pytest.fixture
-def gone(until):
+def gone():
     """Wait until none of the processes runs."""
 
     def runs(pid):

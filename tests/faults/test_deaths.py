@@ -16,6 +16,7 @@ import pytest
 from rlx import actors
 from rlx.actors import Restart
 from rlx.errors import ActorDied, ActorError, CallTimeout
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 T = 20.0
@@ -107,7 +108,7 @@ def test_every_death_mid_call_is_told_with_cause_method_and_last_words(rt, lent,
     assert lent(rt) == 0
 
 
-def test_what_a_dead_reader_held_comes_back(rt, lent, tmp_path, until):
+def test_what_a_dead_reader_held_comes_back(rt, lent, tmp_path):
     victims = [rt.spawn(Victim) for _ in range(3)]
     array, pids = np.ones(4_000_000), [victim.pid.call().result(T) for victim in victims]
     futures = [victim.begin.call(str(tmp_path / str(n)), "sleep", array) for n, victim in enumerate(victims)]
@@ -137,7 +138,7 @@ class Broken:
         raise ZeroDivisionError("no")
 
 
-def test_a_stopped_actor_stalls_honours_timeouts_and_can_be_killed(rt, tmp_path, until):
+def test_a_stopped_actor_stalls_honours_timeouts_and_can_be_killed(rt, tmp_path):
     victim, stalls = rt.spawn(Victim, stall_after_s=1.0, restart=Restart(backoff_s=0.01)), []
     pid = victim.pid.call().result(T)  # first: on a busy machine the start is a stall too
     rt.monitor(victim, on_stall=lambda _, stall: stalls.append(stall))
@@ -161,7 +162,7 @@ def test_a_stopped_actor_stalls_honours_timeouts_and_can_be_killed(rt, tmp_path,
     rt.kill(victim)
 
 
-def test_the_answer_of_an_earlier_incarnation_is_nobodys(rt, until):
+def test_the_answer_of_an_earlier_incarnation_is_nobodys(rt):
     """Replies are still in the socket when the process has died, and the next one counts its calls from 1 again."""
     victim = rt.spawn(Victim, restart=Restart(max=100, backoff_s=0.0))
     for _ in range(5):
@@ -178,7 +179,7 @@ def test_the_answer_of_an_earlier_incarnation_is_nobodys(rt, until):
 
 
 @pytest.mark.parametrize(("how", "reason"), [("spin", "running on the CPU"), ("hold the GIL", "sleeping or waiting")])
-def test_an_actor_that_holds_the_gil_is_reported_and_not_killed(rt, how, reason, tmp_path, until):
+def test_an_actor_that_holds_the_gil_is_reported_and_not_killed(rt, how, reason, tmp_path):
     victim, stalls = rt.spawn(Victim, stall_after_s=0.5), []
     pid = victim.pid.call().result(T)  # first: on a busy machine the start is a stall too
     rt.monitor(victim, on_stall=lambda _, stall: stalls.append(stall))
@@ -206,7 +207,7 @@ def test_a_dead_forkserver_ends_its_actors_and_the_next_runtime_works(rt, gone):
         assert other.spawn(Victim).pid.call().result(T) not in pids
 
 
-def test_whatever_an_actor_has_bred_is_gone_with_it(rt, until, gone):
+def test_whatever_an_actor_has_bred_is_gone_with_it(rt, gone):
     victim, bystander = rt.spawn(Victim), rt.spawn(Victim)
     pid, spared = victim.pid.call().result(T), bystander.pid.call().result(T)
     victim.breed.call(4).result(T)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.polling import until
+
 T = 30.0
 
 DRIVER = """
@@ -59,7 +61,7 @@ if end == "input":
     ],
     ids=str,
 )
-def test_nothing_of_a_driver_outlives_it(end, signals, code, own_tmp, gone, until):
+def test_nothing_of_a_driver_outlives_it(end, signals, code, own_tmp, gone):
     shared = set(os.listdir("/dev/shm"))
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, end],
@@ -118,7 +120,7 @@ manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
-def test_a_restarted_notebook_kernel_leaves_nothing(gone, until, own_tmp):
+def test_a_restarted_notebook_kernel_leaves_nothing(gone, own_tmp):
     pytest.importorskip("ipykernel")
     pytest.importorskip("jupyter_client")
     code = DRIVER.replace("sys.argv[1]", "'kernel'")

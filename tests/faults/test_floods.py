@@ -15,6 +15,7 @@ import pytest
 from rlx import actors
 from rlx.actors.future import as_completed
 from rlx.errors import ActorError
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 T = 30.0
@@ -43,7 +44,7 @@ class Worker:
         return int(self.kept.sum())
 
 
-def test_ten_thousand_calls_in_flight_with_a_reader_that_is_stopped_first(rt, until):
+def test_ten_thousand_calls_in_flight_with_a_reader_that_is_stopped_first(rt):
     """Nobody reads at first: what is not taken waits here, within bounds, and no caller is blocked for ever."""
     worker = rt.spawn(Worker)
     pid = worker.pid.call().result(T)
@@ -77,7 +78,7 @@ def test_a_flood_that_begins_while_the_reader_thread_reads_is_answered_though_no
     assert sum(1 for _ in as_completed(futures, T)) == 5_000  # it waits and does not read itself
 
 
-def test_a_stream_that_is_read_slowly_is_only_its_credits_ahead(rt, until):
+def test_a_stream_that_is_read_slowly_is_only_its_credits_ahead(rt):
     worker = rt.spawn(Worker)
     worker.pid.call().result(T)
     actor = psutil.Process(worker.pid.call().result(T))
@@ -91,7 +92,7 @@ def test_a_stream_that_is_read_slowly_is_only_its_credits_ahead(rt, until):
     assert psutil.Process().memory_info().rss - here < 32 * MIB and actor.memory_info().rss - there < 32 * MIB
 
 
-def test_what_a_reader_keeps_stays_valid_after_its_owner_has_died(rt, lent, until):
+def test_what_a_reader_keeps_stays_valid_after_its_owner_has_died(rt, lent):
     worker = rt.spawn(Worker)
     kept = worker.keep.call(np.arange(4_000_000)).result(T)
     os.kill(worker.pid.call().result(T), signal.SIGKILL)
@@ -142,7 +143,7 @@ def test_a_thousand_inline_actors():
 
 
 @pytest.mark.parametrize("cycles", [50, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-def test_generations_of_actors_leave_nothing_in_the_driver_or_the_forkserver(cycles, until):
+def test_generations_of_actors_leave_nothing_in_the_driver_or_the_forkserver(cycles):
     with actors.runtime("local", preload=("numpy",)) as rt:
         pid = rt.spawn(Worker, name="first").pid.call().result(T)
         server = psutil.Process(psutil.Process(pid).ppid())

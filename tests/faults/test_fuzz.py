@@ -20,6 +20,7 @@ from rlx.actors.engines.arena import Arena
 from rlx.actors.engines.leases import actor_ends, driver_ends, driver_memory, link_memory
 from rlx.actors.engines.shared_memory import SharedMemory
 from rlx.errors import ActorDied, ActorError
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -205,7 +206,7 @@ LIES = {
 
 @pytest.mark.parametrize("who_reads", ["reactor", "caller"])
 @pytest.mark.parametrize("lie", LIES)
-def test_an_actor_that_sends_what_is_no_frame_is_ended_and_nobody_else_notices(rt, lie, who_reads, until):
+def test_an_actor_that_sends_what_is_no_frame_is_ended_and_nobody_else_notices(rt, lie, who_reads):
     liar, honest = rt.spawn(Liar, name="liar"), rt.spawn(Liar)
     pid = liar.pid.call().result(T)  # call 1; the lie is about call 2
     future = liar.write_to_link.call(LIES[lie])

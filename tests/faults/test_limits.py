@@ -14,6 +14,7 @@ import pytest
 
 from rlx import actors
 from rlx.errors import ObjectMemoryFull
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 T = 20.0
@@ -220,7 +221,7 @@ def memory_group():
     group.rmdir()
 
 
-def test_an_actor_that_the_kernel_kills_for_memory_is_said_to_have_lacked_memory(memory_group, until):
+def test_an_actor_that_the_kernel_kills_for_memory_is_said_to_have_lacked_memory(memory_group):
     ran = subprocess.run(
         [sys.executable, "-c", OOM, str(memory_group)], capture_output=True, text=True, timeout=60, check=False
     )

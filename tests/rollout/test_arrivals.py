@@ -17,6 +17,7 @@ from rlx.nets.flat import FlatParameters
 from rlx.nets.policy import build_policy
 from rlx.rollout.env_runner import EnvRunner
 from rlx.rollout.runner_group import RunnerGroup
+from tests.polling import until
 
 STEPS, ENVS = 5, 2
 DEADLINE_S = 30.0
@@ -93,13 +94,6 @@ def origins(sample):
 
 def runner_pids(runtime):
     return [info.pid for name, info in sorted(runtime.state().items()) if name.startswith("env_runner/")]
-
-
-def until(condition):
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_each_runners_fragments_follow_each_other_and_none_is_lost(make_group, runtime):

@@ -165,13 +165,6 @@ def lives(pid):
         return False
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 # What brings each kind of frame about. Each asserts that all is right, or raises what its caller would get. -----------
 
 

@@ -18,6 +18,7 @@ from rlx.actors.cluster.daemon import parse_address
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorDied, ActorError
 from tests.actors.cluster.namespaces import why_not
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = [pytest.mark.timeout(120), pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
@@ -73,13 +74,6 @@ def lives(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_calls_channels_and_large_values_cross_with_tls(cluster):
@@ -161,7 +155,7 @@ def test_a_network_that_is_open_one_way_only_is_a_lost_node(cluster, network, di
         with pytest.raises(ActorDied, match="lost with its node b"):
             while True:
                 on_b.add.call().result(T)
-        wait_until(lambda: not lives(pid))  # the node has ended it
+        until(lambda: not lives(pid))  # the node has ended it
         assert on_a.add.call().result(T) == 1
 
 
@@ -174,9 +168,9 @@ def test_a_node_that_comes_back_is_another_one_and_has_none_of_the_old_actors(cl
     network.pull("b")
     with pytest.raises(ActorDied):
         worker.add.call().result(T)
-    wait_until(lambda: not lives(pid) and not lives(server))  # the node itself has ended them
+    until(lambda: not lives(pid) and not lives(server))  # the node itself has ended them
     network.plug("b")
-    wait_until(lambda: len(rt._engine._nodes) == 2)
+    until(lambda: len(rt._engine._nodes) == 2)
     assert set(rt._engine._nodes) - before  # another incarnation
     assert other.process.poll() is None
     on_b = spawn_on_both(rt)[1]
@@ -189,7 +183,7 @@ def test_a_node_that_only_the_driver_has_lost_is_taken_again(cluster, network):
     worker = spawn_on_both(rt)[1]
     with network.deaf("b", "driver"), pytest.raises(ActorDied):
         worker.add.call().result(T)
-    wait_until(lambda: len(rt._engine._nodes) == 2)
+    until(lambda: len(rt._engine._nodes) == 2)
     assert [one.add.call().result(T) for one in spawn_on_both(rt)] == [1, 1]
 
 
@@ -279,5 +273,5 @@ def test_a_killed_driver_leaves_nothing_on_the_nodes(start_apart, network, key):
         pids = {pid for pair in json.loads(driver.stdout.readline()) for pid in pair}
         assert len(pids) == 6  # four actors of two forkservers
         driver.kill()
-    wait_until(lambda: not any(map(lives, pids)))
-    wait_until(lambda: [len(os.listdir(f"/proc/{daemon.process.pid}/fd")) for daemon in (head, other)] == before)
+    until(lambda: not any(map(lives, pids)))
+    until(lambda: [len(os.listdir(f"/proc/{daemon.process.pid}/fd")) for daemon in (head, other)] == before)

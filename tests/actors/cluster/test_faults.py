@@ -23,7 +23,8 @@ from rlx.actors.cluster.handshake import Role
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorBusy, ActorDied, ActorError, CallTimeout, RlxError
 from tests.actors.cluster.faults import BEFORE, BEHIND, CUTS, DELAY, DOUBLE, GARBLE, INSIDE, LOSE, Fault, Faults
-from tests.actors.cluster.scenarios import FRAMES, FROM_NODE, TO_NODE, Stage, T, beats, calls, lives, wait_until
+from tests.actors.cluster.scenarios import FRAMES, FROM_NODE, TO_NODE, Stage, T, beats, calls, lives
+from tests.polling import until
 
 WATCH_S = 45.0
 pytestmark = pytest.mark.timeout(WATCH_S + 5)
@@ -178,7 +179,7 @@ def _hurry(stage, patience_s=SOON_S, system_timeout_s=HURRY_S):
 def _close(stage):
     """Close the runtime; no process is left, whatever has been lost."""
     stage.rt.close()
-    wait_until(lambda: not any(map(lives, stage.processes())))
+    until(lambda: not any(map(lives, stage.processes())))
 
 
 @pytest.mark.parametrize("do", [INSIDE, *(pytest.param(do, marks=pytest.mark.slow) for do in (BEFORE, BEHIND))])
@@ -200,7 +201,7 @@ def test_a_connection_that_is_cut_at_a_frame_ends_its_actors_and_is_made_again(q
         assert isinstance(error, ActorDied) and "lost with its node alone (127.0.0.1:" in str(error), error
     died = held[1].exception(T) or worker.run.call(stage.token()).exception(T)
     assert isinstance(died, ActorDied) and "lost with its node alone (127.0.0.1:" in str(died)
-    wait_until(lambda: not any(map(lives, before)))
+    until(lambda: not any(map(lives, before)))
     answer = None
     while answer is None:  # until the timeout of this test: it may not have heard of its end yet
         with contextlib.suppress(ActorDied):
@@ -222,7 +223,7 @@ def test_what_is_not_understood_ends_the_link_at_most(hasty, kind, to_node):
     node = stage.rt._engine._nodes.get(1)
     with contextlib.suppress(ActorDied):  # of a link that is about to be lost
         calls(stage, stage.living())
-    wait_until(lambda: node is None or node.lost or stage.rt._engine._nodes.get(1) is node)
+    until(lambda: node is None or node.lost or stage.rt._engine._nodes.get(1) is node)
     calls(stage, stage.living())
     stage.check()
 
@@ -288,7 +289,7 @@ def test_a_node_joins_once_or_says_why_not(key, faults, alone, open_runtime, tmp
             assert faults.done
         if error is None:
             rt = open_runtime()
-            wait_until(lambda: name in {one.name for one in rt._engine._nodes.values()})
+            until(lambda: name in {one.name for one in rt._engine._nodes.values()})
             assert sum(one.name == name for one in rt._engine._nodes.values()) == 1
             for worker in [(stage := Stage(rt, faults, tmp_path)).living() for _ in range(2)]:
                 calls(stage, worker)
@@ -297,7 +298,7 @@ def test_a_node_joins_once_or_says_why_not(key, faults, alone, open_runtime, tmp
     finally:
         node.close()
     if rt is not None:
-        wait_until(lambda: name not in {one.name for one in rt._engine._present.values()})
+        until(lambda: name not in {one.name for one in rt._engine._present.values()})
 
 
 @pytest.mark.parametrize("do", ALL)

@@ -17,7 +17,8 @@ from rlx.algorithms.ppo import PPOConfig
 from rlx.building import LazyRuntime
 from rlx.errors import ActorDied
 from tests.actors.cluster.faults import BEHIND, DELAY, DOUBLE, INSIDE, Fault, Faults
-from tests.actors.cluster.scenarios import Stage, lives, wait_until
+from tests.actors.cluster.scenarios import Stage, lives
+from tests.polling import until
 
 pytestmark = pytest.mark.timeout(120)
 BOTH_WAYS = (("CALL", True), ("SEND", True), ("SPAWN", True), ("PUBLISH", True), ("REPLY", False), ("PING", False))
@@ -78,7 +79,7 @@ def test_calls_run_once_at_most_and_in_order_whatever_happens(behind, tmp_path, 
     assert lost < 100 and any(done.startswith("cut") for done in faults.done), faults
     stage.check()
     rt.close()
-    wait_until(lambda: not any(map(lives, stage.processes())))
+    until(lambda: not any(map(lives, stage.processes())))
 
 
 # Training. ------------------------------------------------------------------------------------------------------------

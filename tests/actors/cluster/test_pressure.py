@@ -19,6 +19,7 @@ from rlx.actors.engines.link import BACKLOG_BYTES, Link
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.future import Future, nothing
 from rlx.errors import ActorBusy
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(90)
@@ -88,13 +89,6 @@ def own_bytes(pid):
         return int(re.search(r"RssAnon:\s+(\d+) kB", file.read())[1]) * 1024
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + T
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("size", [20_000, MB])
 def test_who_sends_more_than_an_actor_reads_is_held_up(open_runtime, head, tmp_path, size):
     rt = open_runtime(system_timeout_s=1.0, object_memory=32 * MB, patience=QUICK)
@@ -130,7 +124,7 @@ def test_a_driver_that_does_not_read_holds_up_its_actors(open_runtime, head, tmp
     progress = tmp_path / "progress"
     value = np.arange(4 * MB, dtype=np.uint8)
     calls = [worker.echo.call(value, str(progress)) for _ in range(80)]
-    wait_until(lambda: progress.exists() and progress.stat().st_size == len(calls))  # what is lent lies with the actor
+    until(lambda: progress.exists() and progress.stat().st_size == len(calls))  # what is lent lies with the actor
     assert own_bytes(head.process.pid) - before < 3 * BACKLOG_BYTES
     node.link.read_on(True)
     assert all((call.result(T) == value).all() for call in calls)
@@ -182,7 +176,7 @@ def test_readers_that_keep_old_versions_hold_up_nobody_else(open_runtime):
         assert other.count.call().result(T) == 0
     assert keeper.newest.call().result(T) < version
     keeper.let_go.call().result(T)
-    wait_until(lambda: keeper.newest.call().result(T) == version)
+    until(lambda: keeper.newest.call().result(T) == version)
 
 
 def test_what_a_link_has_decrypted_before_it_is_opened_is_taken(tls_pair, request):
@@ -220,12 +214,12 @@ def test_who_waits_for_an_answer_of_which_half_a_record_comes_waits_on(tcp_pair,
     link.open()
 
     def pump():
-        wait_until(lambda: link._leader not in (None, reactor.ident))
+        until(lambda: link._leader not in (None, reactor.ident))
         ends[1].send(b"".join(wire.encode(wire.PING)))
         record = pump_theirs.recv(2**16)
         for index in range(len(record)):
             pump_ours.sendall(record[index : index + 1])
-            wait_until(lambda: not select.select([ours], [], [], 0.0)[0])  # it has been read
+            until(lambda: not select.select([ours], [], [], 0.0)[0])  # it has been read
 
     thread = threading.Thread(target=pump)
     thread.start()
