@@ -1,6 +1,7 @@
 """Daemons of their own processes, a driver, and actors behind them: calls, channels, joining, leaving and dying."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 from rlx import actors
 from rlx.actors import Restart
 from rlx.actors.cluster import greeting
-from rlx.actors.cluster.daemon import parse_address
+from rlx.actors.cluster.daemon import NodeDaemon, Options, parse_address
 from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.engines import wire
@@ -284,6 +285,18 @@ def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, r
         while True:  # signs of life, until it is closed
             greeting.receive(sock, T)
     assert [worker.add.call().result(T) for worker in spawn_on_both(rt)] == [1, 1]
+
+
+def test_a_daemon_that_ends_hangs_up_on_drivers_that_do_not(key):
+    daemon = NodeDaemon(Options("ends first", str(key.path), "127.0.0.1"))
+    opening = {"system_timeout_s": T, "patience": dataclasses.asdict(QUICK), "preload": [], "object_memory": 2**20}
+    with contextlib.closing(connect(parse_address(daemon.address), key, Role.DRIVER)) as sock:
+        greeting.send(sock, wire.OPEN, opening, T)
+        assert greeting.receive(sock, T).kind == wire.OPEN
+        daemon.close()
+        with pytest.raises(ActorError, match="it closed the connection"):
+            while True:
+                greeting.receive(sock, T)
 
 
 def test_large_values_come_back_equal(rt):

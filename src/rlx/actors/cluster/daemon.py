@@ -152,6 +152,7 @@ class NodeDaemon:
             is_late = self._closed
         if is_late:  # it was let in just before the door was closed
             self._end(engine)
+            sock.close()
         else:
             engine.begin()
 

@@ -67,6 +67,7 @@ class NodeEngine(LocalEngine):
         self._ended, self._is_ended = ended, False
         self._project_folder, self._root = folder, settings.get("root")
         self._kept: dict[int, wire.Buffer] = {}  # what calls of the driver refer to, by its number
+        self._sock = sock
         self.link = Link(self.reactor, sock, self._take, self._lose_driver, self.memory.allocate)
         self.mirrors = Mirrors(self.reactor, self.channel)
         self._heart = Heartbeat(
@@ -86,6 +87,7 @@ class NodeEngine(LocalEngine):
         """End all actors, and who hears of them."""
         super().close(timeout_s)
         self.events.close(timeout_s)
+        self._sock.close()  # by now nobody reads from it, and the driver has heard all
 
     def hold_up(self, link: Link) -> None:
         """Read no more of an actor until the driver has read what waits for it."""
