@@ -1,6 +1,7 @@
 """What machines do to actors on other nodes: deaths, stops, a clock that jumps, too little of something."""
 
 import contextlib
+import ctypes
 import itertools
 import os
 import resource
@@ -20,6 +21,8 @@ from rlx.actors import Restart
 from rlx.actors.cluster.daemon import NodeDaemon, Options
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorDied, ActorError, CallTimeout
+from tests.actors.cluster.scenarios import lives
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(120)
@@ -49,6 +52,11 @@ class Worker:
     def doze(self, seconds):
         time.sleep(seconds)
         return "late"
+
+    def hold_the_gil(self, how):
+        while how == "on the CPU":
+            pass
+        ctypes.PyDLL(None).sleep(3600)
 
     def take_slowly(self, number):
         if number % 1000 == 0:
@@ -130,6 +138,24 @@ def test_a_stopped_actor_on_a_node_is_a_stall_and_what_it_says_late_is_taken(rt)
     rt.kill(slow)
     with pytest.raises(ActorDied, match=r"was ended by kill\(\)"):
         slow.add.call().result(T)
+
+
+def test_an_actor_on_a_node_that_holds_the_gil_is_a_stall_and_not_killed(rt):
+    reasons = {"on the CPU": "running on the CPU", "in C": "sleeping or waiting"}
+    held = {how: rt.spawn(Worker, name=how, stall_after_s=0.3) for how in reasons}
+    others, stalls = pair(rt), {}
+    pids = {how: worker.pid.call().result(T) for how, worker in held.items()}
+    for worker in held.values():
+        rt.monitor(worker, on_stall=lambda _, stall: stalls.update({(stall.actor, stall.method): stall}))
+    calls = {how: worker.hold_the_gil.call(how) for how, worker in held.items()}
+    for how in held:
+        stall = until(lambda how=how: stalls.get((how, "hold_the_gil")))  # a slow start is a stall, too
+        assert (stall.pid, stall.reason, stall.stopped) == (pids[how], reasons[how], False)
+        assert rt.state()[how].status == "alive" and not calls[how].done()
+    assert [other.add.call().result(T) for other in others] == [1, 1]
+    for how, worker in held.items():
+        rt.kill(worker)
+        assert "was ended by kill() in hold_the_gil()" in str(calls[how].exception(T)) and not lives(pids[how])
 
 
 def test_ten_thousand_calls_are_under_way_both_ways_to_actors_that_are_slow(rt):
