@@ -6,6 +6,7 @@ import itertools
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -57,6 +58,12 @@ class Worker:
         while how == "on the CPU":
             pass
         ctypes.PyDLL(None).sleep(3600)
+
+    def breed(self, count):
+        """Children that breed children in sessions of their own, like a fork bomb with a fuse."""
+        code = "import os, time\nfor _ in range(3):\n  if os.fork() == 0: os.setsid()\ntime.sleep(3600)"
+        for _ in range(count):
+            subprocess.Popen([sys.executable, "-S", "-c", code])
 
     def take_slowly(self, number):
         if number % 1000 == 0:
@@ -156,6 +163,20 @@ def test_an_actor_on_a_node_that_holds_the_gil_is_a_stall_and_not_killed(rt):
     for how, worker in held.items():
         rt.kill(worker)
         assert "was ended by kill() in hold_the_gil()" in str(calls[how].exception(T)) and not lives(pids[how])
+
+
+def test_whatever_an_actor_on_a_node_has_bred_is_gone_with_it(rt):
+    parents, spared = pair(rt), pair(rt)
+    pids = [parent.pid.call().result(T) for parent in parents]
+    for parent in parents:
+        parent.breed.call(4).result(T)
+    families = [psutil.Process(pid) for pid in pids]
+    until(lambda: [len(family.children(recursive=True)) for family in families] == [32, 32])
+    bred = [child.pid for family in families for child in family.children(recursive=True)]
+    rt.kill(parents[0])
+    os.kill(pids[1], signal.SIGKILL)
+    until(lambda: not any(map(lives, [*pids, *bred])))
+    assert [one.add.call().result(T) for one in spared] == [1, 1]
 
 
 def test_ten_thousand_calls_are_under_way_both_ways_to_actors_that_are_slow(rt):
