@@ -172,18 +172,19 @@ def test_a_stopped_actor_on_a_node_is_a_stall_and_what_it_says_late_is_taken(rt)
 
 def test_an_actor_on_a_node_that_holds_the_gil_is_a_stall_and_not_killed(rt):
     reasons = {"on the CPU": "running on the CPU", "in C": "sleeping or waiting"}
-    held = {how: rt.spawn(Worker, name=how, stall_after_s=0.3) for how in reasons}
+    holders = {how: rt.spawn(Worker, name=how, stall_after_s=0.3) for how in reasons}
     others, stalls = pair(rt), {}
-    pids = {how: worker.pid.call().result(T) for how, worker in held.items()}
-    for worker in held.values():
+    pids = {how: worker.pid.call().result(T) for how, worker in holders.items()}
+    for worker in holders.values():
         rt.monitor(worker, on_stall=lambda _, stall: stalls.update({(stall.actor, stall.method): stall}))
-    calls = {how: worker.hold_the_gil.call(how) for how, worker in held.items()}
-    for how in held:
-        stall = until(lambda how=how: stalls.get((how, "hold_the_gil")))  # a slow start is a stall, too
+    calls = {how: worker.hold_the_gil.call(how) for how, worker in holders.items()}
+    for how in holders:
+        until(lambda how=how: (how, "hold_the_gil") in stalls)  # a slow start is a stall, too
+        stall = stalls[how, "hold_the_gil"]
         assert (stall.pid, stall.reason, stall.stopped) == (pids[how], reasons[how], False)
         assert rt.state()[how].status == "alive" and not calls[how].done()
     assert [other.add.call().result(T) for other in others] == [1, 1]
-    for how, worker in held.items():
+    for how, worker in holders.items():
         rt.kill(worker)
         assert "was ended by kill() in hold_the_gil()" in str(calls[how].exception(T)) and not lives(pids[how])
 
@@ -203,30 +204,30 @@ def test_whatever_an_actor_on_a_node_has_bred_is_gone_with_it(rt):
 
 
 def test_what_a_reader_on_a_node_held_comes_back_when_it_dies(memories):
-    _, readers, held = memories
+    _, readers, lent = memories
     array, pids = np.ones(1_000_000), [reader.pid.call().result(T) for reader in readers]
     for reader in readers:
         assert reader.keep.call(array).result(T) == len(array)
     reading = [reader.doze.call(3600, array) for reader in readers]
-    until(lambda: min(held()[:2]) >= 2 * array.nbytes)
+    until(lambda: min(lent()[:2]) >= 2 * array.nbytes)
     for pid, call in zip(pids, reading, strict=True):
         os.kill(pid, signal.SIGKILL)
         assert isinstance(call.exception(T), ActorDied)
-    until(lambda: held() == [0, 0, 0])
+    until(lambda: lent() == [0, 0, 0])
 
 
 def test_a_view_on_a_node_outlives_its_owner_on_another_one(memories):
-    _, (owner, reader), held = memories
+    _, (owner, reader), lent = memories
     value, pid = owner.count_up.call(1_000_000).result(T), owner.pid.call().result(T)
     assert reader.keep.call(value).result(T) == len(value)
     os.kill(pid, signal.SIGKILL)
     assert isinstance(owner.add.call().exception(T), ActorDied)
     assert reader.kept_sum.call().result(T) == value.sum() == 499_999_500_000
     del value
-    until(lambda: held()[2] == 0)
-    assert max(held()) >= 8_000_000 and reader.kept_sum.call().result(T) == 499_999_500_000
+    until(lambda: lent()[2] == 0)
+    assert max(lent()) >= 8_000_000 and reader.kept_sum.call().result(T) == 499_999_500_000
     assert reader.keep.call("").result(T) == 0
-    until(lambda: held() == [0, 0, 0])
+    until(lambda: lent() == [0, 0, 0])
 
 
 def test_ten_thousand_calls_are_under_way_both_ways_to_actors_that_are_slow(rt):
