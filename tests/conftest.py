@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.polling import until
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, and what they start; Ctrl-C is tested here.
@@ -60,6 +63,38 @@ def gate(tmp_path):
             fifo.write("open")
 
     return path, open_gate
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a file system of its own")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def memory_group():
+    """A control group in which processes may have 400 MiB together."""
+    version_2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    root = Path("/sys/fs/cgroup") if version_2 else Path("/sys/fs/cgroup/memory")
+    group = root / f"rlx-test-{uuid.uuid4().hex[:8]}"
+    try:
+        group.mkdir()
+        (group / ("memory.max" if version_2 else "memory.limit_in_bytes")).write_text(str(400 * 2**20))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"needs the right to make a control group with a memory limit ({error})")
+    yield group
+    until(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
 
 
 @pytest.fixture

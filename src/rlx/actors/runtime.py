@@ -6,6 +6,7 @@ import atexit
 import difflib
 import itertools
 import os
+import signal
 import threading
 import weakref
 from collections import defaultdict
@@ -27,6 +28,7 @@ from rlx.errors import ActorDied, ActorError, NotSupported
 
 T = TypeVar("T")
 MAX_NAME = 1000
+HURRY_S = 2.0  # for each step of an end that was interrupted
 OnError = Callable[[ActorHandle, BaseException], None]
 OnStall = Callable[[ActorHandle, Stall], None]
 
@@ -354,5 +356,11 @@ _open_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 
 @atexit.register
 def _close_open_runtimes() -> None:
-    for runtime in list(_open_runtimes):
-        runtime.close()
+    try:
+        for runtime in list(_open_runtimes):
+            runtime.close()
+    except KeyboardInterrupt:  # who presses Ctrl-C again is in a hurry, and nobody comes later to clean up
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for runtime in list(_open_runtimes):
+            runtime.system_timeout_s = min(runtime.system_timeout_s, HURRY_S)
+            runtime.close()

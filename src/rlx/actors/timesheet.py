@@ -11,6 +11,7 @@ record  = 64 bytes: start, end (time.monotonic(), which all processes of a machi
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -50,7 +51,8 @@ class Timesheet:
             os.posix_fallocate(fd, 0, size)  # in a hole of a full disk a write through the map would be a SIGBUS
             self._memory = mmap.mmap(fd, size)
         except OSError as error:
-            print(f"what {name} does cannot be seen from outside ({error})", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the log is on the same disk, mostly
+                print(f"what {name} does cannot be seen from outside ({error})", file=sys.stderr)
             self._memory = mmap.mmap(-1, size)  # it works all the same
         finally:
             os.close(fd)

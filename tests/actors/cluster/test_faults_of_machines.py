@@ -1,10 +1,12 @@
 """What machines do to actors on other nodes: deaths, stops, a clock that jumps, too little of something."""
 
 import contextlib
+import ctypes
 import itertools
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,8 @@ from rlx.actors import Restart
 from rlx.actors.cluster.daemon import NodeDaemon, Options
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorDied, ActorError, CallTimeout
+from tests.actors.cluster.scenarios import lives
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(120)
@@ -46,9 +50,27 @@ class Worker:
             sys.exit(4)
         os.kill(os.getpid(), how)
 
-    def doze(self, seconds):
+    def doze(self, seconds, *kept):
         time.sleep(seconds)
         return "late"
+
+    def hold_the_gil(self, how):
+        while how == "on the CPU":
+            pass
+        ctypes.PyDLL(None).sleep(3600)
+
+    def breed(self, count):
+        """Children that breed children in sessions of their own, like a fork bomb with a fuse."""
+        code = "import os, time\nfor _ in range(3):\n  if os.fork() == 0: os.setsid()\ntime.sleep(3600)"
+        for _ in range(count):
+            subprocess.Popen([sys.executable, "-S", "-c", code])
+
+    def keep(self, value):
+        self.kept = value
+        return len(value)
+
+    def kept_sum(self):
+        return self.kept.sum().item()
 
     def take_slowly(self, number):
         if number % 1000 == 0:
@@ -95,6 +117,22 @@ def pair(rt, **options):
     return workers
 
 
+@pytest.fixture
+def memories(key, tmp_path, monkeypatch):
+    """A runtime, an actor on each of two nodes, and what returns the object memory held: on these, by the driver."""
+    monkeypatch.setenv("RLX_HOME", str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for name in ("a", "b"):
+            head = nodes[0].address if nodes else None
+            options = Options(name, str(key.path), "127.0.0.1", head=head, apart=True)
+            nodes.append(stack.enter_context(contextlib.closing(NodeDaemon(options))))
+        options = {"address": nodes[0].address, "token_file": key.path, "preload": ("numpy",)}
+        rt = stack.enter_context(actors.runtime("cluster", **options))
+        engines = [engine for node in nodes for engine in node._engines]
+        yield rt, pair(rt), lambda: [engine.memory.arena.reclaim() for engine in [*engines, rt._engine]]
+
+
 HOW = {
     signal.SIGKILL: r"was killed by SIGKILL",
     signal.SIGSEGV: r"was killed by SIGSEGV",
@@ -130,6 +168,66 @@ def test_a_stopped_actor_on_a_node_is_a_stall_and_what_it_says_late_is_taken(rt)
     rt.kill(slow)
     with pytest.raises(ActorDied, match=r"was ended by kill\(\)"):
         slow.add.call().result(T)
+
+
+def test_an_actor_on_a_node_that_holds_the_gil_is_a_stall_and_not_killed(rt):
+    reasons = {"on the CPU": "running on the CPU", "in C": "sleeping or waiting"}
+    holders = {how: rt.spawn(Worker, name=how, stall_after_s=0.3) for how in reasons}
+    others, stalls = pair(rt), {}
+    pids = {how: worker.pid.call().result(T) for how, worker in holders.items()}
+    for worker in holders.values():
+        rt.monitor(worker, on_stall=lambda _, stall: stalls.update({(stall.actor, stall.method): stall}))
+    calls = {how: worker.hold_the_gil.call(how) for how, worker in holders.items()}
+    for how in holders:
+        until(lambda how=how: (how, "hold_the_gil") in stalls)  # a slow start is a stall, too
+        stall = stalls[how, "hold_the_gil"]
+        assert (stall.pid, stall.reason, stall.stopped) == (pids[how], reasons[how], False)
+        assert rt.state()[how].status == "alive" and not calls[how].done()
+    assert [other.add.call().result(T) for other in others] == [1, 1]
+    for how, worker in holders.items():
+        rt.kill(worker)
+        assert "was ended by kill() in hold_the_gil()" in str(calls[how].exception(T)) and not lives(pids[how])
+
+
+def test_whatever_an_actor_on_a_node_has_bred_is_gone_with_it(rt):
+    parents, spared = pair(rt), pair(rt)
+    pids = [parent.pid.call().result(T) for parent in parents]
+    for parent in parents:
+        parent.breed.call(4).result(T)
+    families = [psutil.Process(pid) for pid in pids]
+    until(lambda: [len(family.children(recursive=True)) for family in families] == [32, 32])
+    bred = [child.pid for family in families for child in family.children(recursive=True)]
+    rt.kill(parents[0])
+    os.kill(pids[1], signal.SIGKILL)
+    until(lambda: not any(map(lives, [*pids, *bred])))
+    assert [one.add.call().result(T) for one in spared] == [1, 1]
+
+
+def test_what_a_reader_on_a_node_held_comes_back_when_it_dies(memories):
+    _, readers, lent = memories
+    array, pids = np.ones(1_000_000), [reader.pid.call().result(T) for reader in readers]
+    for reader in readers:
+        assert reader.keep.call(array).result(T) == len(array)
+    reading = [reader.doze.call(3600, array) for reader in readers]
+    until(lambda: min(lent()[:2]) >= 2 * array.nbytes)
+    for pid, call in zip(pids, reading, strict=True):
+        os.kill(pid, signal.SIGKILL)
+        assert isinstance(call.exception(T), ActorDied)
+    until(lambda: lent() == [0, 0, 0])
+
+
+def test_a_view_on_a_node_outlives_its_owner_on_another_one(memories):
+    _, (owner, reader), lent = memories
+    value, pid = owner.count_up.call(1_000_000).result(T), owner.pid.call().result(T)
+    assert reader.keep.call(value).result(T) == len(value)
+    os.kill(pid, signal.SIGKILL)
+    assert isinstance(owner.add.call().exception(T), ActorDied)
+    assert reader.kept_sum.call().result(T) == value.sum() == 499_999_500_000
+    del value
+    until(lambda: lent()[2] == 0)
+    assert max(lent()) >= 8_000_000 and reader.kept_sum.call().result(T) == 499_999_500_000
+    assert reader.keep.call("").result(T) == 0
+    until(lambda: lent() == [0, 0, 0])
 
 
 def test_ten_thousand_calls_are_under_way_both_ways_to_actors_that_are_slow(rt):
@@ -194,11 +292,21 @@ def test_a_clock_that_jumps_is_nobodys_timeout(key, tmp_path, monkeypatch):
 
 
 def held(nodes):
-    """Return how many descriptors, threads and processes the daemons have, and the driver."""
-    found = []
-    for process in [psutil.Process(node.process.pid) for node in nodes] + [psutil.Process()]:
-        found.append((process.num_fds(), process.num_threads(), len(process.children(recursive=True))))
-    return found
+    """Return how many descriptors, threads and processes the daemons have, their forkservers, and the driver.
+
+    The list of actors, which grows with those that ended lately, is not counted.
+    """
+    owners = [psutil.Process(node.process.pid) for node in nodes]
+    owners += [psutil.Process()] + [child for owner in owners for child in owner.children()]
+    return [(descriptors(one.pid), one.num_threads(), len(one.children(recursive=True))) for one in owners]
+
+
+def descriptors(pid):
+    count = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += not os.readlink(f"/proc/{pid}/fd/{fd}").endswith("/board")
+    return count
 
 
 @pytest.mark.slow
@@ -211,13 +319,24 @@ def test_rounds_of_spawn_and_death_leave_nothing_on_nodes_and_driver(rt, nodes):
             for worker in workers[2:]:
                 rt.kill(worker)
 
-    play(40)  # each node's list of actors keeps 64 that have ended, and has grown to that
+    play(1)
     before = held(nodes)
     play(40)
-    deadline = time.monotonic() + T
-    while held(nodes) != before:
-        assert time.monotonic() < deadline, (before, held(nodes))
-        time.sleep(0.05)
+    until(lambda: held(nodes) == before)
+
+
+@pytest.mark.slow
+def test_two_hundred_actors_on_two_nodes_answer_and_leave_nothing(rt, nodes):
+    for worker in pair(rt):
+        rt.kill(worker)
+    before = held(nodes)
+    workers = [rt.spawn(Worker) for _ in range(200)]
+    calls = [worker.pid.call() for worker in workers]
+    assert len({call.result(T) for call in calls}) == len(workers)
+    assert [processes for _, _, processes in held(nodes)[:2]] == [101, 101]
+    for worker in workers:
+        rt.kill(worker)
+    until(lambda: held(nodes) == before)
 
 
 @pytest.mark.slow
