@@ -1,5 +1,6 @@
 """Conversations with environments: what is read and drawn, by hand; and environments that fail, in both homes."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -40,18 +41,16 @@ def make_envs(request):
     """Make environments in the driver, or where a test asks for it in processes."""
     home = getattr(request, "param", "driver")
     drawn.calls = []
-    with actors.runtime("local") as runtime:
-        made = []
+    with contextlib.ExitStack() as stack:
+        elsewhere = {}
+        if home == "processes":
+            runtime = stack.enter_context(actors.runtime("local", preload=("numpy", "rlx.rollout.text_env_host")))
+            elsewhere = {"num_actors": 2, "runtime": lambda: runtime, "restart": Restart(max=3, per_s=60.0)}
 
         def make(timeout_s=5.0):
-            actors_of_envs = {"num_actors": 2, "runtime": lambda: runtime, "restart": Restart(max=3, per_s=60.0)}
-            envs = TextEnvs(Scripted, timeout_s=timeout_s, **(actors_of_envs if home == "processes" else {}))
-            made.append(envs)
-            return envs
+            return stack.enter_context(contextlib.closing(TextEnvs(Scripted, timeout_s=timeout_s, **elsewhere)))
 
         yield make
-        for envs in made:
-            envs.close()
 
 
 def talk(envs, whats=(None,), generate=drawn, **changes):

@@ -1,5 +1,6 @@
 """Groups as they arrive from real token runners; and which are taken when, by hand."""
 
+import contextlib
 import os
 import signal
 import time
@@ -42,10 +43,15 @@ def request(number):
     return Request([1, 2, number % 13], n=SAMPLES, max_new_tokens=limit, seed=number)
 
 
+@pytest.fixture(scope="module")
+def runtime():
+    with actors.runtime("local", preload=("numpy", "torch", "rlx.rollout.token_runners", "transformers")) as runtime:
+        yield runtime
+
+
 @pytest.fixture
-def make_runners():
-    with actors.runtime("local") as runtime:
-        made = []
+def make_runners(runtime):
+    with contextlib.ExitStack() as stack:
 
         def make(count=2, **options):
             runners = TokenRunners(
@@ -58,12 +64,9 @@ def make_runners():
                 max_new_tokens=56,
                 **options,
             )
-            made.append(runners)
-            return runners, runtime
+            return stack.enter_context(contextlib.closing(runners)), runtime
 
         yield make
-        for runners in made:
-            runners.close()
 
 
 def take(arrivals, runners, batches, first=0):
