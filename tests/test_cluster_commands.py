@@ -254,7 +254,9 @@ def test_stop_asks_which_and_kills_who_does_not_end(terminal):
     assert "which of your 2 daemons?" in said and "--all" in said
     assert "is c; these run: a (" in terminal.type("stop", "c", code=2)
     assert re.fullmatch(r"b \(\S+, pid \d+\): ended\n", terminal.type("stop", "b"))
-    with_its_name = terminal.start_head("--name", "a")
+    said = terminal.type("start", "--head", *HERE, "--name", "a")
+    assert f"rlx: a cluster of its own, beside that of a ({address}) on this machine" in said
+    with_its_name = re.search(r"at (\S+) \(pid", said)[1]
     assert "which of your 2" in terminal.type("stop", "a", code=2)
     assert "there are: a (127.0.0.1:" in terminal.type("status", "--head", code=2)
     assert with_its_name in terminal.type("stop", with_its_name)

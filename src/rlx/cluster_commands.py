@@ -44,7 +44,7 @@ def certs(options: argparse.Namespace) -> None:
 
 def start(options: argparse.Namespace) -> int:
     """Start a daemon, as the head or as a node."""
-    from rlx.actors.cluster import background, roll_call
+    from rlx.actors.cluster import background, notes, roll_call
 
     if options.nodes is not None and not options.head:
         raise ConfigError("--nodes goes with --head, which is told who has joined; `rlx status --address` shows them.")
@@ -57,6 +57,9 @@ def start(options: argparse.Namespace) -> int:
             f"--nodes lists {', '.join(options.nodes)} and not the head's own node {daemon.name}, which counts: add "
             "it, or give this one another --name."
         )
+    others = [f"{note.name} ({note.address})" for note in notes.find() if options.head and note.head is None]
+    if others:
+        print(f"rlx: a cluster of its own, beside that of {', '.join(others)} on this machine", file=sys.stderr)
     with _interruptible(options.block):
         process, address = background.start(daemon, attached=options.block)
         with _ended_with_us(process) if options.block else contextlib.nullcontext():

@@ -284,6 +284,12 @@ def test_a_visible_device_list_of_ones_own_and_asking_for_gpus_exclude_each_othe
     assert rt.spawn(User, resources=Resources(gpu=2)).gpus.call().result(T) == "0,1"  # what was refused holds nothing
 
 
+@pytest.mark.parametrize("wanted", [Resources(), Resources(cpu=1, gpu=1)])
+def test_there_is_room_for_what_can_be_counted_only(rt, wanted):
+    with pytest.raises(ValueError, match=f"and {wanted} was asked for"):
+        rt.room_for(wanted)
+
+
 def test_no_more_actors_live_than_max_actors():
     with actors.runtime("inline", max_actors=2) as runtime:
         first, _ = runtime.spawn(User), runtime.spawn(User)

@@ -1,6 +1,7 @@
 """A transformer policy evaluates what the model's own forward pass says, in any layout, and nothing off the mask."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -184,10 +185,16 @@ def test_dropout_is_off_unless_it_is_asked_for_and_then_on_with_gradients_only(l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "again"), [("padded", False), ("packed", True)])
+@pytest.mark.parametrize(
+    ("layout", "again", "backend"),
+    [("padded", False, "inductor"), ("packed", True, "aot_eager")],  # the second, without a C++ compiler, in a third
+)
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo, which looks at inputs
-def test_compiled_layers_give_the_same_gradient_from_one_graph_for_all(language_model_configs, layout, again):
+def test_compiled_layers_give_the_same_gradient_from_one_graph_for_all(
+    language_model_configs, layout, again, backend, monkeypatch
+):
     """Three layers, two batches of unlike shapes: nothing is compiled for a second layer or batch."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     results, compiled = [], []
     for compile in (False, True):
         model = load_language_model(config=language_model_configs["llama"] | {"num_hidden_layers": 3}, seed=1)

@@ -167,8 +167,10 @@ class Runtime:
         """Return what as many more actors as there is room for now can ask for: `want`, which asks for no GPU.
 
         On a cluster each has the label of its node as well, those of the emptiest first; an actor that is started with
-        it is never started again on another one.
+        it is never started again on another one. ValueError where it asks for nothing that can be counted.
         """
+        if want.gpu or not any(want.amounts().values()):
+            raise ValueError(f"room is for CPUs, memory or custom resources, and {want} was asked for; add cpu=1.")
         with self._lock:
             living = sum(not handle._actor.ended for handle in self._actors.values())
         return self._machine.room_for(want)[: self._max_actors - living]
