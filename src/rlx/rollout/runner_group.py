@@ -235,7 +235,7 @@ class RunnerGroup:
                     f"within {self._runtime.system_timeout_s:g} s; start one with `rlx start`, and resume the run."
                 )
         if len(actors) != self._told:
-            log.info("env_runners.num_env_runners=auto: %d env runners, one for each free CPU", len(actors))
+            log.info("env_runners.num_env_runners=auto: now %d, one for each free CPU", len(actors))
             self._told = len(actors)
 
     def advice(self) -> str | None:

@@ -105,7 +105,7 @@ def test_a_run_grows_with_a_node_and_goes_on_without_it(start, key, tmp_path, ca
             assert 0.8 < (row["env_steps"] - before) / (row["num_env_runners"] * ENVS * STEPS) <= 1
             before = row["env_steps"]
     for count in (2, 4):
-        assert f"num_env_runners=auto: {count} env runners, one for each free CPU" in caplog.text
+        assert f"num_env_runners=auto: now {count}, one for each free CPU" in caplog.text
     assert caplog.text.count("is given up, and the run goes on without it") == 2
 
 
