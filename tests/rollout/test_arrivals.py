@@ -94,7 +94,8 @@ def runner_pids(runtime):
 def test_each_runners_fragments_follow_each_other_and_none_is_lost(make_group):
     group = make_group(2)
     seen = {}
-    for _ in range(12):
+
+    def take():
         sample = arrive(group, per_batch=2)
         assert sample.trajectory.obs.shape == (STEPS, 2 * ENVS, 2)
         assert sample.env_steps == STEPS * 2 * ENVS
@@ -102,6 +103,11 @@ def test_each_runners_fragments_follow_each_other_and_none_is_lost(make_group):
             assert count == seen.get(pid, 0)
             seen[pid] = count + STEPS
         group.used()
+        return len(seen)
+
+    until(lambda: take() == 2)
+    for _ in range(12):
+        take()
     assert len(seen) == 2
 
 
