@@ -1,12 +1,8 @@
 """Fixtures for tests of algorithms."""
 
-import contextlib
-
 import pytest
 import torch
 
-from rlx import actors
-from rlx.building import LazyRuntime
 from rlx.trajectory import Batch
 
 GARBAGE = {"nan": (float("nan"), 7), "large": (1e9, 10**9), "random": (None, None)}
@@ -74,33 +70,5 @@ def sharpen():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shared_processes():
-    """Have runs of a file's tests take turns with runtimes, which import once for all; each ends its actors there.
-
-    A run with a folder has a runtime of its own, whose logs go there, and so has one beside another.
-    """
-    free = {}
-    with contextlib.ExitStack() as stack:
-
-        class Shared(LazyRuntime):
-            taken = None
-
-            def __call__(self):
-                preload = (*self._options.get("preload", ()), "rlx.rollout.env_runner")
-                if self._runtime is None and self._options.keys() == {"preload"} and free.get(preload, True):
-                    runtime = free.get(preload) or stack.enter_context(actors.runtime("local", preload=preload))
-                    free[preload] = None
-                    self.taken, self._runtime = preload, runtime
-                return super().__call__()
-
-            def close(self):
-                if self.taken is not None:
-                    for name, state in self._runtime.state().items():
-                        if state.status not in ("dead", "failed"):
-                            self._runtime.kill(self._runtime.lookup(name))
-                    free[self.taken], self._runtime, self.taken = self._runtime, None, None
-                super().close()
-
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr("rlx.trainable.LazyRuntime", Shared)
-        yield
+def runs_share_processes(shared_processes):
+    """Have the runs of every file here start their actors where those before them did."""
