@@ -23,6 +23,8 @@ from rlx.cli import main
 from rlx.errors import ConfigError, RlxError
 from rlx.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("shared_processes")
+
 
 class Levels(gymnasium.Env):
     """obs = (level, step); the reward is the level; truncated after 4 steps, whose last info says the level."""
