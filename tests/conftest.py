@@ -237,7 +237,7 @@ def shared_processes():
                 return super().__call__()
 
             def close(self):
-                if self.taken is not None:
+                if self.taken is not None and self._runtime is not None:
                     for name, state in self._runtime.state().items():
                         if state.status not in ("dead", "failed"):
                             self._runtime.kill(self._runtime.lookup(name))
