@@ -214,6 +214,42 @@ def tiny_text_config(algorithm: str, **sections: dict[str, Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
+def shared_processes():
+    """Have runs of a file's tests take turns with runtimes, which import once for all; each ends its actors there.
+
+    A run that begins while another one lasts has a runtime of its own. Logs of actors are not in the run folder.
+    """
+    from rlx import actors
+    from rlx.building import LazyRuntime
+
+    free = {}
+    with contextlib.ExitStack() as stack:
+
+        class Shared(LazyRuntime):
+            taken = None
+
+            def __call__(self):
+                preload = (*self._options.get("preload", ()), "rlx.rollout.env_runner")
+                if self._engine == "local" and self._runtime is None and free.get(preload, True):
+                    runtime = free.get(preload) or stack.enter_context(actors.runtime("local", preload=preload))
+                    free[preload] = None
+                    self.taken, self._runtime = preload, runtime
+                return super().__call__()
+
+            def close(self):
+                if self.taken is not None and self._runtime is not None:
+                    for name, state in self._runtime.state().items():
+                        if state.status not in ("dead", "failed"):
+                            self._runtime.kill(self._runtime.lookup(name))
+                    free[self.taken], self._runtime, self.taken = self._runtime, None, None
+                super().close()
+
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr("rlx.trainable.LazyRuntime", Shared)
+        yield
+
+
+@pytest.fixture(scope="module")
 def text_driver():
     """Run `rlx` in a process of its own: text_driver(folder, ["train", ...], strike) -> exit code."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -22,6 +22,9 @@ from rlx.checkpoint import list_checkpoints
 from rlx.cli import main
 from rlx.errors import ConfigError, RlxError
 from rlx.metrics import read_metrics
+from tests.polling import until
+
+pytestmark = pytest.mark.usefixtures("shared_processes")
 
 
 class Levels(gymnasium.Env):
@@ -334,9 +337,11 @@ def test_runners_that_nobody_waits_for_are_changed_and_listened_to_as_well():
     made.env_runners(num_env_runners=2, num_envs_per_env_runner=2, rollout_fragment_length=6)
     with made.training(updates_per_iteration=10).build() as algorithm:
         rows = [algorithm.train() for _ in range(5)]
-    assert [row["custom/level"] for row in rows] == [0, 1, 1, 2, 2]
-    # Every episode was played at one level, which InRunner asserts; the newest one reached all four environments.
-    assert rows[-1]["episode_return_max"] == 8.0 and max(row["custom/index"] for row in rows) > 1.0
+        assert [row["custom/level"] for row in rows] == [0, 1, 1, 2, 2]
+        # Every episode was played at one level, which InRunner asserts; the newest one is reached.
+        assert rows[-1]["episode_return_max"] == 8.0
+        # The second runner, whose environments are 2 and 3, may begin late: then it makes up for that.
+        until(lambda: rows[-1]["custom/index"] > 1.0 or rows.append(algorithm.train()))
 
 
 def test_what_a_checkpoint_cannot_hold_is_refused_at_the_call():

@@ -9,6 +9,8 @@ from rlx.actors.engines.pickling import dump_error, load_error
 from rlx.errors import RlxError
 from rlx.out_of_memory import out_of_memory_told
 
+pytestmark = pytest.mark.usefixtures("shared_processes")
+
 ABSURD = 1 << 50
 """Numbers that no machine has memory for."""
 

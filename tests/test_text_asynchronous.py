@@ -19,6 +19,8 @@ from rlx.policy_distance import old_policy
 from rlx.text_building import threads_of
 from rlx.trajectory import Batch
 
+pytestmark = pytest.mark.usefixtures("shared_processes")
+
 RUNNERS = {"num_token_runners": 2, "torch_threads": 1}
 
 

@@ -17,6 +17,8 @@ from rlx.checkpoint import list_checkpoints, load_checkpoint
 from rlx.envs import guess
 from rlx.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("shared_processes")
+
 RUNNERS = {"num_token_runners": 2, "torch_threads": 1}
 DIGITS = [*"0123456789"]
 

@@ -1,4 +1,4 @@
-"""Fixtures for tests of algorithms on text."""
+"""Fixtures for tests of algorithms."""
 
 import pytest
 import torch
@@ -67,3 +67,8 @@ def sharpen():
         algorithm._weights_are_stale = True
 
     return scale
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs_share_processes(shared_processes):
+    """Have the runs of every file here start their actors where those before them did."""

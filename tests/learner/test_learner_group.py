@@ -17,7 +17,7 @@ from tests.learner.conftest import have_meet
 
 @pytest.fixture(scope="module")
 def runtime():
-    with actors.runtime("local") as rt:
+    with actors.runtime("local", preload=("numpy", "torch", "rlx.learner.learner_group")) as rt:
         yield rt
 
 

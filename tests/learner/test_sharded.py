@@ -49,7 +49,9 @@ def rows(count: int = 7, width: int = 12) -> Batch:
 
 @pytest.fixture(scope="module")
 def runtime():
-    with actors.runtime("local") as rt:
+    with actors.runtime(
+        "local", preload=("numpy", "torch", "rlx.learner.sharded", "transformers.models.llama.modeling_llama")
+    ) as rt:
         yield rt
 
 

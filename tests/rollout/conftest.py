@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from rlx import actors
 from rlx.nets.observation import ObservationLayout
 
 
@@ -128,3 +129,10 @@ def make_runner():
         return runner
 
     return make
+
+
+@pytest.fixture(scope="module")
+def local():
+    """The runtime of all tests of a file that need processes; env runners have imported what they need."""
+    with actors.runtime("local", preload=("numpy", "torch", "rlx.rollout.env_runner")) as runtime:
+        yield runtime

@@ -1,5 +1,6 @@
 """What is changed in running environments reaches all of them, and stays: through rebuilds, restarts and resumes."""
 
+import contextlib
 import os
 import signal
 
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from rlx import actors
+from rlx.actors import Restart
 from rlx.errors import EnvError
 from rlx.rollout.env_changes import EnvChange, changes_from_state, changes_to_state, covered, with_change
 from rlx.rollout.evaluation import evaluate
@@ -218,10 +219,10 @@ def weights_of(make_runner, env):
 
 
 @pytest.mark.parametrize("num_runners", [0, 2])
-def test_all_runners_are_changed_with_the_next_publish(make_runner, scripted_policy, num_runners):
+def test_all_runners_are_changed_with_the_next_publish(make_runner, scripted_policy, local, num_runners):
     weights, width = weights_of(make_runner, Levels), 2 * max(1, num_runners)
-    with actors.runtime("local") as runtime:
-        group = RunnerGroup(Levels, scripted_policy, num_runners=num_runners, num_envs=2, runtime=lambda: runtime)
+    made = RunnerGroup(Levels, scripted_policy, num_runners=num_runners, num_envs=2, runtime=lambda: local)
+    with contextlib.closing(made) as group:
         group.publish(1, weights)
         assert levels_seen(group.sample(3)) == [[0] * width] * 3
         group.change_envs(task(8))
@@ -232,22 +233,18 @@ def test_all_runners_are_changed_with_the_next_publish(make_runner, scripted_pol
         group.set_state(state)  # as of before that publish: the change is to come
         group.publish(1, weights)
         assert levels_seen(group.sample(4)) == expected
-        group.close()
 
 
-def test_a_runner_that_is_killed_comes_back_with_the_change(make_runner, scripted_policy):
-    weights, restart = weights_of(make_runner, Levels), actors.Restart(max=3, per_s=60)
-    with actors.runtime("local") as runtime:
-        group = RunnerGroup(
-            *(Levels, scripted_policy), num_runners=2, num_envs=1, runtime=lambda: runtime, restart=restart
-        )
+def test_a_runner_that_is_killed_comes_back_with_the_change(make_runner, scripted_policy, local):
+    weights, restart = weights_of(make_runner, Levels), Restart(max=3, per_s=60)
+    made = RunnerGroup(Levels, scripted_policy, num_runners=2, num_envs=1, runtime=lambda: local, restart=restart)
+    with contextlib.closing(made) as group:
         group.change_envs(task(8))
         group.publish(1, weights)
         assert levels_seen(group.sample(2)) == [[8, 8]] * 2
-        os.kill(runtime.state()["env_runner/1"].pid, signal.SIGKILL)
+        os.kill(local.state()["env_runner/1"].pid, signal.SIGKILL)
         sample = group.sample(2)
         assert sample.runner_restarts == 1 and levels_seen(sample)[1] == [8, 8]
-        group.close()
 
 
 @pytest.mark.parametrize("env", [Levels, sync])

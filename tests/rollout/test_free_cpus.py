@@ -105,7 +105,7 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def rt():
-    with actors.runtime("local", preload=("numpy", "torch", "gymnasium")) as runtime:
+    with actors.runtime("local", preload=("numpy", "torch", "rlx.rollout.env_runner")) as runtime:
         yield runtime
 
 

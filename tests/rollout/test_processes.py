@@ -23,7 +23,7 @@ from rlx.rollout.env_changes import EnvChange
 from rlx.rollout.env_runner import EnvRunner
 from rlx.rollout.first_ready import make_runner
 from rlx.rollout.in_place import InPlaceEnvs, episode_seed
-from rlx.rollout.processes import ProcessEnvs
+from rlx.rollout.processes import ProcessEnvs, shared_runtime
 from rlx.rollout.vector import make_envs
 from rlx.trajectory import Trajectory
 
@@ -32,6 +32,13 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 REBUILD = {"on_env_error": "rebuild"}
 SEED = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lasting_runtime():
+    """Have the runtime of all environments last from test to test."""
+    yield shared_runtime.take()
+    shared_runtime.give_back()
 
 
 class Story(gymnasium.Env):
