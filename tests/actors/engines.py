@@ -30,10 +30,11 @@ _opened = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def opened(name):
+def opened(name, preload=("numpy",)):
     """Give a runtime on the engine of that name; a cluster has two daemons, which end with it.
 
     As machines of their own they are reached by links; at "home", on the driver's, it starts the actors itself.
+    preload: what many of the actors need; each machine imports it once, or else each of these actors.
     """
     engine, options = ENGINES[name]
     with contextlib.ExitStack() as endings:
@@ -43,12 +44,14 @@ def opened(name):
             endings.callback(head.close)
             endings.callback(Daemon(key, "b", head.address, **options).close)
             options = {"address": head.address, "token_file": key.path}
-        runtime = endings.enter_context(actors.runtime(engine, **options))
+        preloads = {"preload": preload} if engine in ("local", "cluster") else {}
+        runtime = endings.enter_context(actors.runtime(engine, **options, **preloads))
         _opened[runtime] = engine, options
         yield runtime
 
 
 def another(runtime, **more):
-    """Return one more runtime on the engine of that one."""
+    """Return one more runtime on the engine of that one, for few actors."""
     engine, options = _opened[runtime]
-    return actors.runtime(engine, **options, **more)
+    preloads = {"preload": ("numpy",)} if engine in ("local", "cluster") else {}
+    return actors.runtime(engine, **options, **preloads, **more)

@@ -16,6 +16,7 @@ import torch
 
 from rlx.actors import channel as channel_module
 from rlx.actors.channel import Channel, InlineChannel, Staleness
+from rlx.actors.engines import pickling
 from rlx.actors.engines import publisher as publisher_module
 from rlx.actors.engines.arena import capacity_for
 from rlx.actors.engines.channel_memory import CELLS
@@ -325,10 +326,9 @@ def test_a_reader_killed_while_it_holds_gives_its_memory_back_when_removed():
     reader.say()
     reader.hear()
     channel.publish(np.full(5 * MIB, 3, np.uint8))
-    arena = channel._publisher._arena
-    arena.wait_s = 0.1
+    message = pickling.dumps(np.full(5 * MIB, 4, np.uint8), "the value")
     with pytest.raises(ObjectMemoryFull, match=r"held, by reader 11.0 MiB, this process 5.5 MiB") as caught:
-        channel.publish(np.full(5 * MIB, 4, np.uint8))
+        channel.publish_message(message, wait_s=0.1)
     assert "while publishing version 4 on channel 'weights'" in caught.value.__notes__[0]
     reader.kill()
     channel.remove_reader(row)

@@ -35,7 +35,8 @@ T = 60.0  # a deadline, not a delay
 
 @pytest.fixture(scope="module", params=ALL)
 def rt(request):
-    with opened(request.param) as runtime:
+    # Actors that send exceptions of this module import it, and what it imports.
+    with opened(request.param, preload=("numpy", "torch", "rlx.algorithms.ppo", "pytest")) as runtime:
         yield runtime
 
 

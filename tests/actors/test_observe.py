@@ -127,7 +127,7 @@ class Tasks:
 
 
 def test_a_stream_whose_reader_rests_is_told(own_folder):
-    with actors.runtime("local") as runtime:
+    with actors.runtime("local", preload=("numpy",)) as runtime:
         actor = runtime.spawn(Waiter, name="a")
         with actor.items.stream(credits=2) as stream:
             assert stream.next(T) == 0
@@ -138,7 +138,7 @@ def test_a_stream_whose_reader_rests_is_told(own_folder):
 
 
 def test_all_calls_of_an_async_actor_are_seen_to_run(own_folder):
-    with actors.runtime("local") as runtime:
+    with actors.runtime("local", preload=("numpy",)) as runtime:
         actor = runtime.spawn(Tasks, name="a")
         waiting = [actor.wait.call() for _ in range(8)]
         until(lambda: len(look("a").running) == 8)
@@ -150,7 +150,7 @@ def test_all_calls_of_an_async_actor_are_seen_to_run(own_folder):
 
 def test_calls_that_wait_with_their_actor_are_counted(own_folder):
     one = Resources(custom={"seat": 1})
-    with actors.runtime("local", resources=one) as runtime:
+    with actors.runtime("local", preload=("numpy",), resources=one) as runtime:
         first = runtime.spawn(Waiter, name="first", resources=one)
         second = runtime.spawn(Tasks, name="second", resources=one)
         calls = [second.wait.call() for _ in range(3)]

@@ -313,15 +313,16 @@ def descriptors(pid):
 def test_rounds_of_spawn_and_death_leave_nothing_on_nodes_and_driver(rt, nodes):
     def play(rounds):
         for _ in range(rounds):
-            workers = [rt.spawn(Worker) for _ in range(4)]
-            for worker, how in zip(workers[:2], ("_exit", signal.SIGKILL), strict=True):
-                assert isinstance(worker.end.call(how).exception(T), ActorDied)
-            for worker in workers[2:]:
+            workers = [rt.spawn(Worker) for _ in range(16)]
+            ways = 4 * ("_exit", signal.SIGKILL)
+            for ending in [worker.end.call(how) for worker, how in zip(workers[:8], ways, strict=True)]:
+                assert isinstance(ending.exception(T), ActorDied)
+            for worker in workers[8:]:
                 rt.kill(worker)
 
     play(1)
     before = held(nodes)
-    play(40)
+    play(10)
     until(lambda: held(nodes) == before)
 
 
