@@ -28,7 +28,6 @@ while [ "$1" != sh ]; do [ "$1" = --nodelist ] && nodes=$2; shift; done
 cat > "$RLX_HOME/stdin"
 trap 'kill $(jobs -p); wait' TERM
 for node in $(echo "$nodes" | tr , ' '); do SLURMD_NODENAME=$node "$@" < "$RLX_HOME/stdin" & done
-rm "$RLX_HOME/stdin"
 wait
 """
 FAKE_SCONTROL = """#!/bin/sh
