@@ -17,6 +17,7 @@ import pytest
 from rlx import actors
 from rlx.actors import Err, Ok
 from rlx.actors.future import Future, as_completed
+from rlx.actors.life import ActorLife
 from rlx.actors.stream import Stream
 from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, ObjectMemoryFull
 from tests.polling import until
@@ -612,6 +613,34 @@ def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
     start = time.monotonic()
     own.close()
     assert time.monotonic() - start < 5
+
+
+def test_a_spawn_that_is_interrupted_before_it_began_disturbs_nothing(monkeypatch):
+    with actors.runtime("local", preload=()) as own:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(sys.modules["rlx.actors.runtime"], "ActorLife", _interrupted)
+            own.spawn(Worker, name="it")
+        assert own.state() == {}
+        assert own.spawn(Worker, name="it").echo.call(1).result(T) == 1
+
+
+def test_a_spawn_that_fails_forgets_its_own_actor_and_no_later_one_of_that_name(rt, monkeypatch):
+    fail, later = ActorLife.fail, []
+
+    def fail_late(life, error):
+        fail(life, error)
+        if not later:  # another thread comes in between
+            later.append(None)
+            patch.setattr(type(rt._engine), "spawn", spawn)
+            later[0] = rt.spawn(Worker, name="contended")
+
+    spawn = type(rt._engine).spawn
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ActorLife, "fail", fail_late)
+        patch.setattr(type(rt._engine), "spawn", _interrupted)
+        rt.spawn(Worker, name="contended")
+    assert rt.lookup("contended") is later[0]
+    rt.kill(later[0])
 
 
 def test_names_and_environments_may_be_long(rt):
