@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -600,6 +602,33 @@ def test_a_close_that_an_interrupt_has_cut_short_may_be_called_again(step, monke
 
 def _interrupted(*_, **__):
     raise Interrupted
+
+
+def test_a_runtime_whose_forkserver_cannot_be_started_leaves_nothing(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(OSError, match="too many open files"):
+            actors.runtime("local", preload=())
+    assert [folder for home in tmp_path.iterdir() for folder in home.iterdir()] == []
+    assert set(threading.enumerate()) <= threads
+    until(lambda: gc.collect() >= 0 and set(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_close_ends_a_forkserver_that_reads_no_orders(monkeypatch):
+    own = actors.runtime("local", preload=(), system_timeout_s=2.0)
+    own.spawn(Worker).ready(T)
+    engine = own._engine
+    os.kill(engine._server.pid, signal.SIGSTOP)
+    with pytest.raises(ActorError, match="has read nothing"):
+        while True:
+            engine._order(0.0, (), do="kill", actor=0)
+    own.close()
+    assert engine._server.poll() is not None and not engine.folder.exists()
 
 
 def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
