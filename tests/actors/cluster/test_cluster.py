@@ -1,13 +1,20 @@
 """Daemons of their own processes, a driver, and actors behind them: calls, channels, joining, leaving and dying."""
 
+import collections
 import contextlib
 import dataclasses
+import errno
+import itertools
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -19,7 +26,12 @@ from rlx.actors.cluster import greeting
 from rlx.actors.cluster.daemon import NodeDaemon, Options, parse_address
 from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
+from rlx.actors.cluster.membership import Membership, NodeInfo
+from rlx.actors.cluster.relay import NodeEngine
 from rlx.actors.engines import wire
+from rlx.actors.engines.reactor import Reactor
+from rlx.actors.engines.wire import Frame
+from rlx.actors.future import LONGEST_WAIT_S, wait
 from rlx.errors import ActorDied, ActorError, HandshakeError
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
@@ -54,6 +66,9 @@ class Worker:
 
     def pause(self):
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def wait(self):
+        threading.Event().wait()
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +300,14 @@ def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, r
         while True:  # signs of life, until it is closed
             greeting.receive(sock, T)
     assert [worker.add.call().result(T) for worker in spawn_on_both(rt)] == [1, 1]
+
+
+def test_a_member_that_does_not_begin_as_nodes_do_is_hung_up_on(key, head):
+    with contextlib.closing(connect(parse_address(head.address), key, Role.NODE)) as sock:
+        greeting.send(sock, wire.OPEN, {}, T)
+        with pytest.raises(ActorError, match="it closed the connection"):
+            while True:
+                greeting.receive(sock, T)
 
 
 def test_a_daemon_that_ends_hangs_up_on_drivers_that_do_not(key):
