@@ -310,6 +310,22 @@ def test_a_member_that_does_not_begin_as_nodes_do_is_hung_up_on(key, head):
                 greeting.receive(sock, T)
 
 
+def test_a_daemon_that_has_just_taken_over_the_signal_ends_by_it(key, tmp_path):
+    script = (
+        "import os, signal, sys\nfrom rlx.actors.cluster import daemon\nreal = signal.signal\n"
+        "def strike(number, handler):\n    before = real(number, handler)\n"
+        "    if number == signal.SIGTERM: os.kill(os.getpid(), number)\n    return before\n"
+        "signal.signal = strike\nsys.exit(daemon.main())"
+    )
+    options = json.dumps({"name": "struck", "key": str(key.path), "host": "127.0.0.1"})
+    env = os.environ | {"RLX_HOME": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script, options], stdout=subprocess.DEVNULL, env=env) as process:
+        try:
+            assert process.wait(T) == 0
+        finally:
+            process.kill()
+
+
 def test_a_daemon_that_ends_hangs_up_on_drivers_that_do_not(key):
     daemon = NodeDaemon(Options("ends first", str(key.path), "127.0.0.1"))
     opening = {"system_timeout_s": T, "patience": dataclasses.asdict(QUICK), "preload": [], "object_memory": 2**20}
