@@ -310,6 +310,19 @@ def test_a_member_that_does_not_begin_as_nodes_do_is_hung_up_on(key, head):
                 greeting.receive(sock, T)
 
 
+def test_a_membership_that_is_left_while_it_knocks_does_not_enter_again(request, closing):
+    reactor = Reactor()
+    request.addfinalizer(lambda: reactor.close(T))
+    ours, theirs = map(closing, socket.socketpair())
+    info = NodeInfo("b", "127.0.0.1:1", 1, 0, 0)
+    membership = Membership(reactor, lambda: None, info, QUICK, lambda why: None)
+    membership.close()
+    ours.setblocking(False)
+    membership._enter(ours)
+    theirs.settimeout(T)
+    assert theirs.recv(1) == b""
+
+
 def test_a_daemon_that_has_just_taken_over_the_signal_ends_by_it(key, tmp_path):
     script = (
         "import os, signal, sys\nfrom rlx.actors.cluster import daemon\nreal = signal.signal\n"
