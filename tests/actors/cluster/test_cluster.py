@@ -339,6 +339,23 @@ def test_a_daemon_that_has_just_taken_over_the_signal_ends_by_it(key, tmp_path):
             process.kill()
 
 
+def test_an_order_that_finds_no_descriptors_keeps_none(monkeypatch):
+    orders, copies, opened, closed = collections.deque(), itertools.count(1000), [], []
+
+    def dup(_):
+        if len(opened) == 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        opened.append(next(copies))
+        return opened[-1]
+
+    engine = SimpleNamespace(reactor=SimpleNamespace(ident=threading.get_ident()), _orders=orders)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="too many open files"):
+        patch.setattr(os, "dup", dup)
+        patch.setattr(os, "close", closed.append)
+        NodeEngine._order(engine, 1.0, [3, 4, 5], do="spawn")
+    assert sorted(closed) == opened and not orders
+
+
 def test_a_daemon_that_ends_hangs_up_on_drivers_that_do_not(key):
     daemon = NodeDaemon(Options("ends first", str(key.path), "127.0.0.1"))
     opening = {"system_timeout_s": T, "patience": dataclasses.asdict(QUICK), "preload": [], "object_memory": 2**20}
