@@ -310,6 +310,44 @@ def test_a_member_that_does_not_begin_as_nodes_do_is_hung_up_on(key, head):
                 greeting.receive(sock, T)
 
 
+def test_what_is_printed_while_an_actor_is_started_disturbs_nobody(rt, monkeypatch):
+    body = rt.spawn(Worker)._actor.body
+    node, keep = body._node, body.keep_lines
+
+    def keep_and_start_another(lines):
+        keep(lines)
+        node.actors[-1] = None  # on its way
+
+    monkeypatch.setattr(body, "keep_lines", keep_and_start_another)
+    node._take(Frame(wire.PRINTED, 0, body.name, b"a line\n"))
+    node.remove(-1)
+    assert rt._engine.logs.tail(body.name) == ["a line"]
+
+
+@pytest.mark.parametrize("step", ["_node.remove", "_reactor.clear_deadline", "_fail_all"])
+def test_a_death_of_which_an_interrupt_has_cut_the_news_short_is_told_of(rt, monkeypatch, step):
+    """A caller that waits for another answer on the same link takes them, and may be interrupted."""
+    handle = rt.spawn(Worker)
+    handle.ready(T)
+    waiting, body = handle.wait.call(), handle._actor.body
+    *path, name = step.split(".")
+    part = getattr(body, path[0]) if path else body
+    do = getattr(part, name)
+
+    def do_and_be_interrupted(*words):
+        do(*words)
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    frame = Frame(wire.EXITED, body._first_call, "actor has ended.", b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(part, name, do_and_be_interrupted, raising=True)
+        body._node._take(frame)
+    rt._engine.reactor.post(lambda: body._node._take(frame))  # as its link does with what was not dealt with
+    assert isinstance(waiting.exception(T), ActorDied)
+    assert wait([body.gone], 1, T)[0]
+
+
 def test_a_membership_that_is_left_while_it_knocks_does_not_enter_again(request, closing):
     reactor = Reactor()
     request.addfinalizer(lambda: reactor.close(T))

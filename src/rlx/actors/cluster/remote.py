@@ -155,8 +155,9 @@ class Node:
             self._engine.mirrors.take(frame, self.link)
         elif frame.kind == wire.READERS:
             found = {name: Staleness(*how) for name, how in json.loads(frame.text).items()}
-            if (answer := self._asked.pop(frame.call_id, None)) is not None:
-                answer.settle(lambda: Ok(found))
+            if (answer := self._asked.get(frame.call_id)) is not None:
+                answer.settle(lambda: Ok(found))  # first: after an interrupt the frame comes again
+                self._asked.pop(frame.call_id, None)
         elif frame.kind == wire.PRINTED:
             self._keep_lines(frame)
         elif isinstance(actor := self.actors.get(frame.call_id >> CALL_BITS), RemoteActor):
@@ -164,7 +165,7 @@ class Node:
 
     def _keep_lines(self, frame: Frame) -> None:
         """Put what an actor has printed into its log, which is followed like that of an actor of this machine."""
-        for actor in self.actors.values():
+        for actor in list(self.actors.values()):  # others are started meanwhile
             if isinstance(actor, RemoteActor) and actor.name == frame.text:
                 actor.keep_lines(bytes(frame.open(None)[0]))
 
@@ -247,7 +248,18 @@ class RemoteActor(ProcessActor):
             self._end_with(describe(self.name, self.pid, how, method, waiting, 0, tail, f" on {self._node.name}"))
 
     def _end_with(self, text: str) -> None:
-        os.close(self._log)
+        """Tell everybody. Perhaps in a caller's thread; where an interrupt cuts it short the reactor does it again."""
+        try:
+            if not self.gone.done():
+                self._tell_end(text)
+        except BaseException:
+            self._reactor.post(partial(self._end_with, text))
+            raise
+
+    def _tell_end(self, text: str) -> None:
+        log, self._log = self._log, -1
+        if log >= 0:
+            os.close(log)
         self._reactor.clear_deadline(self.ready)
         self._node.remove(self._number)
         died: Callable[[], Err] = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
