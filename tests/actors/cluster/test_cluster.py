@@ -348,6 +348,35 @@ def test_a_death_of_which_an_interrupt_has_cut_the_news_short_is_told_of(rt, mon
     assert wait([body.gone], 1, T)[0]
 
 
+def test_a_node_that_answers_when_its_cluster_has_ended_is_let_go(rt, monkeypatch):
+    engine = rt._engine
+    info, greet, socks = next(iter(engine._present.values())), engine._greet, []
+
+    def greet_and_lose_the_head(sock, is_home):
+        greet(sock, is_home)
+        socks.append(sock)
+        monkeypatch.setattr(engine, "_head_lost", "it is gone")
+
+    monkeypatch.setattr(engine, "_greet", greet_and_lose_the_head)
+    engine._link(99, info)
+    assert 99 not in engine._nodes and socks[0].fileno() == -1
+
+
+def test_who_waits_for_a_node_hears_signals(rt, monkeypatch):
+    engine, waits = rt._engine, []
+    monkeypatch.setattr(engine, "_nodes", {})
+    monkeypatch.setattr(engine, "system_timeout_s", T)
+
+    def wait_and_be_told(timeout_s):
+        waits.append(timeout_s)
+        monkeypatch.setattr(engine, "_head_lost", "it is gone")
+
+    monkeypatch.setattr(engine._placeable, "wait", wait_and_be_told)
+    with pytest.raises(ActorError, match="it is gone"):
+        rt.spawn(Worker)
+    assert waits == [LONGEST_WAIT_S]
+
+
 def test_a_membership_that_is_left_while_it_knocks_does_not_enter_again(request, closing):
     reactor = Reactor()
     request.addfinalizer(lambda: reactor.close(T))
