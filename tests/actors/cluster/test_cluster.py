@@ -28,11 +28,13 @@ from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.actors.cluster.membership import Membership, NodeInfo
 from rlx.actors.cluster.relay import NodeEngine
+from rlx.actors.cluster.remote import RemoteActor
 from rlx.actors.engines import wire
 from rlx.actors.engines.reactor import Reactor
 from rlx.actors.engines.wire import Frame
 from rlx.actors.future import LONGEST_WAIT_S, wait
-from rlx.errors import ActorDied, ActorError, HandshakeError
+from rlx.errors import ActorBusy, ActorDied, ActorError, HandshakeError
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(90)
@@ -346,6 +348,18 @@ def test_a_death_of_which_an_interrupt_has_cut_the_news_short_is_told_of(rt, mon
     rt._engine.reactor.post(lambda: body._node._take(frame))  # as its link does with what was not dealt with
     assert isinstance(waiting.exception(T), ActorDied)
     assert wait([body.gone], 1, T)[0]
+
+
+def test_an_actor_that_cannot_be_sent_what_it_is_made_of_leaves_nothing(rt, monkeypatch):
+    def busy(*_):
+        raise ActorBusy("much is waiting for it")
+
+    before = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch, pytest.raises(ActorBusy):
+        patch.setattr(RemoteActor, "start", busy)
+        rt.spawn(Worker)
+    until(lambda: set(os.listdir("/proc/self/fd")) <= before)
+    assert [dict(node.actors) for node in rt._engine._nodes.values()] == [{}, {}]
 
 
 def test_a_node_that_answers_when_its_cluster_has_ended_is_let_go(rt, monkeypatch):

@@ -55,11 +55,15 @@ class Node:
 
     def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> LocalActor | RemoteActor:
         """Have the node start an actor."""
+        actor = None
         try:
             self.actors[number] = actor = RemoteActor(self._engine, self, number, spec, listener)
             actor.start(spec, parcel)
-        except BaseException:
-            self.remove(number)
+        except BaseException as error:
+            if actor is None:
+                self.remove(number)
+            else:
+                actor.abandon(error)
             raise
         self._end_if_lost(actor)
         return actor
@@ -205,6 +209,10 @@ class RemoteActor(ProcessActor):
             self._note_channels(parcel.channels)
             self._link.write(wire.encode(wire.SPAWN, self._first_call, json.dumps(asked), parcel.message, places))
 
+    def abandon(self, error: BaseException) -> None:
+        """The spawn has failed: have the reactor clean up."""
+        self._reactor.post(partial(self._give_up, f"could not be started ({error})"))
+
     def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Have the node kill the process and return when it is gone."""
         if self.gone.done():
@@ -309,5 +317,9 @@ class RemoteActor(ProcessActor):
             self._cluster.mirrors.add(channel.name, self._link)
 
     def _on_no_start(self) -> None:
-        self._tell(wire.KILL, self._first_call, "was not started in time")
-        self._reactor.post(partial(self.die, f"was not started within {self._engine.system_timeout_s:g} s"))
+        self._give_up(f"was not started within {self._engine.system_timeout_s:g} s")
+
+    def _give_up(self, how: str) -> None:
+        """Its node may have it all the same, or get it later."""
+        self._tell(wire.KILL, self._first_call, how)
+        self._reactor.post(partial(self.die, how))
