@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -17,6 +19,7 @@ import pytest
 from rlx import actors
 from rlx.actors import Err, Ok
 from rlx.actors.future import Future, as_completed
+from rlx.actors.life import ActorLife
 from rlx.actors.stream import Stream
 from rlx.errors import ActorBusy, ActorDied, ActorError, CallCancelled, ObjectMemoryFull
 from tests.polling import until
@@ -608,6 +611,33 @@ def _interrupted(function):
     return call
 
 
+def test_a_runtime_whose_forkserver_cannot_be_started_leaves_nothing(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", refuse)
+        with pytest.raises(OSError, match="too many open files"):
+            actors.runtime("local", preload=())
+    assert [folder for home in tmp_path.iterdir() for folder in home.iterdir()] == []
+    assert set(threading.enumerate()) <= threads
+    until(lambda: gc.collect() >= 0 and set(os.listdir("/proc/self/fd")) <= before)
+
+
+def test_close_ends_a_forkserver_that_reads_no_orders(monkeypatch):
+    own = actors.runtime("local", preload=(), system_timeout_s=2.0)
+    own.spawn(Worker).ready(T)
+    engine = own._engine
+    os.kill(engine._server.pid, signal.SIGSTOP)
+    with pytest.raises(ActorError, match="has read nothing"):
+        while True:
+            engine._order(0.0, (), do="kill", actor=0)
+    own.close()
+    assert engine._server.poll() is not None and not engine.folder.exists()
+
+
 def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
     own = actors.runtime("local", preload=())
     (tmp_path / "gone").mkdir()
@@ -619,6 +649,34 @@ def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
     start = time.monotonic()
     own.close()
     assert time.monotonic() - start < 5
+
+
+def test_a_spawn_that_is_interrupted_before_it_began_disturbs_nothing(monkeypatch):
+    with actors.runtime("local", preload=()) as own:
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(sys.modules["rlx.actors.runtime"], "ActorLife", _interrupted)
+            own.spawn(Worker, name="it")
+        assert own.state() == {}
+        assert own.spawn(Worker, name="it").echo.call(1).result(T) == 1
+
+
+def test_a_spawn_that_fails_forgets_its_own_actor_and_no_later_one_of_that_name(rt, monkeypatch):
+    fail, later = ActorLife.fail, []
+
+    def fail_late(life, error):
+        fail(life, error)
+        if not later:  # another thread comes in between
+            later.append(None)
+            patch.setattr(type(rt._engine), "spawn", spawn)
+            later[0] = rt.spawn(Worker, name="contended")
+
+    spawn = type(rt._engine).spawn
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ActorLife, "fail", fail_late)
+        patch.setattr(type(rt._engine), "spawn", _interrupted)
+        rt.spawn(Worker, name="contended")
+    assert rt.lookup("contended") is later[0]
+    rt.kill(later[0])
 
 
 def test_names_and_environments_may_be_long(rt):

@@ -1,5 +1,6 @@
 """Who gets what, who waits for whom, and that nothing is lost: totals given by hand, so no GPU is needed."""
 
+import itertools
 import os
 import signal
 import sys
@@ -354,3 +355,56 @@ def test_a_reservation_that_is_not_granted_in_time_says_who_holds_what_and_leave
     assert rt.spawn(User, resources=Resources(gpu=1)).gpus.call().result(T) == "1"
     with pytest.raises(Infeasible, match="a reservation asks for 2 GPUs"):
         rt.reserve([Resources(gpu=2), Resources(gpu=1)])
+
+
+# At the worst moment.
+
+
+class Interrupted(KeyboardInterrupt):
+    pass
+
+
+def interrupted_at(call, ledger, monkeypatch):
+    """Have the ledger be interrupted in this of its looks at who may be granted something."""
+    calls, fit = itertools.count(1), ledger._fit
+
+    def interrupted_fit(claim):
+        if next(calls) == call:
+            raise Interrupted
+        return fit(claim)
+
+    monkeypatch.setattr(ledger, "_fit", interrupted_fit)
+
+
+def test_what_was_granted_before_an_interrupt_is_told_of(monkeypatch):
+    ledger, told = pool(cpu=2), []
+    holder = ledger.claim("holder", [Resources(cpu=2)])
+    for name in "ab":
+        ledger.claim(name, [Resources(cpu=1)]).when_decided(lambda error, name=name: told.append((name, error)))
+    interrupted_at(2, ledger, monkeypatch)
+    with pytest.raises(Interrupted):
+        holder.release()
+    ledger.grant_waiting()
+    assert told == [("a", None), ("b", None)]
+
+
+def test_a_claim_that_an_interrupt_keeps_from_its_holder_holds_nothing(monkeypatch):
+    ledger = pool(cpu=2)
+    interrupted_at(1, ledger, monkeypatch)
+    with pytest.raises(Interrupted):
+        ledger.claim("interrupted", [Resources(cpu=2)])
+    assert not ledger.in_use()
+
+
+def test_an_actor_that_is_killed_before_its_resources_are_noted_gives_them_back(rt, monkeypatch):
+    claim = Pool.claim
+
+    def late(self, holder, wants, *how):
+        granted = claim(self, holder, wants, *how)
+        rt.kill(rt.lookup("killed"))
+        return granted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "claim", late)
+        rt.spawn(User, name="killed", resources=Resources(cpu=4))
+    assert len(rt.room_for(Resources(cpu=1))) == 4

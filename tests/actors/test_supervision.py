@@ -416,3 +416,16 @@ def test_an_event_thread_keeps_the_order_of_time_and_drops_what_is_for_later():
     assert ran == ["first", "second", "later", "at the end"] and time.monotonic() - start < 10
     thread.post(ran.append, "after")
     assert len(ran) == 4
+
+
+def test_an_event_thread_that_could_not_be_started_is_started_by_the_next_event(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    thread, ran = EventThread("test-events"), threading.Event()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new thread"):
+        patch.setattr(threading.Thread, "start", refuse)
+        thread.post(ran.clear)
+    thread.post(ran.set)
+    assert ran.wait(T)
+    thread.close(T)

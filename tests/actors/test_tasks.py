@@ -11,7 +11,8 @@ import pytest
 
 from rlx import actors
 from rlx.actors import machine, tasks
-from rlx.errors import ActorDied, CallCancelled, CallTimeout, NotSupported
+from rlx.actors.life import ActorLife
+from rlx.errors import ActorDied, CallCancelled, CallTimeout, NotSupported, ObjectMemoryFull
 from tests.actors.engines import ALL, opened
 from tests.polling import until
 
@@ -209,3 +210,14 @@ def test_close_fails_what_has_not_begun(gate):
             future.result(T)
     with pytest.raises(ActorDied, match=r"task square\(\) was not run: its runtime was closed"):
         futures[-1].result(T)
+
+
+def test_a_task_that_no_worker_can_be_sent_fails_alone_and_its_worker_takes_the_next(local, monkeypatch):
+    def full(self, *_):
+        raise ObjectMemoryFull("no room for it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ActorLife, "post", full)
+        lost = [local.submit(square, number) for number in range(4)]  # more than there are workers
+        assert [type(task.exception(T)) for task in lost] == [ObjectMemoryFull] * 4
+    assert local.submit(square, 5).result(T) == 25

@@ -196,6 +196,9 @@ class ActorLife:
     def start_with(self, claim: Claim, timeout_s: float | None) -> None:
         """Start once the claim is granted, which it keeps to its end; fail if that takes longer than timeout_s."""
         self._claim = claim
+        if self._end is not None:  # it was killed just before this, which has not released this claim
+            claim.release()
+            return
         self._note(resources=str(claim))
         if any(want.gpu for want in claim.wants) and "CUDA_VISIBLE_DEVICES" in self._given_env:
             raise ValueError(f"actor {self.name} has CUDA_VISIBLE_DEVICES in env and asks for GPUs; leave one out.")

@@ -43,7 +43,11 @@ class EventThread:
                 return
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # there is none to be had now; the next event tries again
+                    self._thread = None
+                    raise
             heapq.heappush(self._events, (time.monotonic() + delay_s, next(self._numbers), function, args))
             self._changed.notify()
 

@@ -111,7 +111,11 @@ class Pool:
             if not self._could_fit(claim):
                 raise Infeasible(f"{holder} asks for {claim}, {self._shortage(claim)}.")
             self._waiting.append(claim)
-        self.grant_waiting()
+        try:
+            self.grant_waiting()
+        except BaseException:  # an interrupt: nobody would ever give it back
+            claim.release()
+            raise
         return claim
 
     def room_for(self, want: Resources) -> list[Resources]:
@@ -141,15 +145,17 @@ class Pool:
     def grant_waiting(self) -> None:
         """Grant what has become possible."""
         granted: list[Claim] = []
-        with self._lock:
-            while self._waiting and (placement := self._fit(self._waiting[0])) is not None:
-                claim = self._waiting.popleft()
-                claim.places, claim.devices = [at for at, _ in placement], [devices for _, devices in placement]
-                self._book(claim, -1)
-                self._holding.append(claim)
-                granted.append(claim)
-        for claim in granted:
-            claim.decide(None)
+        try:
+            with self._lock:
+                while self._waiting and (placement := self._fit(self._waiting[0])) is not None:
+                    claim = self._waiting.popleft()
+                    claim.places, claim.devices = [at for at, _ in placement], [devices for _, devices in placement]
+                    self._book(claim, -1)
+                    self._holding.append(claim)
+                    granted.append(claim)
+        finally:  # also after an interrupt: whoever has it would wait for it for ever
+            for claim in granted:
+                claim.decide(None)
 
     def give_back(self, claim: Claim) -> None:
         """Take back what the claim holds, or its wish."""

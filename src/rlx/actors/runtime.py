@@ -99,9 +99,10 @@ class Runtime:
             slot = self._engine.slot(name)
             wanted = resources or (Resources() if reservation is None else reservation.total)
             spec = ActorSpec(name, make, args, kwargs, dict(env or {}), threads, *limits, slot, wanted)
-            handle = self._actors[name] = ActorHandle(self, name)
+            handle = ActorHandle(self, name)
             handle._watchers = Watchers(handle, name, self._events)
             life = handle._actor = ActorLife(self._engine, spec, handle._watchers, self._work, self.system_timeout_s)
+            self._actors[name] = handle  # last: an interrupt leaves none behind that is not whole
         try:
             if restart is not None:
                 life.supervise(Supervisor(restart, [life], False, self._work, self.system_timeout_s))
@@ -115,7 +116,8 @@ class Runtime:
         except BaseException as error:
             life.fail(error)
             with self._lock:
-                del self._actors[name]
+                if self._actors.get(name) is handle:  # else another one has the name by now
+                    del self._actors[name]
             raise
         return handle
 

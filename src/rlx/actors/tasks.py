@@ -110,8 +110,14 @@ class TaskPool:
             worker, task = step
             call: Future[Any] = Future(worker.name, "run")
             task.call = call
-            worker._actor.post("run", task.message, call)
             call.when_done(partial(self._on_done, worker, task, call))
+            try:
+                worker._actor.post("run", task.message, call)
+            except BaseException as error:  # it may be somebody else's task, who waits for it
+                failure = Err(error)
+                call.settle(lambda failure=failure: failure)
+                if not isinstance(error, Exception):
+                    raise
 
     def _next_step(self) -> tuple[ActorHandle, _Task] | str | None:
         """Return which worker is to run which task, or the name of a worker to hire; None if there is nothing to do."""

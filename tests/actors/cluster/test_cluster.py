@@ -1,13 +1,20 @@
 """Daemons of their own processes, a driver, and actors behind them: calls, channels, joining, leaving and dying."""
 
+import collections
 import contextlib
 import dataclasses
+import errno
+import itertools
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -19,8 +26,15 @@ from rlx.actors.cluster import greeting
 from rlx.actors.cluster.daemon import NodeDaemon, Options, parse_address
 from rlx.actors.cluster.handshake import Role, connect
 from rlx.actors.cluster.heartbeat import Patience
+from rlx.actors.cluster.membership import Membership, NodeInfo
+from rlx.actors.cluster.relay import NodeEngine
+from rlx.actors.cluster.remote import RemoteActor
 from rlx.actors.engines import wire
-from rlx.errors import ActorDied, ActorError, HandshakeError
+from rlx.actors.engines.reactor import Reactor
+from rlx.actors.engines.wire import Frame
+from rlx.actors.future import LONGEST_WAIT_S, wait
+from rlx.errors import ActorBusy, ActorDied, ActorError, HandshakeError
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(90)
@@ -54,6 +68,9 @@ class Worker:
 
     def pause(self):
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def wait(self):
+        threading.Event().wait()
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +302,139 @@ def test_a_member_that_talks_nonsense_loses_its_own_connection_only(key, head, r
         while True:  # signs of life, until it is closed
             greeting.receive(sock, T)
     assert [worker.add.call().result(T) for worker in spawn_on_both(rt)] == [1, 1]
+
+
+def test_a_member_that_does_not_begin_as_nodes_do_is_hung_up_on(key, head):
+    with contextlib.closing(connect(parse_address(head.address), key, Role.NODE)) as sock:
+        greeting.send(sock, wire.OPEN, {}, T)
+        with pytest.raises(ActorError, match="it closed the connection"):
+            while True:
+                greeting.receive(sock, T)
+
+
+def test_what_is_printed_while_an_actor_is_started_disturbs_nobody(rt, monkeypatch):
+    body = rt.spawn(Worker)._actor.body
+    node, keep = body._node, body.keep_lines
+
+    def keep_and_start_another(lines):
+        keep(lines)
+        node.actors[-1] = None  # on its way
+
+    monkeypatch.setattr(body, "keep_lines", keep_and_start_another)
+    node._take(Frame(wire.PRINTED, 0, body.name, b"a line\n"))
+    node.remove(-1)
+    assert rt._engine.logs.tail(body.name) == ["a line"]
+
+
+@pytest.mark.parametrize("step", ["_node.remove", "_reactor.clear_deadline", "_fail_all"])
+def test_a_death_of_which_an_interrupt_has_cut_the_news_short_is_told_of(rt, monkeypatch, step):
+    """A caller that waits for another answer on the same link takes them, and may be interrupted."""
+    handle = rt.spawn(Worker)
+    handle.ready(T)
+    waiting, body = handle.wait.call(), handle._actor.body
+    *path, name = step.split(".")
+    part = getattr(body, path[0]) if path else body
+    do = getattr(part, name)
+
+    def do_and_be_interrupted(*words):
+        do(*words)
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    frame = Frame(wire.EXITED, body._first_call, "actor has ended.", b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(part, name, do_and_be_interrupted, raising=True)
+        body._node._take(frame)
+    rt._engine.reactor.post(lambda: body._node._take(frame))  # as its link does with what was not dealt with
+    assert isinstance(waiting.exception(T), ActorDied)
+    assert wait([body.gone], 1, T)[0]
+
+
+def test_an_actor_that_cannot_be_sent_what_it_is_made_of_leaves_nothing(rt, monkeypatch):
+    def busy(*_):
+        raise ActorBusy("much is waiting for it")
+
+    before = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch, pytest.raises(ActorBusy):
+        patch.setattr(RemoteActor, "start", busy)
+        rt.spawn(Worker)
+    until(lambda: set(os.listdir("/proc/self/fd")) <= before)
+    assert [dict(node.actors) for node in rt._engine._nodes.values()] == [{}, {}]
+
+
+def test_a_node_that_answers_when_its_cluster_has_ended_is_let_go(rt, monkeypatch):
+    engine = rt._engine
+    info, greet, socks = next(iter(engine._present.values())), engine._greet, []
+
+    def greet_and_lose_the_head(sock, is_home):
+        greet(sock, is_home)
+        socks.append(sock)
+        monkeypatch.setattr(engine, "_head_lost", "it is gone")
+
+    monkeypatch.setattr(engine, "_greet", greet_and_lose_the_head)
+    engine._link(99, info)
+    assert 99 not in engine._nodes and socks[0].fileno() == -1
+
+
+def test_who_waits_for_a_node_hears_signals(rt, monkeypatch):
+    engine, waits = rt._engine, []
+    monkeypatch.setattr(engine, "_nodes", {})
+    monkeypatch.setattr(engine, "system_timeout_s", T)
+
+    def wait_and_be_told(timeout_s):
+        waits.append(timeout_s)
+        monkeypatch.setattr(engine, "_head_lost", "it is gone")
+
+    monkeypatch.setattr(engine._placeable, "wait", wait_and_be_told)
+    with pytest.raises(ActorError, match="it is gone"):
+        rt.spawn(Worker)
+    assert waits == [LONGEST_WAIT_S]
+
+
+def test_a_membership_that_is_left_while_it_knocks_does_not_enter_again(request, closing):
+    reactor = Reactor()
+    request.addfinalizer(lambda: reactor.close(T))
+    ours, theirs = map(closing, socket.socketpair())
+    info = NodeInfo("b", "127.0.0.1:1", 1, 0, 0)
+    membership = Membership(reactor, lambda: None, info, QUICK, lambda why: None)
+    membership.close()
+    ours.setblocking(False)
+    membership._enter(ours)
+    theirs.settimeout(T)
+    assert theirs.recv(1) == b""
+
+
+def test_a_daemon_that_has_just_taken_over_the_signal_ends_by_it(key, tmp_path):
+    script = (
+        "import os, signal, sys\nfrom rlx.actors.cluster import daemon\nreal = signal.signal\n"
+        "def strike(number, handler):\n    before = real(number, handler)\n"
+        "    if number == signal.SIGTERM: os.kill(os.getpid(), number)\n    return before\n"
+        "signal.signal = strike\nsys.exit(daemon.main())"
+    )
+    options = json.dumps({"name": "struck", "key": str(key.path), "host": "127.0.0.1"})
+    env = os.environ | {"RLX_HOME": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", script, options], stdout=subprocess.DEVNULL, env=env) as process:
+        try:
+            assert process.wait(T) == 0
+        finally:
+            process.kill()
+
+
+def test_an_order_that_finds_no_descriptors_keeps_none(monkeypatch):
+    orders, copies, opened, closed = collections.deque(), itertools.count(1000), [], []
+
+    def dup(_):
+        if len(opened) == 2:
+            raise OSError(errno.EMFILE, "too many open files")
+        opened.append(next(copies))
+        return opened[-1]
+
+    engine = SimpleNamespace(reactor=SimpleNamespace(ident=threading.get_ident()), _orders=orders)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="too many open files"):
+        patch.setattr(os, "dup", dup)
+        patch.setattr(os, "close", closed.append)
+        NodeEngine._order(engine, 1.0, [3, 4, 5], do="spawn")
+    assert sorted(closed) == opened and not orders
 
 
 def test_a_daemon_that_ends_hangs_up_on_drivers_that_do_not(key):

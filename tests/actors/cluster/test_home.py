@@ -1,5 +1,6 @@
 """A node on the driver's own machine: its actors are reached as those of engine local, and belong to the cluster."""
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from rlx import actors
 from rlx.actors import Resources, Restart, processes
 from rlx.cli import main
 from rlx.errors import ActorDied, ActorError
+from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
 pytestmark = pytest.mark.timeout(90)
@@ -107,6 +109,23 @@ def test_a_forkserver_that_is_killed_is_replaced(head, key):
         while (found := runs_in(runtime)) is None:  # until the timeout of this test: the old one may not be gone yet
             pass
         assert found != server
+
+
+def test_a_forkserver_that_could_not_be_replaced_at_first_is_replaced_later(head, key, monkeypatch):
+    with actors.runtime("cluster", address=head.address, token_file=key.path, preload=()) as rt:
+        engine, start, refused = rt._engine, rt._engine._start_forkserver, []
+
+        def start_at_the_second_try(preload):
+            if not refused:
+                refused.append(preload)
+                raise OSError(errno.EMFILE, "too many open files")
+            start(preload)
+
+        monkeypatch.setattr(engine, "_start_forkserver", start_at_the_second_try)
+        server = engine._server
+        os.kill(server.pid, signal.SIGKILL)
+        until(lambda: engine._server is not server)
+        assert refused and until(lambda: runs_in(rt)) == engine._server.pid
 
 
 def test_who_is_started_again_at_once_waits_for_the_new_forkserver(head, key):

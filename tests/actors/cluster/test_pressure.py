@@ -4,8 +4,10 @@ import os
 import re
 import select
 import signal
+import socket
 import threading
 import time
+import weakref
 
 import cloudpickle
 import numpy as np
@@ -227,3 +229,20 @@ def test_who_waits_for_an_answer_of_which_half_a_record_comes_waits_on(tcp_pair,
     assert answer.done()
     thread.join()
     reactor.post(lambda: link.finish(link.close))
+
+
+def test_what_is_written_to_a_link_that_has_ended_is_not_kept(request):
+    reactor, (ours, theirs) = Reactor(), socket.socketpair()
+    request.addfinalizer(lambda: reactor.close(T))
+    ours.setblocking(False)
+    ended = threading.Event()
+    link = Link(reactor, ours, lambda frame: None, lambda how: link.finish(lambda: (link.close(), ended.set())))
+    link.open()
+    theirs.close()
+    assert ended.wait(T)
+    version = np.zeros(MB, np.uint8)
+    left = weakref.ref(version)
+    for _ in range(2):
+        link.write(wire.encode(wire.PUBLISH, message=(b"", [memoryview(version)])), stable=True)
+    del version
+    assert left() is None and not link.is_full

@@ -278,10 +278,10 @@ def main() -> int:
         note.write()
     except OSError as error:
         logger.warning("this daemon cannot be noted in %s, so `rlx status` does not find it", error)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     # Any thread may be given a signal, after SIGCONT say, and no handler would run while the main one waits for a lock.
     signal.set_wakeup_fd(daemon.bell_fd, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):  # now: a signal that came before the line above would be lost
+        signal.signal(number, lambda *_: None)
     print(json.dumps({"address": daemon.address, "pid": pid}), flush=True)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)  # who has started it does not wait for more

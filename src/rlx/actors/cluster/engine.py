@@ -29,7 +29,7 @@ from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine
 from rlx.actors.engines.local_actor import LocalActor
-from rlx.actors.future import Err, Future, nothing, wait
+from rlx.actors.future import LONGEST_WAIT_S, Err, Future, nothing, wait
 from rlx.actors.interface import ActorSpec, Listener
 from rlx.actors.monitor import EventThread, logger
 from rlx.actors.resources import Pool, Resources
@@ -124,7 +124,7 @@ class ClusterEngine(LocalEngine):
             rest_s = deadline - time.monotonic()
             if rest_s <= 0 or self.closing or self._head_lost:
                 break
-            self._placeable.wait(rest_s)
+            self._placeable.wait(min(rest_s, LONGEST_WAIT_S))
         if self.closing:
             raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
         if not nodes:
@@ -143,7 +143,7 @@ class ClusterEngine(LocalEngine):
         return channel
 
     def _readers(self, name: str) -> dict[str, Staleness]:
-        answers = [node.readers(name) for node in self._nodes.values()]
+        answers = [node.readers(name) for node in list(self._nodes.values())]
         return {reader: how for answer in answers for reader, how in answer.result(self.system_timeout_s).items()}
 
     def surroundings(self, spec: ActorSpec) -> dict[str, Any]:
@@ -168,14 +168,15 @@ class ClusterEngine(LocalEngine):
         with self._placing:
             self.closing = True
             self._placeable.notify_all()
-        actors = [actor for node in self._nodes.values() for actor in list(node.actors.values()) if actor is not None]
+        nodes = list(self._nodes.values())
+        actors = [actor for node in nodes for actor in list(node.actors.values()) if actor is not None]
         idle = [actor for actor in actors if actor.stop()]
         grace = min(deadline, time.monotonic() + CLOSE_GRACE_S)
         wait([actor.gone for actor in idle], len(idle), grace - time.monotonic())
         self._linking.close(max(0.1, deadline - time.monotonic()))
         if self._watch is not None:
             self.reactor.post(self._watch.close)
-        for node in self._nodes.values():
+        for node in list(self._nodes.values()):
             self.reactor.post(lambda node=node: node.lose("was closed with its runtime"))
         wait([actor.gone for actor in actors], len(actors), max(0.1, deadline - time.monotonic()))
         super().close(max(0.1, deadline - time.monotonic()))
@@ -218,6 +219,9 @@ class ClusterEngine(LocalEngine):
             sock.close()
             raise
         with self._placing:
+            if self.closing or self._head_lost:  # meanwhile, which gave up the nodes that were linked
+                sock.close()
+                return
             self._nodes[number] = (HomeNode if is_home else Node)(self, info, sock)
             self._placeable.notify_all()
             pool = self._pool
@@ -229,8 +233,12 @@ class ClusterEngine(LocalEngine):
         if self._server is None or self._lost is not None:
             if self._server is not None:
                 self._control.close()
-            self._lost = None
-            self._start_forkserver(self._preload)
+            why, self._lost = self._lost, None
+            try:
+                self._start_forkserver(self._preload)
+            except BaseException:  # descriptors have run out, say: there is none yet
+                self._lost = why
+                raise
 
     def _greet(self, sock: Any, is_home: bool) -> None:
         """Have a daemon take this driver in."""

@@ -242,6 +242,9 @@ class Membership:
         peer = self._peer = _Peer(self._reactor, sock, self._patience, self._take, self._on_lost)
 
         def begin() -> None:
+            if self._closed.is_set():  # while it was knocking
+                sock.close()
+                return
             peer.open()
             peer.tell(wire.JOIN, dataclasses.asdict(self._own))
 

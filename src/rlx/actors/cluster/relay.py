@@ -5,6 +5,7 @@ Nothing of what passes is unpickled here: that is done in the actors' processes,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -56,6 +57,7 @@ class NodeEngine(LocalEngine):
         folder: the driver's project on this machine, whose folder is `root` there.
         """
         preload, timeout_s = settings["preload"], settings["system_timeout_s"]
+        patience = Patience(**settings["patience"])  # before there is anything that would be left
         events = EventThread("rlx-node-events")
         super().__init__(events, timeout_s, preload, settings.get("object_memory"), damper=_Forwarder(self._print))
         self._machine, self.where = node, f" on {node.name}"
@@ -70,9 +72,7 @@ class NodeEngine(LocalEngine):
         self._sock = sock
         self.link = Link(self.reactor, sock, self._take, self._lose_driver, self.memory.allocate)
         self.mirrors = Mirrors(self.reactor, self.channel)
-        self._heart = Heartbeat(
-            self.reactor, self.link, Patience(**settings["patience"]), self._note_silence, self._lose_driver
-        )
+        self._heart = Heartbeat(self.reactor, self.link, patience, self._note_silence, self._lose_driver)
 
     def begin(self) -> None:
         """Tell the driver that it may send."""
@@ -145,7 +145,13 @@ class NodeEngine(LocalEngine):
         if threading.get_ident() != self.reactor.ident:
             super()._order(timeout_s, descriptors, **order)
             return
-        self._orders.append((json.dumps(order).encode(), [os.dup(fd) for fd in descriptors]))
+        copies: list[int] = []
+        with contextlib.ExitStack() as undo:  # where descriptors have run out, none may be lost
+            for fd in descriptors:
+                copies.append(os.dup(fd))
+                undo.callback(os.close, copies[-1])
+            undo.pop_all()
+        self._orders.append((json.dumps(order).encode(), copies))
         self._send_orders()
 
     def _send_orders(self) -> None:

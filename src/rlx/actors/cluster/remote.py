@@ -55,11 +55,15 @@ class Node:
 
     def spawn(self, number: int, spec: ActorSpec, parcel: Parcel, listener: Listener) -> LocalActor | RemoteActor:
         """Have the node start an actor."""
+        actor = None
         try:
             self.actors[number] = actor = RemoteActor(self._engine, self, number, spec, listener)
             actor.start(spec, parcel)
-        except BaseException:
-            self.remove(number)
+        except BaseException as error:
+            if actor is None:
+                self.remove(number)
+            else:
+                actor.abandon(error)
             raise
         self._end_if_lost(actor)
         return actor
@@ -155,8 +159,9 @@ class Node:
             self._engine.mirrors.take(frame, self.link)
         elif frame.kind == wire.READERS:
             found = {name: Staleness(*how) for name, how in json.loads(frame.text).items()}
-            if (answer := self._asked.pop(frame.call_id, None)) is not None:
-                answer.settle(lambda: Ok(found))
+            if (answer := self._asked.get(frame.call_id)) is not None:
+                answer.settle(lambda: Ok(found))  # first: after an interrupt the frame comes again
+                self._asked.pop(frame.call_id, None)
         elif frame.kind == wire.PRINTED:
             self._keep_lines(frame)
         elif isinstance(actor := self.actors.get(frame.call_id >> CALL_BITS), RemoteActor):
@@ -164,7 +169,7 @@ class Node:
 
     def _keep_lines(self, frame: Frame) -> None:
         """Put what an actor has printed into its log, which is followed like that of an actor of this machine."""
-        for actor in self.actors.values():
+        for actor in list(self.actors.values()):  # others are started meanwhile
             if isinstance(actor, RemoteActor) and actor.name == frame.text:
                 actor.keep_lines(bytes(frame.open(None)[0]))
 
@@ -203,6 +208,10 @@ class RemoteActor(ProcessActor):
         with self._lock:
             self._note_channels(parcel.channels)
             self._link.write(wire.encode(wire.SPAWN, self._first_call, json.dumps(asked), parcel.message, places))
+
+    def abandon(self, error: BaseException) -> None:
+        """The spawn has failed: have the reactor clean up."""
+        self._reactor.post(partial(self._give_up, f"could not be started ({error})"))
 
     def kill(self, timeout_s: float, how: str = "was ended by kill()") -> None:
         """Have the node kill the process and return when it is gone."""
@@ -247,7 +256,18 @@ class RemoteActor(ProcessActor):
             self._end_with(describe(self.name, self.pid, how, method, waiting, 0, tail, f" on {self._node.name}"))
 
     def _end_with(self, text: str) -> None:
-        os.close(self._log)
+        """Tell everybody. Perhaps in a caller's thread; where an interrupt cuts it short the reactor does it again."""
+        try:
+            if not self.gone.done():
+                self._tell_end(text)
+        except BaseException:
+            self._reactor.post(partial(self._end_with, text))
+            raise
+
+    def _tell_end(self, text: str) -> None:
+        log, self._log = self._log, -1
+        if log >= 0:
+            os.close(log)
         self._reactor.clear_deadline(self.ready)
         self._node.remove(self._number)
         died: Callable[[], Err] = lambda: Err(ActorDied(text))  # noqa: E731  a fresh error for each caller's traceback
@@ -297,5 +317,9 @@ class RemoteActor(ProcessActor):
             self._cluster.mirrors.add(channel.name, self._link)
 
     def _on_no_start(self) -> None:
-        self._tell(wire.KILL, self._first_call, "was not started in time")
-        self._reactor.post(partial(self.die, f"was not started within {self._engine.system_timeout_s:g} s"))
+        self._give_up(f"was not started within {self._engine.system_timeout_s:g} s")
+
+    def _give_up(self, how: str) -> None:
+        """Its node may have it all the same, or get it later."""
+        self._tell(wire.KILL, self._first_call, how)
+        self._reactor.post(partial(self.die, how))

@@ -78,6 +78,8 @@ class Link:
         the caller's again; unless it says that they are stable: nobody ever changes them.
         """
         with self._lock:
+            if self._ending:  # nobody would ever write it
+                return
             if self._backlogged:
                 self._outbox.add(parts if stable else [bytes(part) for part in parts])
                 self._backlog_bytes += sum(map(len, parts))
@@ -240,6 +242,8 @@ class Link:
         finally:
             with self._lock:
                 self._leader = None
+                if self._ending:  # as a frame has said that was taken here
+                    self._reactor.post(self._finish)
         if not more:
             self._lose()
 

@@ -79,14 +79,21 @@ class LocalEngine:
         self.closing = False
         self._oom_kills = count_oom_kills()
         self.memory = DriverMemory(object_memory or default_object_memory())
-        self._folder = RuntimeFolder.create(log_folder)
-        self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
-        self._follower = LogFollower(self.logs, damper or Damper(self.logs, partial(events.post, _print_to_stderr)))
         self._channels: dict[str, Channel] = {}
         self._server: subprocess.Popen[bytes] | None = None
-        self.reactor = Reactor()
-        if preload is not None:
-            self._start_forkserver(preload)
+        with contextlib.ExitStack() as undo:  # where descriptors or processes have run out, say
+            self._folder = RuntimeFolder.create(log_folder)
+            undo.callback(self._folder.remove)
+            self.board, self.logs = Board(self._folder.path), LogFolder(self._folder.logs)
+            undo.callback(self.board.close)
+            show = damper or Damper(self.logs, partial(events.post, _print_to_stderr))
+            self._follower = LogFollower(self.logs, show)
+            undo.callback(self._follower.close)
+            self.reactor = Reactor()
+            undo.callback(self.reactor.close, system_timeout_s)
+            if preload is not None:
+                self._start_forkserver(preload)
+            undo.pop_all()
         if (fd := self._follower.fileno()) is not None:
             self.reactor.register(fd, lambda _: self._follow_in(self._follower.on_readable()))
         self._look_around()
@@ -226,7 +233,8 @@ class LocalEngine:
     def _start_forkserver(self, preload: Sequence[str]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setblocking(False)
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
+            undo.callback(self._control.close)
             folder = str(self._folder.path)
             boot = json.dumps([[*map(str, sys.path)], theirs.fileno(), os.getpid(), list(preload), folder])
             # One thread per BLAS pool: a pool made at import would be threads, and lost in every forked child.
@@ -238,12 +246,14 @@ class LocalEngine:
                 start_new_session=True,  # Ctrl-C in the terminal is not for it
                 pass_fds=[theirs.fileno()],
             )
+            undo.pop_all()
         self.reactor.register(self._control.fileno(), self._on_control)
 
     def _end_forkserver(self, server: subprocess.Popen[bytes], deadline: float) -> None:
         if self._control.fileno() >= 0:
             if self._lost is None:
-                self._order(1.0, (), do="close")
+                with contextlib.suppress(ActorError):  # it reads no orders, and is killed below
+                    self._order(1.0, (), do="close")
             self._control.shutdown(socket.SHUT_WR)
         try:
             server.wait(max(0.1, deadline - time.monotonic()))
