@@ -654,7 +654,7 @@ def test_a_spawn_that_fails_early_does_not_hold_up_close(tmp_path, monkeypatch):
 def test_a_spawn_that_is_interrupted_before_it_began_disturbs_nothing(monkeypatch):
     with actors.runtime("local", preload=()) as own:
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            patch.setattr(sys.modules["rlx.actors.runtime"], "ActorLife", _interrupted)
+            patch.setattr(sys.modules["rlx.actors.runtime"], "ActorLife", _interrupted(ActorLife))
             own.spawn(Worker, name="it")
         assert own.state() == {}
         assert own.spawn(Worker, name="it").echo.call(1).result(T) == 1
@@ -673,7 +673,7 @@ def test_a_spawn_that_fails_forgets_its_own_actor_and_no_later_one_of_that_name(
     spawn = type(rt._engine).spawn
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(ActorLife, "fail", fail_late)
-        patch.setattr(type(rt._engine), "spawn", _interrupted)
+        patch.setattr(type(rt._engine), "spawn", _interrupted(spawn))
         rt.spawn(Worker, name="contended")
     assert rt.lookup("contended") is later[0]
     rt.kill(later[0])

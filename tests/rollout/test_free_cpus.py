@@ -120,7 +120,7 @@ def test_on_one_machine_there_is_one_for_each_cpu_and_the_log_says_so(make_group
     with actors.runtime("inline", resources=Resources(cpu=cpus)) as runtime, caplog.at_level(logging.INFO, "rlx"):
         group, fixed = make_group(runtime, kept_cpus=kept), make_group
         assert group.num_runners == expected
-        assert f"num_env_runners=auto: {expected} env runners" in caplog.text
+        assert f"num_env_runners=auto: now {expected}," in caplog.text
         sample = group.sample(STEPS)
         group.close()
         same = fixed(runtime, num_runners=expected).sample(STEPS)
