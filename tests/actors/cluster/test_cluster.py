@@ -153,6 +153,15 @@ def test_a_node_that_is_killed_takes_its_actors_along_and_they_start_on_another(
     assert len({worker.daemon.call().result(T)[0] for worker in workers} & set(parents)) == 1
 
 
+def has_stopped(pid):
+    """Whether all of its threads have: on another core one goes on for a moment, and passes on a call."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] != "T":
+                return False
+    return True
+
+
 def test_a_node_that_is_silent_counts_as_lost_and_is_fenced(start, open_runtime):
     head = start("a-of-silence", patience={"every_s": 0.1, "suspect_s": 0.3, "dead_s": 30.0})
     other = start("b-of-silence", head.address)
@@ -164,6 +173,7 @@ def test_a_node_that_is_silent_counts_as_lost_and_is_fenced(start, open_runtime)
     for worker in workers:
         rt.monitor(worker, on_exit=lambda *_: ended.set())
     other.process.send_signal(signal.SIGSTOP)
+    until(lambda: has_stopped(other.process.pid))
     calls = [worker.add.call() for worker in workers]
     assert ended.wait(T)
     errors = [call.exception(T) for call in calls]
