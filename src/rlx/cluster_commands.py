@@ -57,9 +57,8 @@ def start(options: argparse.Namespace) -> int:
             f"--nodes lists {', '.join(options.nodes)} and not the head's own node {daemon.name}, which counts: add "
             "it, or give this one another --name."
         )
-    others = [f"{note.name} ({note.address})" for note in notes.find() if options.head and note.head is None]
-    if others:
-        print(f"rlx: a cluster of its own, beside that of {', '.join(others)} on this machine", file=sys.stderr)
+    if options.head and (others := _heads(notes.find())):
+        print(f"rlx: a cluster of its own, beside that of {_named(others)} on this machine", file=sys.stderr)
     with _interruptible(options.block):
         process, address = background.start(daemon, attached=options.block)
         with _ended_with_us(process) if options.block else contextlib.nullcontext():
@@ -105,7 +104,7 @@ def stop(options: argparse.Namespace) -> None:
 
     running = notes.find()
     chosen = [note for note in running if options.name in (None, note.name, note.address)]
-    names = ", ".join(f"{note.name} ({note.address})" for note in running) or "none"
+    names = _named(running) or "none"
     if options.name is not None and not chosen:
         raise ConfigError(f"no daemon of yours on this machine is {options.name}; these run: {names}.")
     if len(chosen) > 1 and not options.all:
@@ -174,10 +173,18 @@ def join_command(address: str, key: Path) -> list[str]:
     return ["rlx", "start", "--address", address, "--token-file", str(key)]
 
 
+def _heads(running: Sequence[Note]) -> list[Note]:
+    return [note for note in running if note.head is None]
+
+
+def _named(daemons: Sequence[Note]) -> str:
+    return ", ".join(f"{note.name} ({note.address})" for note in daemons)
+
+
 def _only_head(running: Sequence[Note]) -> Note:
-    heads = [note for note in running if note.head is None]
+    heads = _heads(running)
     if len(heads) != 1:
-        found = ", ".join(f"{note.name} ({note.address})" for note in heads) or "none"
+        found = _named(heads) or "none"
         raise ConfigError(f"--head needs one head of yours on this machine, and there are: {found}.")
     return heads[0]
 

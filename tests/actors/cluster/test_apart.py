@@ -18,6 +18,7 @@ from rlx.actors.cluster.daemon import parse_address
 from rlx.actors.cluster.heartbeat import Patience
 from rlx.errors import ActorDied, ActorError
 from tests.actors.cluster.namespaces import why_not
+from tests.actors.cluster.scenarios import lives
 from tests.polling import until
 
 cloudpickle.register_pickle_by_value(__import__(__name__, fromlist=["x"]))
@@ -66,14 +67,6 @@ def spawn_on_both(rt, **options):
         worker.ready(T)
     nodes = [worker._actor.body._node.name for worker in workers]
     return [worker for _, worker in sorted(zip(nodes, workers, strict=True), key=lambda pair: pair[0])]
-
-
-def lives(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_calls_channels_and_large_values_cross_with_tls(cluster):

@@ -29,7 +29,7 @@ from rlx.actors.cluster.remote import Node, RemoteActor
 from rlx.actors.engines import wire
 from rlx.actors.engines.local import CLOSE_GRACE_S, LocalEngine
 from rlx.actors.engines.local_actor import LocalActor
-from rlx.actors.future import LONGEST_WAIT_S, Err, Future, nothing, wait
+from rlx.actors.future import Err, Future, nothing, seconds_to, wait
 from rlx.actors.interface import ActorSpec, Listener
 from rlx.actors.monitor import EventThread, logger
 from rlx.actors.resources import Pool, Resources
@@ -121,10 +121,9 @@ class ClusterEngine(LocalEngine):
     def _choose(self, spec: ActorSpec, deadline: float) -> Node:
         """Return the node for it. Holds the lock, and lets go of it while there is none."""
         while not (nodes := [node for node in self._nodes.values() if node.lost is None]):
-            rest_s = deadline - time.monotonic()
-            if rest_s <= 0 or self.closing or self._head_lost:
+            if time.monotonic() >= deadline or self.closing or self._head_lost:
                 break
-            self._placeable.wait(min(rest_s, LONGEST_WAIT_S))
+            self._placeable.wait(seconds_to(deadline))
         if self.closing:
             raise ActorError(f"actor {spec.name} cannot be started: this runtime is closed.")
         if not nodes:
